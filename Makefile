@@ -1,0 +1,43 @@
+# Two commands for a machine with Python 3.11, git and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
+TORCH := torch==2.13.0
+
+.PHONY: demo test lint format build clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/demo.installed  ## train the MNIST demo with all three callbacks
+	$(RUN) -m callbacks_demo
+
+test: $(VENV)/dev.installed  ## all tests and doctests
+	$(RUN) -m pytest --quiet
+
+lint: $(VENV)/dev.installed  ## formatting, lint and types
+	$(RUN) -m ruff format --check
+	$(RUN) -m ruff check
+	$(RUN) -m mypy
+
+format: $(VENV)/dev.installed
+	$(RUN) -m ruff format
+	$(RUN) -m ruff check --fix
+
+build: $(VENV)/dev.installed  ## sdist and wheel into dist/
+	$(RUN) -m build
+
+# The CPU build of torch goes in first, so that nothing pulls the CUDA packages: from the places pip
+# already knows, else from PyTorch's own index, else the default build (on macOS that is the CPU one).
+$(VENV)/torch.installed:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)+cpu" 2>/dev/null \
+	  || $(PIP) "$(TORCH)" --index-url https://download.pytorch.org/whl/cpu \
+	  || $(PIP) "$(TORCH)"
+	touch $@
+
+$(VENV)/%.installed: pyproject.toml constraints.txt $(VENV)/torch.installed
+	$(PIP) --editable ".[$*]" --constraint constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) dist lightning_logs

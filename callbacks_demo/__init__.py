@@ -1,0 +1,1 @@
+"""Runnable examples; `python -m callbacks_demo` is the main one."""

@@ -1,0 +1,115 @@
+"""Batches as Lightning users write them: tensors in tuples, dicts, dataclasses, however nested."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tensors(batch: Any) -> Iterator[Tensor]:
+    """Yield every tensor of a batch, in a fixed order.
+
+    >>> [t.shape[0] for t in tensors({"x": torch.zeros(2, 3), "more": (torch.zeros(4), "text")})]
+    [2, 4]
+    """
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for key in batch:
+            yield from tensors(batch[key])
+    elif isinstance(batch, (tuple, list)):
+        for part in batch:
+            yield from tensors(part)
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        for field in dataclasses.fields(batch):
+            yield from tensors(getattr(batch, field.name))
+
+
+def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
+    """Return the same structure with `function` applied to each of its tensors.
+
+    >>> map_tensors(lambda t: t.sum().item(), {"x": torch.ones(2), "y": [torch.ones(3), "text"]})
+    {'x': 2.0, 'y': [3.0, 'text']}
+    """
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        items = {key: map_tensors(function, value) for key, value in batch.items()}
+        return items if isinstance(batch, dict) and type(batch) is dict else type(batch)(items)  # type: ignore[call-arg]
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(function, part) for part in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(map_tensors(function, part) for part in batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        names = [field.name for field in dataclasses.fields(batch) if field.init]
+        return dataclasses.replace(batch, **{name: map_tensors(function, getattr(batch, name)) for name in names})
+    return batch
+
+
+def size(batch: Any) -> int:
+    """Return the number of samples: the leading dimension of the first tensor that has one.
+
+    Raises:
+        ValueError: the batch holds no tensor with a leading dimension.
+    """
+    for tensor in tensors(batch):
+        if tensor.ndim:
+            return tensor.shape[0]
+    raise ValueError(
+        f"batch: expected at least one tensor with a leading sample dimension, got {type(batch).__name__} without any"
+    )
+
+
+def take(batch: Any, start: int, stop: int) -> Any:
+    """Return samples `start` to `stop` of a batch; what is not one row per sample stays whole.
+
+    >>> take((torch.arange(5), "name"), 1, 3)
+    (tensor([1, 2]), 'name')
+    """
+    n = size(batch)
+    return _take(batch, n, start, stop)
+
+
+def _take(part: Any, n: int, start: int, stop: int) -> Any:
+    if isinstance(part, Tensor):
+        return part[start:stop] if part.ndim and part.shape[0] == n else part
+    if isinstance(part, Mapping):
+        items = {key: _take(value, n, start, stop) for key, value in part.items()}
+        return items if type(part) is dict else type(part)(items)  # type: ignore[call-arg]
+    if isinstance(part, list) and len(part) == n and not any(isinstance(p, Tensor) for p in part):
+        return part[start:stop]
+    if isinstance(part, tuple) and hasattr(part, "_fields"):
+        return type(part)(*(_take(p, n, start, stop) for p in part))
+    if isinstance(part, (tuple, list)):
+        return type(part)(_take(p, n, start, stop) for p in part)
+    return part
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return the batch with its tensors on `device`."""
+    return map_tensors(lambda tensor: tensor.to(device), batch)
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Return the device of a module's first parameter or buffer (the CPU if it has none)."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """Return half precision as float32, anything else as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def row(batch: Any, place: int) -> Any:
+    """Return one sample of a batch, without its leading dimension.
+
+    >>> row({"x": torch.arange(3), "scale": torch.tensor(2.0)}, 1)
+    {'x': tensor(1), 'scale': tensor(2.)}
+    """
+    return map_tensors(lambda t: t[0] if t.ndim else t, take(batch, place, place + 1))

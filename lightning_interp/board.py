@@ -1,0 +1,95 @@
+"""From numbers and pictures to every logger of the trainer that can show them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.loggers import Logger
+from numpy.typing import NDArray
+from torch.utils.tensorboard import SummaryWriter
+
+Pixels = NDArray[np.uint8]
+
+
+def tag(part: Any) -> str:
+    """Return the name under which a measure, attributor or estimator is logged.
+
+    Its `name`, else its `__name__`, else its `repr`.
+
+    >>> tag(len), tag(3)
+    ('len', '3')
+    """
+    return str(getattr(part, "name", None) or getattr(part, "__name__", None) or repr(part))
+
+
+def clean(name: str) -> str:
+    """Return a tag of letters, digits and `-_./` alone: TensorBoard rewrites any other character.
+
+    >>> clean("vs initial/block.0#1")
+    'vs_initial/block.0_1'
+    """
+    return re.sub(r"[^-\w./]", "_", name, flags=re.ASCII)
+
+
+class Board:
+    """All loggers of a trainer behind three calls; a logger that cannot show a thing is passed over.
+
+    Scalars go to every logger; images and texts to TensorBoard, and to loggers that offer `log_image` and
+    `log_text` (Weights & Biases does).
+
+    Args:
+        loggers: `trainer.loggers`.
+    """
+
+    def __init__(self, loggers: Sequence[Logger]) -> None:
+        self._loggers = list(loggers)
+
+    @property
+    def shows_images(self) -> bool:
+        """Whether at least one logger can show an image."""
+        return any(_writer(logger) or hasattr(logger, "log_image") for logger in self._loggers)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Log numbers at an optimizer step."""
+        for logger in self._loggers:
+            logger.log_metrics({clean(name): float(value) for name, value in values.items()}, step=step)
+
+    def history(self, name: str, steps: Sequence[int], values: Sequence[float]) -> None:
+        """Log a whole curve at past steps; loggers that take only rising steps get it as a table."""
+        for logger in self._loggers:
+            if _writer(logger) or not hasattr(logger, "log_table"):
+                for step, value in zip(steps, values, strict=True):
+                    logger.log_metrics({clean(name): float(value)}, step=step)
+            else:
+                rows = [[step, float(value)] for step, value in zip(steps, values, strict=True)]
+                logger.log_table(key=clean(name), columns=["step", "value"], data=rows)
+
+    def image(self, name: str, pixels: Pixels, step: int) -> None:
+        """Log an image `(H, W, 3)`, 0 to 255."""
+        for logger in self._loggers:
+            if writer := _writer(logger):
+                writer.add_image(clean(name), pixels, step, dataformats="HWC")  # type: ignore[no-untyped-call]
+            elif hasattr(logger, "log_image"):
+                logger.log_image(key=clean(name), images=[pixels], step=step)
+
+    def text(self, name: str, markdown: str, step: int) -> None:
+        """Log a text in Markdown."""
+        for logger in self._loggers:
+            if writer := _writer(logger):
+                writer.add_text(clean(name), markdown, step)  # type: ignore[no-untyped-call]
+            elif hasattr(logger, "log_text"):
+                logger.log_text(key=clean(name), columns=["text"], data=[[markdown]], step=step)
+
+    def flush(self) -> None:
+        """Write everything out now, so that a reader sees it."""
+        for logger in self._loggers:
+            if writer := _writer(logger):
+                writer.flush()  # type: ignore[no-untyped-call]
+
+
+def _writer(logger: Logger) -> SummaryWriter | None:
+    experiment = getattr(logger, "experiment", None)
+    return experiment if isinstance(experiment, SummaryWriter) else None

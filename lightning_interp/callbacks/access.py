@@ -1,0 +1,125 @@
+"""A trainer's data, device and precision, reached without changing the run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_interp.batch import precise
+from lightning_interp.samples import Samples
+from lightning_interp.task import Task
+
+
+class Source(NamedTuple):
+    """Where samples come from, and its name in words."""
+
+    samples: Samples | Iterable[Any]
+    name: str
+
+
+@contextmanager
+def looking(trainer: pl.Trainer) -> Iterator[None]:
+    """Let the user's data hooks see a validating trainer, so that none of them augments."""
+    stage = trainer.state.stage
+    trainer.state.stage = RunningStage.VALIDATING
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage
+
+
+def validation_source(trainer: pl.Trainer, owner: str) -> Source:
+    """Return the first validation loader's dataset; the training set, said aloud, if there is none."""
+    loaders = _flat(trainer.val_dataloaders)
+    if loaders:
+        return Source(_read(trainer, loaders[0], f"{owner}(probe=...)"), "validation set")
+    rank_zero_warn(f"{owner}: there is no validation loader, so the samples shown come from the training set")
+    return training_source(trainer, owner)
+
+
+def training_source(trainer: pl.Trainer, owner: str) -> Source:
+    """Return the first training loader's dataset."""
+    return Source(_read(trainer, _flat(trainer.train_dataloader)[0], f"{owner}(probe=...)"), "training set")
+
+
+def given_source(trainer: pl.Trainer, dataset: Any, like: Source) -> Source:
+    """Return the user's own dataset or loader, read with the batch size and collate of the trainer's loader."""
+    if isinstance(dataset, DataLoader) or not isinstance(like.samples, Samples):
+        return Source(Samples.of(dataset, move=mover(trainer)), "given dataset")
+    return Source(dataclasses.replace(like.samples, dataset=dataset, indices=None), "given dataset")
+
+
+def indexed_training_set(trainer: pl.Trainer) -> Samples:
+    """Return the training dataset, in the order of its indices.
+
+    Raises:
+        ValueError: there are several training loaders, or samples have no indices.
+    """
+    loaders = _flat(trainer.train_dataloader)
+    if len(loaders) != 1:
+        raise ValueError(f"train_dataset: expected one training loader or train_dataset=, got {len(loaders)} loaders")
+    source = _read(trainer, loaders[0], "train_dataset")
+    if not isinstance(source, Samples):
+        raise ValueError("train_dataset: the training samples have no indices; pass train_dataset= with a dataset")
+    return source
+
+
+def mover(trainer: pl.Trainer) -> Any:
+    """Return a function that brings a batch to the module's device through the user's own transfer hooks."""
+
+    def move(batch: Any) -> Any:
+        with looking(trainer):
+            return trainer.strategy.batch_to_device(batch)
+
+    return move
+
+
+def in_precision(trainer: pl.Trainer, task: Task) -> Task:
+    """Return the task calling the model in the trainer's precision; half-precision outputs become float32."""
+    plugin = trainer.precision_plugin
+
+    def outputs(module: nn.Module, inputs: Any) -> Tensor:
+        with plugin.forward_context():
+            return precise(task.outputs(module, plugin.convert_input(inputs)))
+
+    return dataclasses.replace(task, outputs=outputs)
+
+
+def _flat(loaders: Any) -> list[Any]:
+    return [] if loaders is None else list(CombinedLoader(loaders).flattened)
+
+
+def _read(trainer: pl.Trainer, loader: Any, argument: str) -> Samples | Iterable[Any]:
+    """Return a loader's dataset in order; where it has no indices, its batches from a fresh start."""
+    if not isinstance(loader, DataLoader):
+        if iter(loader) is loader:
+            raise ValueError(f"{argument}: expected a loader that can be read twice; pass a dataset")
+        return _Moved(loader, mover(trainer))
+    whole_batches = loader.batch_size is None and loader.batch_sampler is None
+    if isinstance(loader.dataset, IterableDataset) or whole_batches or not hasattr(loader.dataset, "__len__"):
+        fresh: DataLoader[Any] = DataLoader(
+            loader.dataset, loader.batch_size, collate_fn=loader.collate_fn, generator=torch.Generator()
+        )
+        return _Moved(fresh, mover(trainer))
+    return Samples.of(loader, move=mover(trainer))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Moved:
+    """Batches of an iterable, each brought to the device."""
+
+    batches: Iterable[Any]
+    move: Any
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.move(batch) for batch in self.batches)

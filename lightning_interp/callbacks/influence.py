@@ -1,0 +1,233 @@
+"""Which training samples helped or hurt the predictions on a few validation samples, after training."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from safetensors.torch import save
+
+from lightning_interp import report
+from lightning_interp.batch import tensors
+from lightning_interp.board import Board
+from lightning_interp.callbacks.access import given_source, in_precision, indexed_training_set, mover, validation_source
+from lightning_interp.callbacks.agreement import disagreement
+from lightning_interp.callbacks.budget import Estimator, afford
+from lightning_interp.callbacks.shell import OnError, Shell, progress_of, run_folder
+from lightning_interp.callbacks.showing import with_class_names, write_section
+from lightning_interp.callbacks.telling import Told, strangeness, tell
+from lightning_interp.capture import undisturbed
+from lightning_interp.display import Display
+from lightning_interp.influence import InfluenceFunction
+from lightning_interp.records import Influence
+from lightning_interp.samples import Samples
+from lightning_interp.storage import Folder
+from lightning_interp.task import Task
+
+SHORTEST_BUDGET = 60.0
+MOST_SEARCHED = 4096
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What one fit goes by: its folder, its training set and how samples are shown."""
+
+    folder: Folder
+    train: Samples
+    display: Display
+    notes: tuple[str, ...]
+
+
+class DataInfluence(Callback):
+    """Find, after training, the most helpful and the most harmful training samples for a few predictions.
+
+    The queries are validation samples, the most confidently wrong first. Scores are those of influence functions:
+    positive is helpful (see `lightning_interp.influence.InfluenceFunction`). Written to
+    `<log_dir>/interp/influence`: `report.html`, `influence.csv` (the 100 most helpful and most harmful of each query)
+    and `scores.safetensors` (all scores).
+
+    Logged, with `Q` a query's id, after training, at `trainer.global_step`:
+        `influence/query_Q`: image: the query beside its most helpful, most harmful and surprisingly helpful samples
+            (the most helpful of another class).
+        `influence_notes/summary`: text: what the scores are, from how many samples, and how far to trust them.
+        `interp_seconds/DataInfluence`: scalar: seconds that this callback took.
+        `interp_errors/DataInfluence`: text, only where it failed and switched itself off.
+
+    Args:
+        queries: how many validation samples to explain.
+        top: how many training samples to show of each kind.
+        estimator: `InfluenceFunction()`, or any callable (model, train, query, task=, candidates=, progress=) →
+            `Influence`.
+        train_dataset: the training set without augmentation, in the order of its indices; when None, the training
+            loader's dataset.
+        query_dataset: where queries are looked for; when None, the validation set.
+        budget_seconds: about how long it may take; when None, as long as one training epoch, at least 60. What does
+            not fit is scored on an evenly spread subset, said aloud.
+        task: how to read a batch, call the model, and its loss.
+        display: how samples are shown.
+        on_error: "warn" switches the callback off on its first failure; "raise" raises.
+
+    Raises:
+        ValueError, TypeError: an argument is off; always before the first batch.
+    """
+
+    def __init__(
+        self,
+        queries: int = 6,
+        top: int = 5,
+        estimator: Estimator = InfluenceFunction(),
+        train_dataset: Any = None,
+        query_dataset: Any = None,
+        budget_seconds: float | None = None,
+        task: Task = Task(),
+        display: Display = Display(),
+        on_error: OnError = "warn",
+    ) -> None:
+        _check_arguments(queries, top, estimator, budget_seconds)
+        self.queries = queries
+        self.top = top
+        self.estimator = estimator
+        self.train_dataset = train_dataset
+        self.query_dataset = query_dataset
+        self.budget_seconds = budget_seconds
+        self.task = task
+        self.display = display
+        self._shell = Shell("DataInfluence", on_error)
+        self._run: _Run | None = None
+        self._epoch_started = 0.0
+        self._epoch_seconds: list[float] = []
+
+    @property
+    def state_key(self) -> str:
+        """Key of the callback in a checkpoint; two instances with other arguments get other keys."""
+        return self._generate_state_key(queries=self.queries, top=self.top, estimator=repr(self.estimator))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the training set, and check that its samples can be scored."""
+        folder = run_folder(trainer)
+        self._shell.start(partial(self._start, folder), trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the time."""
+        self._epoch_started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note how long the epoch took: the budget goes by it."""
+        self._epoch_seconds.append(time.perf_counter() - self._epoch_started)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Score the training samples, while the model is still on its device."""
+        self._shell.run(self._end, trainer, pl_module)
+
+    def _start(self, folder: Folder, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._run, self._epoch_seconds = None, []
+        try:
+            train = self._training_set(trainer)
+        except ValueError as error:
+            if self.train_dataset is not None:
+                raise
+            self._shell.switch_off(str(error))
+            return
+        if not len(train):
+            raise ValueError("DataInfluence(train_dataset=...): expected at least one training sample, got none")
+        with undisturbed(module):
+            few = dataclasses.replace(train, workers=0).at(range(min(4, len(train))))
+            first, again = next(iter(few)), next(iter(few))
+            notes = [_augmented(self.task, first, again), disagreement(module, self.task, first)]
+        for note in filter(None, notes):
+            rank_zero_warn(f"DataInfluence: {note}")
+        display = with_class_names(self.display, train)
+        self._run = _Run(folder, train, display, tuple(filter(None, notes)))
+
+    def _training_set(self, trainer: pl.Trainer) -> Samples:
+        if self.train_dataset is None:
+            return indexed_training_set(trainer)
+        try:
+            like = indexed_training_set(trainer)
+        except ValueError:
+            return Samples.of(self.train_dataset, move=mover(trainer))
+        found = given_source(trainer, self.train_dataset, like).samples
+        return Samples.of(found)
+
+    def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        run, task = _begun(self._run), in_precision(trainer, self.task)
+        with undisturbed(module):
+            query = self._choose_queries(trainer, module, task)
+            plan = afford(self.estimator, module, run.train, query, task, self._budget())
+            if plan.message:
+                rank_zero_warn(f"DataInfluence: {plan.message} Pass budget_seconds= for more.")
+            candidates = plan.candidates or range(len(run.train))
+            found = plan.estimator(
+                module, run.train, query, task=task, candidates=candidates, progress=progress_of(trainer)
+            )
+            found = dataclasses.replace(found, notes=found.notes + run.notes)
+            told = tell(module, task, found, run.train.at(candidates), query, self.top, run.display)
+        self._publish(trainer, run.folder, found, told)
+
+    def _budget(self) -> float:
+        if self.budget_seconds is not None:
+            return self.budget_seconds
+        return max(SHORTEST_BUDGET, sum(self._epoch_seconds) / max(1, len(self._epoch_seconds)))
+
+    def _choose_queries(self, trainer: pl.Trainer, module: pl.LightningModule, task: Task) -> Samples:
+        """Return the validation samples that are most confidently wrong, then those of the highest loss."""
+        source = validation_source(trainer, self._shell.owner)
+        if self.query_dataset is not None:
+            source = given_source(trainer, self.query_dataset, source)
+        samples = Samples.of(source.samples).spread(MOST_SEARCHED)
+        batches = -(-len(samples) // samples.batch_size)
+        with torch.no_grad():
+            ranks = [
+                strangeness(*task.losses(module, batch)).cpu()
+                for batch in progress_of(trainer)(samples, batches, "choosing queries")
+            ]
+        order = torch.cat(ranks).argsort(descending=True, stable=True)
+        return samples.at(order[: self.queries].tolist())
+
+    def _publish(self, trainer: pl.Trainer, folder: Folder, found: Influence, told: Told) -> None:
+        board, step = Board(trainer.loggers), trainer.global_step
+        for name, pixels in told.galleries.items():
+            board.image(f"influence/query_{name}", pixels, step)
+        board.text("influence_notes/summary", told.summary, step)
+        section = report.influence_section(found, told.cards)
+        folder.write("influence/report.html", report.page("Training-data influence", [section]))
+        folder.write("influence/influence.csv", report.influence_csv(told.rows))
+        scores = {"scores": found.scores.float().contiguous(), "train_index": found.train_ids}
+        folder.write("influence/scores.safetensors", save(scores))
+        write_section(folder, "influence", section)
+        rank_zero_info(f"DataInfluence: the report is in {folder.file('influence/report.html')}")
+
+
+def _augmented(task: Task, first: Any, again: Any) -> str:
+    """Say so, if a dataset gave other inputs the second time it was read."""
+    pairs = zip(tensors(task.inputs(first)), tensors(task.inputs(again)), strict=True)
+    if all(torch.equal(a, b) for a, b in pairs):
+        return ""
+    return (
+        "the training set returns other inputs each time it is read (augmentation?), so scores are those of one draw;"
+        " pass train_dataset= without it"
+    )
+
+
+def _begun(run: _Run | None) -> _Run:
+    if run is None:
+        raise RuntimeError("DataInfluence: training ended without on_train_start")
+    return run
+
+
+def _check_arguments(queries: Any, top: Any, estimator: Any, budget_seconds: Any) -> None:
+    owner = "DataInfluence"
+    for name, value in (("queries", queries), ("top", top)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{owner}({name}=...): expected a whole number from 1, got {value!r}")
+    if isinstance(estimator, type) or not callable(estimator):
+        raise TypeError(f"{owner}(estimator=...): expected an estimator such as InfluenceFunction(), got {estimator!r}")
+    if budget_seconds is not None and not (isinstance(budget_seconds, (int, float)) and budget_seconds > 0):
+        raise ValueError(f"{owner}(budget_seconds=...): expected seconds above 0 or None, got {budget_seconds!r}")

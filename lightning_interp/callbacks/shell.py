@@ -1,0 +1,115 @@
+"""What the three callbacks share: when to work, what happens on an error, where to write, what it cost."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_interp.board import Board
+from lightning_interp.progress import Progress, bar, quiet
+from lightning_interp.storage import Folder
+
+OnError = Literal["warn", "raise"]
+Work = Callable[[pl.Trainer, pl.LightningModule], None]
+SHARDED = ("FSDP", "DeepSpeed", "ModelParallel")
+
+
+class Shell:
+    """Runs a callback's work so that it cannot harm the training run.
+
+    Before the first batch every error is raised. Later, with `on_error="warn"`, the first one is warned about with
+    its traceback, the callback is switched off, and the log says so.
+
+    Args:
+        owner: name of the callback.
+        on_error: "warn" or "raise".
+    """
+
+    def __init__(self, owner: str, on_error: OnError) -> None:
+        if on_error not in ("warn", "raise"):
+            raise ValueError(f'{owner}(on_error=...): expected "warn" or "raise", got {on_error!r}')
+        self.owner = owner
+        self.on_error = on_error
+        self.on = True
+        self._seconds = 0.0
+
+    def start(self, work: Work, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Do work before the first batch: every error is the user's to see."""
+        self.on, self._seconds = True, 0.0
+        if any(kind in type(trainer.strategy).__name__ for kind in SHARDED):
+            self.switch_off(f"{type(trainer.strategy).__name__} shards the parameters, which is not supported")
+        if self._works(trainer):
+            with self._timed():
+                work(trainer, module)
+
+    def run(self, work: Work, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Do work while training runs, or right after it; log the seconds it took since the last time."""
+        if not self._works(trainer):
+            return
+        try:
+            with self._timed():
+                work(trainer, module)
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            self._give_up(trainer, error)
+        self._log_cost(trainer)
+
+    def switch_off(self, why: str) -> None:
+        """Stay off for the rest of this run, and say why."""
+        self.on = False
+        rank_zero_warn(f"{self.owner} is off for this run: {why}")
+
+    def _works(self, trainer: pl.Trainer) -> bool:
+        return self.on and trainer.is_global_zero
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds += time.perf_counter() - started
+
+    def _log_cost(self, trainer: pl.Trainer) -> None:
+        Board(trainer.loggers).scalars({f"interp_seconds/{self.owner}": self._seconds}, trainer.global_step)
+        self._seconds = 0.0
+
+    def _give_up(self, trainer: pl.Trainer, error: Exception) -> None:
+        told = "".join(traceback.format_exception(error))
+        self.switch_off(f"it failed, and training goes on without it.\n{told}")
+        Board(trainer.loggers).text(f"interp_errors/{self.owner}", f"```\n{told}\n```", trainer.global_step)
+
+
+def run_folder(trainer: pl.Trainer) -> Folder:
+    """Return the run's folder, `<trainer.log_dir>/interp`; call it on all ranks.
+
+    A log folder that several runs share (no logger, or one without a folder per run) gets the time of the start as
+    a name for the run. With `fast_dev_run` it is in memory, and nothing is written to disk.
+    """
+    root = trainer.log_dir or trainer.default_root_dir
+    started = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
+    if trainer.fast_dev_run:
+        return Folder(f"memory://lightning_interp/{started}")
+    folder = Folder(str(root)).folder("interp")
+    own = trainer.loggers and isinstance(trainer.loggers[0], (TensorBoardLogger, CSVLogger))
+    return folder if own else folder.folder(_run_name(trainer) or started)
+
+
+def progress_of(trainer: pl.Trainer) -> Progress:
+    """Return a progress bar where the trainer has one, else silence."""
+    shown = trainer.progress_bar_callback
+    return bar if shown is not None and shown.is_enabled else quiet
+
+
+def _run_name(trainer: pl.Trainer) -> str | None:
+    version = trainer.loggers[0].version if trainer.loggers else None
+    return None if version is None else str(version)

@@ -1,0 +1,75 @@
+"""Similarity tables drawn as heat maps, and a picture as PNG."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from lightning_interp.records import SimilarityMap
+
+Pixels = NDArray[np.uint8]
+MOST_NUMBERED = 100
+MOST_TICKS = 30
+
+
+def heat_map(table: SimilarityMap) -> Pixels:
+    """Draw a table of similarities, 0 (dark) to 1 (bright), each cell with its number where there is room.
+
+    Cells that the measure refuses (NaN) are hatched grey. The caption says from how many samples, and when not
+    to trust the numbers.
+
+    Returns:
+        `(height, width, 3)`, 0 to 255.
+    """
+    rows, columns = table.values.shape
+    figure = Figure(figsize=(3.2 + 0.5 * max(4, min(columns, 24)), 2.3 + 0.36 * max(4, min(rows, 24))), dpi=110)
+    axes = figure.add_subplot()
+    values = np.ma.masked_invalid(table.values.detach().cpu().numpy())
+    axes.patch.set(hatch="///", edgecolor="0.7", facecolor="0.9")
+    drawn = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+    _ticks(axes, table)
+    if rows * columns <= MOST_NUMBERED:
+        _numbers(axes, values)
+    figure.colorbar(drawn, ax=axes, label=f"{table.measure} (1: the same, 0: unrelated)")
+    axes.set_title(f"{table.measure}: {table.title}", fontsize=11)
+    note = f"n = {table.n} probe samples" + (f"\n{table.note}" if table.note else "")
+    figure.text(0.01, 0.01, note, fontsize=7.5, color="0.3", va="bottom", wrap=True)
+    figure.tight_layout(rect=(0, 0.04 + 0.035 * note.count("\n"), 1, 1))
+    return render(figure)
+
+
+def render(figure: Figure) -> Pixels:
+    """Return a figure's pixels `(height, width, 3)`, without pyplot's global state."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def png(pixels: Pixels) -> bytes:
+    """Return an image as a PNG file's content."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _ticks(axes: Axes, table: SimilarityMap) -> None:
+    for axis, names in ((axes.xaxis, table.columns), (axes.yaxis, table.rows)):
+        stride = -(-len(names) // MOST_TICKS)
+        axis.set_ticks(range(0, len(names), stride), list(names)[::stride])
+    long = max(map(len, table.columns), default=0) > 3
+    axes.tick_params(axis="x", labelrotation=45 if long else 0)
+    axes.set_xlabel(table.column_title)
+    axes.set_ylabel(table.row_title)
+
+
+def _numbers(axes: Axes, values: np.ma.MaskedArray) -> None:  # type: ignore[type-arg]
+    for (row, column), value in np.ndenumerate(values.filled(np.nan)):
+        shown = "–" if np.isnan(value) else f"{value:.2f}"
+        ink = "white" if np.isnan(value) or value < 0.6 else "black"
+        axes.text(column, row, shown, ha="center", va="center", fontsize=7.5, color=ink if shown != "–" else "0.3")

@@ -1,0 +1,85 @@
+"""Probe: fixed samples that a network is shown again and again, their ids and a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_interp.batch import map_tensors, size, take, tensors
+from lightning_interp.samples import Samples
+from lightning_interp.task import Task
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Samples read once and kept on the CPU, so that every look at the network shows it the same.
+
+    Args:
+        batches: as the loader collated them.
+        ids: index of each sample in the original dataset, or its place in the stream.
+        source: where they come from, in words.
+        fingerprint: SHA-256 over the inputs' values, types and shapes; targets do not enter.
+    """
+
+    batches: tuple[Any, ...]
+    ids: tuple[int, ...]
+    source: str
+    fingerprint: str
+
+    @property
+    def n(self) -> int:
+        """Number of samples."""
+        return len(self.ids)
+
+
+def take_probe(source: Samples | Iterable[Any], count: int, name: str, task: Task) -> Probe:
+    """Read `count` samples for a probe: evenly spread over a dataset, or the first of a stream of batches.
+
+    Args:
+        source: a dataset read in order, or any iterable of collated batches.
+        count: how many samples; fewer if the source has fewer.
+        name: the source in words, for messages and captions.
+        task: tells the inputs, of which the fingerprint is taken.
+
+    Raises:
+        ValueError: the source has no sample.
+    """
+    if isinstance(source, Samples):
+        chosen = source.spread(count)
+        batches = [map_tensors(_kept, batch) for batch in chosen] if len(chosen) else []
+        ids = chosen.ids
+    else:
+        batches = list(_first(source, count))
+        ids = list(range(sum(map(size, batches))))
+    if not ids:
+        raise ValueError(f"probe: expected at least one sample, got an empty {name}")
+    return Probe(tuple(batches), tuple(ids), name, fingerprint([task.inputs(b) for b in batches]))
+
+
+def fingerprint(inputs: Any) -> str:
+    """Return the SHA-256 of all tensors in a structure: their types, shapes and values."""
+    digest = hashlib.sha256()
+    for tensor in tensors(inputs):
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """Copy a tensor: some datasets hand out views of a buffer that they write again."""
+    return tensor.detach().cpu().clone()
+
+
+def _first(stream: Iterable[Any], count: int) -> Iterator[Any]:
+    missing = count
+    for batch in stream:
+        kept = map_tensors(_kept, take(batch, 0, min(missing, size(batch))))
+        missing -= size(kept)
+        yield kept
+        if missing <= 0:
+            return

@@ -1,0 +1,195 @@
+"""What flows between the rooms: frozen records with named fields."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Representation:
+    """One layer's centred features as left singular vectors and singular values, X = U S Vᵀ.
+
+    Rotations of the neurons (V) are gone; every measure that is invariant to them can be computed.
+
+    Args:
+        u: `(n, r)`, orthonormal columns.
+        s: `(r,)`, descending, in the features' unit; empty for a constant layer.
+        width: number of neurons d that the features had.
+    """
+
+    u: Float[Tensor, "n r"]
+    s: Float[Tensor, " r"]
+    width: int
+
+    @property
+    def n(self) -> int:
+        """Number of samples."""
+        return self.u.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Number of singular values above rounding error."""
+        return self.s.shape[0]
+
+    def double(self) -> Representation:
+        """Return the same in float64."""
+        return Representation(self.u.double(), self.s.double(), self.width)
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """All layers' representations of one probe at one moment of training.
+
+    Args:
+        epoch: number of finished epochs; 0 before the first step.
+        step: optimizer steps taken (`trainer.global_step`).
+        layers: layer → representation, in call order.
+    """
+
+    epoch: int
+    step: int
+    layers: Mapping[str, Representation]
+
+
+@dataclass(frozen=True, eq=False)
+class SimilarityMap:
+    """A table of similarities with names on both sides, as shown in a heat map.
+
+    Args:
+        measure: tag of the measure.
+        title: what is compared with what.
+        rows: names of the rows.
+        columns: names of the columns.
+        values: `(rows, columns)`; NaN where the measure cannot be trusted at all.
+        row_title: what the rows are.
+        column_title: what the columns are.
+        n: number of samples compared.
+        note: when not to trust it, in words; empty where nothing is known.
+    """
+
+    measure: str
+    title: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: Float[Tensor, "rows columns"]
+    row_title: str
+    column_title: str
+    n: int
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """Attribution maps of a batch of samples by one method.
+
+    Args:
+        method: tag of the attributor.
+        maps: one map per sample: `(n, ...)` in the shape of the input for gradients (signed), `(n, H, W)` for
+            class activation maps, `(n, tokens)` for token ids.
+        target: class per sample that the map explains, `(n,)`.
+        layer: the layer that the method looked at; None where it is the input.
+    """
+
+    method: str
+    maps: Float[Tensor, "n *shape"]
+    target: Int[Tensor, " n"]
+    layer: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """One sample as a reader sees it: what it is, and what the network says about it.
+
+    Args:
+        id: name of the sample (dataset index unless the user named it otherwise).
+        value: the network's input, one sample, on the CPU.
+        label: true class (or value) in words; empty if unknown.
+        prediction: predicted class in words; empty if not asked.
+        probability: of the predicted class; NaN if unknown.
+    """
+
+    id: str
+    value: Any
+    label: str = ""
+    prediction: str = ""
+    probability: float = float("nan")
+
+
+@dataclass(frozen=True, eq=False)
+class Influence:
+    """Influence of training samples on queries. Positive is helpful.
+
+    `scores[q, i]` is the predicted rise of query q's loss when training sample i is left out and the others
+    keep their weight 1/n.
+
+    Args:
+        scores: `(q, n)`, in the unit of the loss.
+        train_ids: dataset index of each column, `(n,)`.
+        train_targets: target of each training sample, `(n, ...)`.
+        query_targets: target of each query, `(q, ...)`.
+        query_losses: loss of each query, `(q,)`.
+        method: the estimator and its curvature in words.
+        damping: the total λ that was added to the curvature, weight decay included.
+        covered: parameters whose gradients entered the scores.
+        left_out: trainable parameters that did not enter, with their number of elements.
+        covered_elements: number of elements of the covered parameters.
+        gradient_norm: norm of the mean training gradient over the covered parameters: 0 at an optimum.
+        curvature_n: number of training samples that the curvature was estimated from.
+        notes: what a reader must know before trusting the scores.
+        unit: the scores' unit.
+    """
+
+    scores: Float[Tensor, "q n"]
+    train_ids: Int[Tensor, " n"]
+    train_targets: Tensor
+    query_targets: Tensor
+    query_losses: Float[Tensor, " q"]
+    method: str
+    damping: float
+    covered: tuple[str, ...]
+    left_out: Mapping[str, int]
+    covered_elements: int
+    gradient_norm: float
+    curvature_n: int
+    notes: tuple[str, ...] = field(default=())
+    unit: str = "loss"
+
+    @property
+    def coverage(self) -> float:
+        """Share of the trainable parameters' elements that entered the scores."""
+        return self.covered_elements / max(1, self.covered_elements + sum(self.left_out.values()))
+
+    def helpful(self, k: int) -> tuple[Int[Tensor, "q k"], Float[Tensor, "q k"]]:
+        """Return dataset indices and scores of each query's `k` most helpful samples, best first."""
+        return self._top(self.scores, k)
+
+    def harmful(self, k: int) -> tuple[Int[Tensor, "q k"], Float[Tensor, "q k"]]:
+        """Return dataset indices and scores of each query's `k` most harmful samples, worst first."""
+        indices, scores = self._top(-self.scores, k)
+        return indices, -scores
+
+    def surprising(self, k: int) -> tuple[Int[Tensor, "q k"], Float[Tensor, "q k"]]:
+        """Return indices and scores of the `k` most helpful samples of another class than the query's.
+
+        Raises:
+            ValueError: targets are not one class per sample, or fewer than `k` are of another class.
+        """
+        if self.train_targets.ndim != 1 or self.train_targets.is_floating_point():
+            raise ValueError("surprising: expected one class index per training sample")
+        same = self.train_targets[None, :] == self.query_targets[:, None]
+        others = int((~same).sum(1).min()) if same.numel() else 0
+        if others < k:
+            raise ValueError(f"surprising: expected k at most {others}, got {k}")
+        return self._top(self.scores.masked_fill(same, -torch.inf), k)
+
+    def _top(self, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= k <= scores.shape[1]:
+            raise ValueError(f"k: expected 0 to {scores.shape[1]} (the training samples), got {k}")
+        top = scores.topk(k, dim=1)
+        return self.train_ids[top.indices], top.values

@@ -1,0 +1,93 @@
+"""From pictures, tables and notes to one self-contained HTML file."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from lightning_interp.records import Influence, Shown
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("lightning_interp"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+CSV_COLUMNS = (
+    "query_id",
+    "query_label",
+    "query_prediction",
+    "query_loss",
+    "list",
+    "rank",
+    "train_index",
+    "train_id",
+    "train_label",
+    "score",
+)
+
+
+def page(title: str, sections: Sequence[str]) -> str:
+    """Return a whole HTML page of sections that the functions below made."""
+    return _TEMPLATES.get_template("page.html.jinja").render(title=title, sections=sections)
+
+
+def similarity_section(maps: Mapping[str, bytes], notes: Sequence[str]) -> str:
+    """Return the part on representations: heat maps as PNG by name, and notes in words."""
+    pictures = [(name, _inline(png)) for name, png in maps.items()]
+    return _TEMPLATES.get_template("similarity.html.jinja").render(maps=pictures, notes=notes)
+
+
+def attribution_section(panels: Mapping[str, Sequence[bytes]], source: str) -> str:
+    """Return the part on inputs: method → panels as PNG, and where the samples come from."""
+    groups = [(name, [_inline(png) for png in pngs]) for name, pngs in panels.items()]
+    return _TEMPLATES.get_template("attribution.html.jinja").render(groups=groups, source=source)
+
+
+def influence_section(influence: Influence, queries: Sequence[Mapping[str, Any]]) -> str:
+    """Return the part on training samples.
+
+    Args:
+        influence: the scores' record, for the trust panel.
+        queries: per query: `shown` and `loss`, its `picture` as PNG, and `lists` of (heading, explanation, samples),
+            a sample being (shown, score, picture).
+    """
+    held = [
+        {
+            **query,
+            "picture": _inline(query["picture"]),
+            "lists": [
+                (heading, about, [(shown, score, _inline(picture)) for shown, score, picture in samples])
+                for heading, about, samples in query["lists"]
+            ],
+        }
+        for query in queries
+    ]
+    template = _TEMPLATES.get_template("influence.html.jinja")
+    return template.render(influence=influence, n=influence.scores.shape[1], queries=held)
+
+
+def influence_csv(rows: Sequence[tuple[Shown, float, str, int, int, Shown, float]]) -> str:
+    """Return a table of scores as CSV.
+
+    Args:
+        rows: (query, its loss, list, rank, training index, training sample, score).
+    """
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for query, loss, where, rank, index, train, score in rows:
+        told = (query.id, query.label, query.prediction, f"{loss:.6g}")
+        writer.writerow((*told, where, rank, index, train.id, train.label, f"{score:.6g}"))
+    return buffer.getvalue()
+
+
+def _inline(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

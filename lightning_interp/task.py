@@ -1,0 +1,241 @@
+"""Task: how to read a batch and how to call the model, in four functions that a user may replace."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+LABEL_KEYS = ("labels", "label", "target", "targets", "y")
+Problem = Literal["classes", "binary", "multilabel", "regression"]
+
+
+def read_inputs(batch: Any) -> Any:
+    """Return what the model is called with: all of a batch but its target.
+
+    A tuple or list `(x, ..., y)` gives `x`, or a tuple if there are several. A mapping gives all entries
+    but the label. A lone tensor is its own input.
+
+    >>> read_inputs({"image": 1, "label": 2})
+    {'image': 1}
+    """
+    if isinstance(batch, Mapping):
+        label = _label_key(batch)
+        return {key: batch[key] for key in batch if key != label}
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        return batch[0] if len(batch) == 2 else tuple(batch[:-1])
+    return batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+
+
+def read_targets(batch: Any) -> Tensor:
+    """Return the targets of a batch: the last of a tuple, or a mapping's `labels`, `label`, `target` or `y`.
+
+    Raises:
+        ValueError: the batch has no target that this function can recognise.
+    """
+    found: Any = None
+    if isinstance(batch, Mapping):
+        label = _label_key(batch)
+        found = batch[label] if label is not None else None
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        found = batch[-1]
+    if isinstance(found, Tensor):
+        return found
+    raise ValueError(
+        f"task: expected a batch (x, y) or a mapping with one of {', '.join(LABEL_KEYS)} holding a tensor,"
+        f" got {_shape_of(batch)}; pass task=Task(targets=...)"
+    )
+
+
+def call_model(module: nn.Module, inputs: Any) -> Tensor:
+    """Call the module and return its outputs: logits `(n, classes)`, or whatever tensor it gives.
+
+    A mapping is passed as keywords (those that `forward` names; a single entry of another name goes in
+    first place), a tuple as positional arguments. Of an output object `.logits` is taken, else `["logits"]`,
+    else the first tensor of a tuple.
+
+    Raises:
+        ValueError: the module's output holds no tensor that this function can recognise.
+    """
+    if isinstance(inputs, Mapping):
+        output = _call_with_keywords(module, inputs)
+    elif isinstance(inputs, tuple):
+        output = module(*inputs)
+    else:
+        output = module(inputs)
+    return _logits(output)
+
+
+def loss_per_sample(outputs: Tensor, targets: Tensor) -> Float[Tensor, " n"]:
+    """Return one loss per sample, of the kind that the shapes say (see `problem`).
+
+    Cross entropy for classes, binary cross entropy for binary and multi-label outputs, squared error for
+    regression; means over whatever dimensions follow the first (and the classes).
+    """
+    kind = problem(outputs, targets)
+    if kind == "classes":
+        loss = F.cross_entropy(outputs, _class_indices(outputs, targets), reduction="none")
+    elif kind == "regression":
+        loss = F.mse_loss(outputs, targets.reshape(outputs.shape).to(outputs.dtype), reduction="none")
+    else:
+        targets = targets.reshape(outputs.shape).to(outputs.dtype)
+        loss = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
+    return loss.flatten(1).mean(1) if loss.ndim > 1 else loss
+
+
+def problem(outputs: Tensor, targets: Tensor) -> Problem:
+    """Say which problem the shapes and types of outputs and targets describe.
+
+    >>> problem(torch.zeros(4, 10), torch.tensor([1, 2, 3, 9]))
+    'classes'
+    >>> problem(torch.zeros(4, 1), torch.tensor([0, 1, 1, 0]))
+    'binary'
+    >>> problem(torch.zeros(4, 3), torch.eye(4)[:, :3])
+    'multilabel'
+    >>> problem(torch.zeros(4), torch.tensor([.1, .7, 3., 2.]))
+    'regression'
+
+    Raises:
+        ValueError: outputs and targets fit none of the four.
+    """
+    discrete = not (targets.is_floating_point() or targets.is_complex())
+    one_output = outputs.ndim == 1 or (outputs.ndim == 2 and outputs.shape[1] == 1)
+    if one_output and targets.numel() == outputs.shape[0]:
+        return "binary" if _zeros_and_ones(targets) else "regression"
+    if targets.shape == outputs.shape:
+        return "multilabel" if _zeros_and_ones(targets) else "regression"
+    if discrete and outputs.ndim >= 2 and _is_class_index(outputs, targets):
+        return "classes"
+    raise ValueError(
+        "task: expected targets that fit the outputs (class indices (n,), or the outputs' own shape), got"
+        f" outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} of {targets.dtype};"
+        " pass task=Task(outputs=..., targets=..., loss=...)"
+    )
+
+
+@dataclass(frozen=True)
+class Task:
+    """How to read a batch and call the model. Replace any of the four functions by your own.
+
+    Args:
+        inputs: batch → what the model is called with.
+        targets: batch → targets, one row per sample.
+        outputs: (module, inputs) → outputs, logits `(n, classes)` for a classifier.
+        loss: (outputs, targets) → one loss per sample, `(n,)`, in the unit that influence then has.
+
+    >>> task = Task(outputs=lambda module, x: module(x)["head_b"])
+    """
+
+    inputs: Callable[[Any], Any] = read_inputs
+    targets: Callable[[Any], Tensor] = read_targets
+    outputs: Callable[[nn.Module, Any], Tensor] = call_model
+    loss: Callable[[Tensor, Tensor], Tensor] = loss_per_sample
+
+    def __post_init__(self) -> None:
+        for name in ("inputs", "targets", "outputs", "loss"):
+            if not callable(getattr(self, name)):
+                raise TypeError(f"Task({name}=...): expected a function, got {getattr(self, name)!r}")
+
+    def losses(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Float[Tensor, " n"]]:
+        """Return outputs, targets and the loss per sample of one batch.
+
+        Raises:
+            ValueError: `loss` did not give one number per sample.
+        """
+        outputs, targets = self.outputs(module, self.inputs(batch)), self.targets(batch)
+        loss = self.loss(outputs, targets)
+        if loss.shape != outputs.shape[:1]:
+            raise ValueError(
+                f"Task(loss=...): expected one loss per sample, shape ({outputs.shape[0]},),"
+                f" got shape {tuple(loss.shape)}"
+            )
+        return outputs, targets, loss
+
+
+def predicted(outputs: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the predicted class and its probability, `(n,)` each, of a classifier's outputs.
+
+    For a one-logit binary output the class is 0 or 1; for multi-label and regression outputs it is the
+    largest output. Of a regression with one output it is 1: the output itself, not its negative. The probability
+    is NaN where there is none.
+    """
+    if outputs.ndim == 1 or outputs.shape[1] == 1:
+        logit = outputs.reshape(len(outputs))
+        if targets is not None and problem(outputs, targets) == "regression":
+            return torch.ones_like(logit, dtype=torch.long), torch.full_like(logit, torch.nan)
+        chance = logit.float().sigmoid()
+        return (logit > 0).long(), torch.maximum(chance, 1 - chance)
+    logits = outputs.flatten(2).mean(2) if outputs.ndim > 2 else outputs
+    chosen = logits.argmax(1)
+    if targets is None or problem(outputs, targets) == "classes":
+        chance = logits.float().softmax(1).gather(1, chosen[:, None])[:, 0]
+    elif problem(outputs, targets) == "multilabel":
+        chance = logits.float().gather(1, chosen[:, None])[:, 0].sigmoid()
+    else:
+        chance = torch.full_like(logits[:, 0], torch.nan)
+    return chosen, chance
+
+
+def _label_key(batch: Mapping[Any, Any]) -> str | None:
+    return next((key for key in LABEL_KEYS if key in batch), None)
+
+
+def _call_with_keywords(module: nn.Module, inputs: Mapping[Any, Any]) -> Any:
+    parameters = inspect.signature(module.forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return module(**inputs)
+    known = {key: value for key, value in inputs.items() if key in parameters}
+    if known or not inputs:
+        return module(**known)
+    held = [value for value in inputs.values() if isinstance(value, Tensor)]
+    if len(held) == 1:
+        return module(held[0])
+    raise ValueError(
+        f"task: expected batch keys among forward's arguments ({', '.join(parameters)}), got"
+        f" {', '.join(map(str, inputs))}; pass task=Task(outputs=...)"
+    )
+
+
+def _logits(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    found = getattr(output, "logits", None)
+    if found is None and isinstance(output, Mapping):
+        found = output.get("logits")
+    if found is None and isinstance(output, (tuple, list)):
+        found = next((part for part in output if isinstance(part, Tensor)), None)
+    if isinstance(found, Tensor):
+        return found
+    raise ValueError(
+        f"task: expected the model to return a tensor or something with `.logits`, got {_shape_of(output)};"
+        " pass task=Task(outputs=...)"
+    )
+
+
+def _is_class_index(outputs: Tensor, targets: Tensor) -> bool:
+    expected = (outputs.shape[0], *outputs.shape[2:])
+    return tuple(targets.shape) in (expected, (*expected, 1))
+
+
+def _class_indices(outputs: Tensor, targets: Tensor) -> Tensor:
+    return targets.reshape(outputs.shape[0], *outputs.shape[2:]).long()
+
+
+def _zeros_and_ones(targets: Tensor) -> bool:
+    return bool(((targets == 0) | (targets == 1)).all())
+
+
+def _shape_of(thing: Any) -> str:
+    if isinstance(thing, Tensor):
+        return f"a tensor of shape {tuple(thing.shape)}"
+    if isinstance(thing, Mapping):
+        return f"a mapping with keys {', '.join(map(str, thing))}"
+    if isinstance(thing, (tuple, list)):
+        return f"a {type(thing).__name__} of {', '.join(type(part).__name__ for part in thing)}"
+    return f"a {type(thing).__name__}"
