@@ -71,7 +71,7 @@ class Board:
         """Log an image `(H, W, 3)`, 0 to 255."""
         for logger in self._loggers:
             if writer := _writer(logger):
-                writer.add_image(clean(name), pixels, step, dataformats="HWC")  # type: ignore[no-untyped-call]
+                writer.add_image(clean(name), pixels, step, dataformats="HWC")
             elif hasattr(logger, "log_image"):
                 logger.log_image(key=clean(name), images=[pixels], step=step)
 
@@ -79,7 +79,7 @@ class Board:
         """Log a text in Markdown."""
         for logger in self._loggers:
             if writer := _writer(logger):
-                writer.add_text(clean(name), markdown, step)  # type: ignore[no-untyped-call]
+                writer.add_text(clean(name), markdown, step)
             elif hasattr(logger, "log_text"):
                 logger.log_text(key=clean(name), columns=["text"], data=[[markdown]], step=step)
 
@@ -87,7 +87,7 @@ class Board:
         """Write everything out now, so that a reader sees it."""
         for logger in self._loggers:
             if writer := _writer(logger):
-                writer.flush()  # type: ignore[no-untyped-call]
+                writer.flush()
 
 
 def _writer(logger: Logger) -> SummaryWriter | None:

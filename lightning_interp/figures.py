@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -28,7 +29,9 @@ def heat_map(table: SimilarityMap) -> Pixels:
         `(height, width, 3)`, 0 to 255.
     """
     rows, columns = table.values.shape
-    figure = Figure(figsize=(3.2 + 0.5 * max(4, min(columns, 24)), 2.3 + 0.36 * max(4, min(rows, 24))), dpi=110)
+    size = (3.2 + 0.5 * max(4, min(columns, 24)), 2.1 + 0.36 * max(4, min(rows, 24)))
+    note = textwrap.wrap(f"n = {table.n} probe samples. {table.note}", int(size[0] * 15))
+    figure = Figure(figsize=(size[0], size[1] + 0.17 * len(note)), dpi=110)
     axes = figure.add_subplot()
     values = np.ma.masked_invalid(table.values.detach().cpu().numpy())
     axes.patch.set(hatch="///", edgecolor="0.7", facecolor="0.9")
@@ -36,11 +39,10 @@ def heat_map(table: SimilarityMap) -> Pixels:
     _ticks(axes, table)
     if rows * columns <= MOST_NUMBERED:
         _numbers(axes, values)
-    figure.colorbar(drawn, ax=axes, label=f"{table.measure} (1: the same, 0: unrelated)")
+    figure.colorbar(drawn, ax=axes, label=f"{table.measure} (1: same, 0: unrelated)")
     axes.set_title(f"{table.measure}: {table.title}", fontsize=11)
-    note = f"n = {table.n} probe samples" + (f"\n{table.note}" if table.note else "")
-    figure.text(0.01, 0.01, note, fontsize=7.5, color="0.3", va="bottom", wrap=True)
-    figure.tight_layout(rect=(0, 0.04 + 0.035 * note.count("\n"), 1, 1))
+    figure.text(0.01, 0.01, "\n".join(note), fontsize=7.5, color="0.3", va="bottom")
+    figure.tight_layout(rect=(0, (0.17 * len(note) + 0.05) / figure.get_figheight(), 1, 1))
     return render(figure)
 
 
@@ -68,7 +70,7 @@ def _ticks(axes: Axes, table: SimilarityMap) -> None:
     axes.set_ylabel(table.row_title)
 
 
-def _numbers(axes: Axes, values: np.ma.MaskedArray) -> None:  # type: ignore[type-arg]
+def _numbers(axes: Axes, values: np.ma.MaskedArray) -> None:
     for (row, column), value in np.ndenumerate(values.filled(np.nan)):
         shown = "–" if np.isnan(value) else f"{value:.2f}"
         ink = "white" if np.isnan(value) or value < 0.6 else "black"

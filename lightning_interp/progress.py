@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from tqdm import tqdm
 
 T = TypeVar("T")
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Hands an iterable on and shows how far it got."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -55,6 +55,18 @@ class Snapshot:
     epoch: int
     step: int
     layers: Mapping[str, Representation]
+
+
+class Caution(NamedTuple):
+    """Why not to trust a measure on a layer.
+
+    Args:
+        reason: in words.
+        detail: the layer's own number behind it.
+    """
+
+    reason: str
+    detail: str
 
 
 @dataclass(frozen=True, eq=False)

@@ -52,11 +52,11 @@ def training_source(trainer: pl.Trainer, owner: str) -> Source:
     return Source(_read(trainer, _flat(trainer.train_dataloader)[0], f"{owner}(probe=...)"), "training set")
 
 
-def given_source(trainer: pl.Trainer, dataset: Any, like: Source) -> Source:
-    """Return the user's own dataset or loader, read with the batch size and collate of the trainer's loader."""
-    if isinstance(dataset, DataLoader) or not isinstance(like.samples, Samples):
-        return Source(Samples.of(dataset, move=mover(trainer)), "given dataset")
-    return Source(dataclasses.replace(like.samples, dataset=dataset, indices=None), "given dataset")
+def given_samples(trainer: pl.Trainer, dataset: Any, like: Any = None) -> Samples:
+    """Return the user's own dataset or loader; a dataset is read with the batch size and collate of `like`."""
+    if isinstance(dataset, DataLoader) or not isinstance(like, Samples):
+        return Samples.of(dataset, move=mover(trainer))
+    return dataclasses.replace(like, dataset=dataset, indices=None)
 
 
 def indexed_training_set(trainer: pl.Trainer) -> Samples:

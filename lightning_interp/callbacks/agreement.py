@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lightning_interp.batch import take
-from lightning_interp.capture import undisturbed
 from lightning_interp.task import Task
 
 TOLERANCE = 1e-3
@@ -22,6 +21,11 @@ def disagreement(module: pl.LightningModule, task: Task, batch: Any) -> str:
 
     The copy has no trainer and logs nothing, so the step can change neither the run nor its metrics.
 
+    Args:
+        module: in eval mode (see `lightning_interp.capture.undisturbed`).
+        task: whose loss is compared.
+        batch: on the module's device; its first four samples are used.
+
     Returns:
         What disagrees, in words; empty if nothing does, or where the step cannot run without a trainer.
     """
@@ -29,7 +33,7 @@ def disagreement(module: pl.LightningModule, task: Task, batch: Any) -> str:
     theirs = _loss_of_step(module, few)
     if theirs is None:
         return ""
-    with undisturbed(module), torch.no_grad():
+    with torch.no_grad():
         ours = float(task.losses(module, few)[2].mean())
     if abs(ours - theirs) <= TOLERANCE * max(1.0, abs(theirs)):
         return ""
@@ -42,11 +46,12 @@ def disagreement(module: pl.LightningModule, task: Task, batch: Any) -> str:
 def _loss_of_step(module: pl.LightningModule, batch: Any) -> float | None:
     if not module.automatic_optimization:
         return None
-    with undisturbed(module), torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             twin = copy.deepcopy(module).eval()
-            twin.log = twin.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
+            for name in ("log", "log_dict"):
+                setattr(twin, name, lambda *_, **__: None)
             result = twin.training_step(batch, 0)
         except Exception:
             return None

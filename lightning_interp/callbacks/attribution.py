@@ -18,10 +18,9 @@ from lightning_interp import panels, report
 from lightning_interp.attribution import GradCAM, Saliency, last_spatial_layer
 from lightning_interp.batch import device_of, row, size, take, to_device
 from lightning_interp.board import Board, clean, tag
-from lightning_interp.callbacks.access import given_source, in_precision, validation_source
+from lightning_interp.callbacks.access import Source, given_samples, in_precision, validation_source
 from lightning_interp.callbacks.shell import OnError, Shell, run_folder
 from lightning_interp.callbacks.showing import shown_samples, targets_of, with_class_names, write_section
-from lightning_interp.capture import undisturbed
 from lightning_interp.display import Display, kind_of
 from lightning_interp.figures import png
 from lightning_interp.layers import match_layers
@@ -121,11 +120,10 @@ class InputAttribution(Callback):
     def _start(self, folder: Folder, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         source = validation_source(trainer, self._shell.owner)
         if self.probe is not None:
-            source = given_source(trainer, self.probe, source)
-        with undisturbed(module):
-            probe = take_probe(source.samples, self.samples, source.name, self.task)
-            inputs = self.task.inputs(to_device(take(probe.batches[0], 0, 1), device_of(module)))
-            methods = self.methods or _fitting(module, inputs, in_precision(trainer, self.task))
+            source = Source(given_samples(trainer, self.probe, source.samples), "given dataset")
+        probe = take_probe(source.samples, self.samples, source.name, self.task)
+        inputs = self.task.inputs(to_device(take(probe.batches[0], 0, 1), device_of(module)))
+        methods = self.methods or _fitting(module, inputs, in_precision(trainer, self.task))
         self._run = _Run(folder, probe, with_class_names(self.display, source.samples), methods)
         drawn = self._explain(trainer, module, "before training" if not trainer.global_step else "resumed")
         if not trainer.global_step:
@@ -155,7 +153,7 @@ class InputAttribution(Callback):
         ids = list(run.probe.ids)
         for batch in run.probe.batches:
             held = to_device(batch, device_of(module))
-            with undisturbed(module), torch.no_grad():
+            with torch.no_grad():
                 outputs = task.outputs(module, task.inputs(held))
             shown = shown_samples(held, outputs, task, [ids.pop(0) for _ in range(size(held))], run.display)
             target = predicted(outputs, targets_of(held, task))[0]

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -69,10 +69,10 @@ def afford(estimator: Estimator, model: nn.Module, train: Samples, query: Sample
 def _fewer_for_curvature(estimator: Estimator, n: int, per_sample: float, seconds: float) -> tuple[Estimator, float]:
     """Return the estimator with a curvature that fits, and the seconds that it will take."""
     if not isinstance(estimator, InfluenceFunction):
-        return estimator, per_sample * n
+        return estimator, 0.0
     wanted = min(n, estimator.curvature.samples or n)
     fitting = min(wanted, max(MORE, int(seconds / per_sample)))
-    if fitting < wanted and dataclasses.is_dataclass(estimator.curvature):
-        curvature = dataclasses.replace(estimator.curvature, samples=fitting)
+    if fitting < wanted:
+        curvature = dataclasses.replace(cast(Any, estimator.curvature), samples=fitting)
         estimator = dataclasses.replace(estimator, curvature=curvature)
     return estimator, per_sample * fitting

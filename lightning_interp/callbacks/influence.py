@@ -17,13 +17,12 @@ from safetensors.torch import save
 from lightning_interp import report
 from lightning_interp.batch import tensors
 from lightning_interp.board import Board
-from lightning_interp.callbacks.access import given_source, in_precision, indexed_training_set, mover, validation_source
+from lightning_interp.callbacks.access import given_samples, in_precision, indexed_training_set, validation_source
 from lightning_interp.callbacks.agreement import disagreement
 from lightning_interp.callbacks.budget import Estimator, afford
 from lightning_interp.callbacks.shell import OnError, Shell, progress_of, run_folder
 from lightning_interp.callbacks.showing import with_class_names, write_section
 from lightning_interp.callbacks.telling import Told, strangeness, tell
-from lightning_interp.capture import undisturbed
 from lightning_interp.display import Display
 from lightning_interp.influence import InfluenceFunction
 from lightning_interp.records import Influence
@@ -137,38 +136,35 @@ class DataInfluence(Callback):
             return
         if not len(train):
             raise ValueError("DataInfluence(train_dataset=...): expected at least one training sample, got none")
-        with undisturbed(module):
-            few = dataclasses.replace(train, workers=0).at(range(min(4, len(train))))
-            first, again = next(iter(few)), next(iter(few))
-            notes = [_augmented(self.task, first, again), disagreement(module, self.task, first)]
+        few = dataclasses.replace(train, workers=0).at(range(min(4, len(train))))
+        first, again = next(iter(few)), next(iter(few))
+        notes = [_augmented(self.task, first, again), disagreement(module, self.task, first)]
         for note in filter(None, notes):
             rank_zero_warn(f"DataInfluence: {note}")
         display = with_class_names(self.display, train)
         self._run = _Run(folder, train, display, tuple(filter(None, notes)))
 
     def _training_set(self, trainer: pl.Trainer) -> Samples:
-        if self.train_dataset is None:
-            return indexed_training_set(trainer)
         try:
-            like = indexed_training_set(trainer)
+            found = indexed_training_set(trainer)
         except ValueError:
-            return Samples.of(self.train_dataset, move=mover(trainer))
-        found = given_source(trainer, self.train_dataset, like).samples
-        return Samples.of(found)
+            if self.train_dataset is None:
+                raise
+            return given_samples(trainer, self.train_dataset)
+        return found if self.train_dataset is None else given_samples(trainer, self.train_dataset, found)
 
     def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         run, task = _begun(self._run), in_precision(trainer, self.task)
-        with undisturbed(module):
-            query = self._choose_queries(trainer, module, task)
-            plan = afford(self.estimator, module, run.train, query, task, self._budget())
-            if plan.message:
-                rank_zero_warn(f"DataInfluence: {plan.message} Pass budget_seconds= for more.")
-            candidates = plan.candidates or range(len(run.train))
-            found = plan.estimator(
-                module, run.train, query, task=task, candidates=candidates, progress=progress_of(trainer)
-            )
-            found = dataclasses.replace(found, notes=found.notes + run.notes)
-            told = tell(module, task, found, run.train.at(candidates), query, self.top, run.display)
+        query = self._choose_queries(trainer, module, task)
+        plan = afford(self.estimator, module, run.train, query, task, self._budget())
+        if plan.message:
+            rank_zero_warn(f"DataInfluence: {plan.message} Pass budget_seconds= for more.")
+        candidates = plan.candidates or range(len(run.train))
+        found = plan.estimator(
+            module, run.train, query, task=task, candidates=candidates, progress=progress_of(trainer)
+        )
+        found = dataclasses.replace(found, notes=found.notes + run.notes)
+        told = tell(module, task, found, run.train.at(candidates), query, self.top, run.display)
         self._publish(trainer, run.folder, found, told)
 
     def _budget(self) -> float:
@@ -178,10 +174,10 @@ class DataInfluence(Callback):
 
     def _choose_queries(self, trainer: pl.Trainer, module: pl.LightningModule, task: Task) -> Samples:
         """Return the validation samples that are most confidently wrong, then those of the highest loss."""
-        source = validation_source(trainer, self._shell.owner)
+        found: Any = validation_source(trainer, self._shell.owner).samples
         if self.query_dataset is not None:
-            source = given_source(trainer, self.query_dataset, source)
-        samples = Samples.of(source.samples).spread(MOST_SEARCHED)
+            found = given_samples(trainer, self.query_dataset, found)
+        samples = Samples.of(found).spread(MOST_SEARCHED)
         batches = -(-len(samples) // samples.batch_size)
         with torch.no_grad():
             ranks = [

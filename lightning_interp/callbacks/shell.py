@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_interp.board import Board
+from lightning_interp.capture import undisturbed
 from lightning_interp.progress import Progress, bar, quiet
 from lightning_interp.storage import Folder
 
@@ -25,6 +26,8 @@ SHARDED = ("FSDP", "DeepSpeed", "ModelParallel")
 class Shell:
     """Runs a callback's work so that it cannot harm the training run.
 
+    All of it happens inside `undisturbed`: the module is in eval mode, and whatever the work, the user's own functions
+    or a library draws or changes is put back.
     Before the first batch every error is raised. Later, with `on_error="warn"`, the first one is warned about with
     its traceback, the callback is switched off, and the log says so.
 
@@ -47,7 +50,7 @@ class Shell:
         if any(kind in type(trainer.strategy).__name__ for kind in SHARDED):
             self.switch_off(f"{type(trainer.strategy).__name__} shards the parameters, which is not supported")
         if self._works(trainer):
-            with self._timed():
+            with self._timed(), undisturbed(module):
                 work(trainer, module)
 
     def run(self, work: Work, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -55,7 +58,7 @@ class Shell:
         if not self._works(trainer):
             return
         try:
-            with self._timed():
+            with self._timed(), undisturbed(module):
                 work(trainer, module)
         except Exception as error:
             if self.on_error == "raise":
@@ -97,7 +100,7 @@ def run_folder(trainer: pl.Trainer) -> Folder:
     """
     root = trainer.log_dir or trainer.default_root_dir
     started = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
-    if trainer.fast_dev_run:
+    if getattr(trainer, "fast_dev_run", False):
         return Folder(f"memory://lightning_interp/{started}")
     folder = Folder(str(root)).folder("interp")
     own = trainer.loggers and isinstance(trainer.loggers[0], (TensorBoardLogger, CSVLogger))
@@ -107,7 +110,7 @@ def run_folder(trainer: pl.Trainer) -> Folder:
 def progress_of(trainer: pl.Trainer) -> Progress:
     """Return a progress bar where the trainer has one, else silence."""
     shown = trainer.progress_bar_callback
-    return bar if shown is not None and shown.is_enabled else quiet
+    return bar if shown is not None and getattr(shown, "is_enabled", True) else quiet
 
 
 def _run_name(trainer: pl.Trainer) -> str | None:

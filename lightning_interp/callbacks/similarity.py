@@ -14,16 +14,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_interp import figures, report
 from lightning_interp.batch import device_of, size, take, to_device
 from lightning_interp.board import Board, tag
-from lightning_interp.callbacks.access import given_source, in_precision, validation_source
+from lightning_interp.callbacks.access import Source, given_samples, in_precision, validation_source
 from lightning_interp.callbacks.shell import OnError, Shell, progress_of, run_folder
 from lightning_interp.callbacks.showing import write_section
-from lightning_interp.capture import undisturbed
 from lightning_interp.layers import default_layers, match_layers
 from lightning_interp.probe import Probe, take_probe
 from lightning_interp.records import Snapshot
 from lightning_interp.similarity import CKA, SVCCA, Measure
 from lightning_interp.similarity.features import output_widths, representations
-from lightning_interp.similarity.history import History, caution, histories, layerwise
+from lightning_interp.similarity.history import History, cautions, histories, layerwise
 from lightning_interp.storage import (
     Folder,
     SnapshotStore,
@@ -136,10 +135,9 @@ class RepresentationSimilarity(Callback):
         self._run = None
         source = validation_source(trainer, self._shell.owner)
         if self.probe is not None:
-            source = given_source(trainer, self.probe, source)
-        with undisturbed(module):
-            probe = take_probe(source.samples, self.samples, source.name, self.task)
-            widths = self._choose(trainer, module, probe)
+            source = Source(given_samples(trainer, self.probe, source.samples), "given dataset")
+        probe = take_probe(source.samples, self.samples, source.name, self.task)
+        widths = self._choose(trainer, module, probe)
         if earlier and earlier["fingerprint"] != probe.fingerprint:
             self._shell.switch_off("the probe's samples differ from those of the run that it resumes; pass probe=")
             return
@@ -178,8 +176,7 @@ class RepresentationSimilarity(Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, probe: Probe, widths: dict[str, list[int]], epoch: int
     ) -> Snapshot:
         forward = partial(self._forward, trainer, module)
-        with undisturbed(module):
-            layers = representations(module, forward, probe.batches, widths, probe.n)
+        layers = representations(module, forward, probe.batches, widths, probe.n)
         return Snapshot(epoch, trainer.global_step, layers)
 
     def _epoch(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -202,7 +199,8 @@ class RepresentationSimilarity(Callback):
         watched = progress_of(trainer)(steps, len(steps), "comparing representations")
         compared = histories(self.measures, run.initial, final, map(run.store.read, watched))
         notes = _notes(run.probe, final, self.measures)
-        board, drawn = Board(trainer.loggers), {}
+        board = Board(trainer.loggers)
+        drawn: dict[str, bytes] = {}
         for name, history in compared.items():
             for layer, values in zip(final.layers, history.to_final.values.tolist(), strict=True):
                 board.history(f"similarity_to_final/{name}/{layer}", steps, values)
@@ -251,7 +249,7 @@ def _notes(probe: Probe, final: Snapshot, measures: dict[str, Measure]) -> list[
         f"Layers: {', '.join(final.layers)}; maps flattened, one feature per channel and position.",
         "1 means the same up to the measure's invariance, 0 unrelated.",
     ]
-    return lines + [f"{name}: {said}." for name, measure in measures.items() if (said := caution(measure, final))]
+    return lines + [f"{name}: {said}." for name, measure in measures.items() if (said := cautions(measure, final))]
 
 
 def _begun(run: _Run | None) -> _Run:

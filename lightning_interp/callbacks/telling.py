@@ -179,6 +179,6 @@ def _summary(found: Influence) -> str:
         f"**Method**: {found.method}, curvature from {found.curvature_n:,} samples, damping λ = {found.damping:.3g}.",
         f"**Training samples scored**: {found.scores.shape[1]:,}.",
         f"**Parameters covered**: {100 * found.coverage:.1f}% ({found.covered_elements:,}){left_out}.",
-        f"**Norm of the mean training gradient**: {found.gradient_norm:.3g} (0 at an optimum, which the scores assume).",
+        f"**Norm of the mean training gradient**: {found.gradient_norm:.3g} (0 at an optimum).",
     ]
     return "\n\n".join(lines + [f"**Note**: {note}." for note in found.notes])

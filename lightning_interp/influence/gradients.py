@@ -158,7 +158,7 @@ def _joined(pairs: list[tuple[Tensor, Tensor]]) -> Rows:
     return Rows(torch.cat(inputs, dim=2), torch.cat(outputs, dim=2))
 
 
-def _layer_inputs(part: nn.Module, given: Tensor) -> Tensor:
+def _layer_inputs(part: Any, given: Tensor) -> Tensor:
     """Return `(n, groups, t, i)`: what each weight was multiplied with, and a column of ones for a bias."""
     given = precise(given)
     rows = given.reshape(len(given), 1, -1, given.shape[-1]) if isinstance(part, nn.Linear) else _patches(part, given)
@@ -167,11 +167,11 @@ def _layer_inputs(part: nn.Module, given: Tensor) -> Tensor:
     return torch.cat([rows, rows.new_ones(*rows.shape[:3], 1)], dim=3)
 
 
-def _layer_outputs(part: nn.Module, grad: Tensor) -> Tensor:
+def _layer_outputs(part: Any, grad: Tensor) -> Tensor:
     """Return output gradients as `(n, groups, t, o)`."""
     if isinstance(part, nn.Linear):
         return grad.reshape(len(grad), 1, -1, grad.shape[-1])
-    groups = int(part.groups)
+    groups: int = part.groups
     return grad.reshape(len(grad), groups, grad.shape[1] // groups, -1).transpose(2, 3)
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_interp.records import Representation
+from lightning_interp.records import Caution, Representation
 from lightning_interp.similarity.representation import prepare, same_samples
 
 
@@ -58,9 +58,11 @@ class SVCCA:
         shares = x.s.double().square().cumsum(0)
         return int((shares < self.variance * shares[-1]).sum()) + 1 if x.rank else 0
 
-    def caution(self, x: Representation) -> str:
-        """Say in words when a comparison with this layer should not be trusted; empty if it can be."""
+    def caution(self, x: Representation) -> Caution | None:
+        """Say when a comparison with this layer should not be trusted."""
         k = self.kept(x)
         if k >= x.n - 1:
-            return f"not defined: keeps k = {k} ≥ n − 1 directions"
-        return f"n < 10·k with k = {k} kept directions: unrelated layers would score high too" if x.n < 10 * k else ""
+            return Caution("not defined, keeps n − 1 directions or more", f"k = {k}")
+        if x.n < 10 * k:
+            return Caution("fewer than 10 samples per kept direction, unrelated layers score high too", f"k = {k}")
+        return None

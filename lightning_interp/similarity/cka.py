@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_interp.records import Representation
+from lightning_interp.records import Caution, Representation
 from lightning_interp.similarity.representation import prepare, same_samples
 
 
@@ -49,11 +49,11 @@ class CKA:
         hsic = _hsic_unbiased if self.debiased else _hsic
         return hsic(x, y) / (hsic(x, x) * hsic(y, y)).clamp(min=0).sqrt()
 
-    def caution(self, x: Representation) -> str:
-        """Say in words when a comparison with this layer should not be trusted; empty if it can be."""
+    def caution(self, x: Representation) -> Caution | None:
+        """Say when a comparison with this layer should not be trusted."""
         if self.debiased or x.width < x.n:
-            return ""
-        return "width ≥ n: biased upwards, compare with the debiased values"
+            return None
+        return Caution("width ≥ n, biased upwards, compare with the debiased values", f"d = {x.width:,}")
 
 
 def _hsic(x: Representation, y: Representation) -> Float[Tensor, ""]:

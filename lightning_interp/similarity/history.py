@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from lightning_interp.records import SimilarityMap, Snapshot
+from lightning_interp.records import Caution, Representation, SimilarityMap, Snapshot
 from lightning_interp.similarity.matrix import Measure, matrix
 
 
@@ -51,16 +51,16 @@ def layerwise(measure: Measure, a: Snapshot, b: Snapshot) -> list[float]:
     return [float(measure.between(a.layers[layer].double(), b.layers[layer].double())) for layer in b.layers]
 
 
-def caution(measure: Measure, snapshot: Snapshot) -> str:
+def cautions(measure: Measure, snapshot: Snapshot) -> str:
     """Return when not to trust a measure, with the layers it concerns; empty where nothing is known."""
-    say: Callable[..., str] | None = getattr(measure, "caution", None)
+    say: Callable[[Representation], Caution | None] | None = getattr(measure, "caution", None)
     if say is None:
         return ""
     found: dict[str, list[str]] = {}
     for layer, representation in snapshot.layers.items():
-        if note := say(representation):
-            found.setdefault(note, []).append(layer)
-    return "; ".join(f"{', '.join(layers)}: {note}" for note, layers in found.items())
+        if warning := say(representation):
+            found.setdefault(warning.reason, []).append(f"{layer} ({warning.detail})")
+    return "; ".join(f"{', '.join(layers)}: {reason}" for reason, layers in found.items())
 
 
 def _history(
@@ -71,7 +71,7 @@ def _history(
     to_initial: list[list[float]],
     to_final: list[list[float]],
 ) -> History:
-    layers, columns, note = tuple(final.layers), tuple(epochs), caution(measure, final)
+    layers, columns, note = tuple(final.layers), tuple(epochs), cautions(measure, final)
     n = next(iter(final.layers.values())).n
 
     def by_epoch(title: str, values: list[list[float]]) -> SimilarityMap:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from lightning_interp.records import Representation
 from lightning_interp.similarity.representation import prepare
 
 
+@runtime_checkable
 class Measure(Protocol):
     """A similarity of two prepared layers; `CKA` and `SVCCA` are such."""
 

@@ -1,6 +1,6 @@
 """Curvature of the training loss, from which influence takes its metric."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from lightning_interp.influence.curvature.ekfac import EKFAC, FittedEKFAC, Traces
 from lightning_interp.influence.curvature.gauss_newton import FittedGaussNewton, GaussNewton
@@ -8,6 +8,7 @@ from lightning_interp.influence.gradients import Gradients
 from lightning_interp.task import Task
 
 
+@runtime_checkable
 class Fitted(Protocol):
     """A curvature estimated from data."""
 
@@ -23,6 +24,7 @@ class Fitted(Protocol):
         """Return (H + λI)⁻¹ v for gradients `(q, groups, o, i)` of each layer."""
 
 
+@runtime_checkable
 class Curvature(Protocol):
     """How the curvature is estimated; `EKFAC` and `GaussNewton` are such."""
 
