@@ -37,17 +37,7 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
     """
     if isinstance(batch, Tensor):
         return function(batch)
-    if isinstance(batch, Mapping):
-        items = {key: map_tensors(function, value) for key, value in batch.items()}
-        return items if isinstance(batch, dict) and type(batch) is dict else type(batch)(items)  # type: ignore[call-arg]
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(map_tensors(function, part) for part in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(map_tensors(function, part) for part in batch)
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        names = [field.name for field in dataclasses.fields(batch) if field.init]
-        return dataclasses.replace(batch, **{name: map_tensors(function, getattr(batch, name)) for name in names})
-    return batch
+    return _rebuilt(batch, lambda part: map_tensors(function, part))
 
 
 def size(batch: Any) -> int:
@@ -77,15 +67,23 @@ def take(batch: Any, start: int, stop: int) -> Any:
 def _take(part: Any, n: int, start: int, stop: int) -> Any:
     if isinstance(part, Tensor):
         return part[start:stop] if part.ndim and part.shape[0] == n else part
-    if isinstance(part, Mapping):
-        items = {key: _take(value, n, start, stop) for key, value in part.items()}
-        return items if type(part) is dict else type(part)(items)  # type: ignore[call-arg]
     if isinstance(part, list) and len(part) == n and not any(isinstance(p, Tensor) for p in part):
         return part[start:stop]
+    return _rebuilt(part, lambda inner: _take(inner, n, start, stop))
+
+
+def _rebuilt(part: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a container of the same type with each of its parts changed; anything else as it is."""
+    if isinstance(part, Mapping):
+        items = {key: change(value) for key, value in part.items()}
+        return items if type(part) is dict else type(part)(items)  # type: ignore[call-arg]
     if isinstance(part, tuple) and hasattr(part, "_fields"):
-        return type(part)(*(_take(p, n, start, stop) for p in part))
+        return type(part)(*map(change, part))
     if isinstance(part, (tuple, list)):
-        return type(part)(_take(p, n, start, stop) for p in part)
+        return type(part)(map(change, part))
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        names = [field.name for field in dataclasses.fields(part) if field.init]
+        return dataclasses.replace(part, **{name: change(getattr(part, name)) for name in names})
     return part
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import jaxtyping
 from jaxtyping import install_import_hook
 
 install_import_hook(
@@ -10,6 +13,14 @@ install_import_hook(
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Let bad input through to the package's own messages, as a user's run does."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,8 @@ def select(outputs: Tensor, target: Target) -> Float[Tensor, " n"]:
         return torch.where(target > 0, logits[:, 0], -logits[:, 0])
     if n and not 0 <= int(target.min()) <= int(target.max()) < logits.shape[1]:
         raise ValueError(f"target: expected classes 0 to {logits.shape[1] - 1}, got {target.tolist()}")
-    return logits.gather(1, target[:, None].to(logits.device))[:, 0]
+    chosen = target.to(logits.device, copy=True)  # a tensor made in inference mode cannot be saved for a backward
+    return logits.gather(1, chosen[:, None])[:, 0]
 
 
 def recorded(target: Target, n: int) -> Int[Tensor, " n"]:

@@ -28,14 +28,15 @@ def disagreement(module: pl.LightningModule, task: Task, batch: Any) -> str:
 
     Returns:
         What disagrees, in words; empty if nothing does, or where the step cannot run without a trainer.
+
+    Raises:
+        ValueError: the Task cannot read the batch or call the model.
     """
     few = take(batch, 0, 4)
-    theirs = _loss_of_step(module, few)
-    if theirs is None:
-        return ""
     with torch.no_grad():
         ours = float(task.losses(module, few)[2].mean())
-    if abs(ours - theirs) <= TOLERANCE * max(1.0, abs(theirs)):
+    theirs = _loss_of_step(module, few)
+    if theirs is None or abs(ours - theirs) <= TOLERANCE * max(1.0, abs(theirs)):
         return ""
     return (
         f"the loss that is explained, {ours:.4g} on a few samples, is not the one of training_step, {theirs:.4g};"

@@ -138,7 +138,7 @@ class DataInfluence(Callback):
             raise ValueError("DataInfluence(train_dataset=...): expected at least one training sample, got none")
         few = dataclasses.replace(train, workers=0).at(range(min(4, len(train))))
         first, again = next(iter(few)), next(iter(few))
-        notes = [_augmented(self.task, first, again), disagreement(module, self.task, first)]
+        notes = [_augmented(self.task, first, again), disagreement(module, in_precision(trainer, self.task), first)]
         for note in filter(None, notes):
             rank_zero_warn(f"DataInfluence: {note}")
         display = with_class_names(self.display, train)

@@ -143,6 +143,7 @@ def _plan(model: nn.Module, train: Samples, task: Task) -> _Plan:
     candidates = layers_of(model)
     if not candidates:
         raise ValueError(f"model: expected linear or convolutional layers that are trained, {_name(model)} has none")
+    _finite(Trace(model, [], task, batch).losses, "losses of the first training samples")
     layers = verified_layers(model, candidates, task, batch)
     if not layers:
         raise ValueError(

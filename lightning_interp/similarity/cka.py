@@ -27,6 +27,7 @@ class CKA:
     Args:
         debiased: use the unbiased estimate of HSIC; needs n ≥ 4.
 
+    >>> import torch
     >>> x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     >>> round(CKA()(x, 2 * x + 7).item(), 6)
     1.0

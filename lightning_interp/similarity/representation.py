@@ -23,7 +23,7 @@ def prepare(features: Float[Tensor, "n d"]) -> Representation:
     if 2 * features.shape[1] > features.shape[0]:
         return from_gram(centred @ centred.T, features.shape[1])
     u, s, _ = torch.linalg.svd(centred.double(), full_matrices=False)
-    keep = s > max(features.shape) * torch.finfo(features.dtype).eps * s[0]
+    keep = s > max(features.shape) * torch.finfo(centred.dtype).eps * s[0]
     return Representation(u[:, keep], s[keep], features.shape[1])
 
 

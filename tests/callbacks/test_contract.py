@@ -1,0 +1,266 @@
+"""One suite over every exported callback: zero configuration, documented tags, errors, loggers, resuming."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_interp import DataInfluence, InputAttribution, RepresentationSimilarity
+from tests.models import Net, Shapes, loaders, trainer
+
+CALLBACKS = [RepresentationSimilarity, InputAttribution, DataInfluence]
+USERS = {"epoch", "train_loss_step", "train_loss_epoch", "val_accuracy", "hp_metric"}
+
+
+def make(kind: type, **options: Any) -> L.Callback:
+    small = {RepresentationSimilarity: {"samples": 8}, InputAttribution: {"samples": 2}, DataInfluence: {"queries": 2}}
+    return kind(**small[kind] | {"on_error": "raise"} | options)
+
+
+def tags_of(folder: Path) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {"scalars": set(), "images": set(), "tensors": set()}
+    for file in folder.rglob("events.out*"):
+        events = EventAccumulator(str(file), size_guidance={"images": 0, "tensors": 0, "scalars": 0})
+        events.Reload()
+        for kind, tags in found.items():
+            tags |= {tag.removesuffix("/text_summary") for tag in events.Tags()[kind]}
+    return found
+
+
+def documented(kind: type) -> set[str]:
+    """Return the tags in a callback's docstring as patterns: capitals stand for names."""
+    listed = re.findall(r"`(\w+(?:/[\w.]+)+)`", kind.__doc__ or "")
+    return {re.sub(r"/(?=M/|M$)M|/L$|/S$", "/[^ ]+", re.sub("_Q$", "_[^ ]+", tag)) for tag in listed}
+
+
+@pytest.mark.parametrize("kind", CALLBACKS)
+def test_exactly_the_documented_tags_appear(kind: type, tmp_path: Path) -> None:
+    fit = trainer(tmp_path, callbacks=[make(kind)])
+    fit.fit(Net(), *loaders())
+    fit.logger.finalize("success")
+    found = set().union(*tags_of(tmp_path).values()) - USERS
+    patterns = {p for p in documented(kind) if not p.startswith("interp_errors")}
+    assert len(patterns) >= 2
+    for tag in found:
+        assert any(re.fullmatch(pattern, tag) for pattern in patterns), f"{tag} is not documented"
+    for pattern in patterns:
+        assert any(re.fullmatch(pattern, tag) for tag in found), f"{pattern} is documented but absent"
+
+
+class Rows(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, _: int) -> None:
+        self.log("loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Words(Rows):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Embedding(30, 8), nn.LSTM(8, 8, batch_first=True))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.net(input_ids)[0][:, -1])
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        return F.cross_entropy(self(batch["input_ids"]), batch["label"])
+
+    def validation_step(self, batch: Any, _: int) -> None:
+        self.log("loss", self.training_step(batch, _))
+
+
+def rows() -> DataLoader:
+    x = torch.randn(40, 5)
+    return DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), 8)
+
+
+def words() -> DataLoader:
+    ids = torch.randint(0, 30, (40, 6))
+    return DataLoader([{"input_ids": i, "label": i[0] % 2, "name": "text"} for i in ids], 8)
+
+
+@pytest.mark.parametrize("kind", CALLBACKS)
+@pytest.mark.parametrize("data", ["images", "rows", "words"])
+def test_no_arguments_are_needed(kind: type, data: str, tmp_path: Path) -> None:
+    module, train, val = {
+        "images": lambda: (Net(), *loaders()),
+        "rows": lambda: (Rows(), rows(), rows()),
+        "words": lambda: (Words(), words(), words()),
+    }[data]()
+    trainer(tmp_path, callbacks=[kind()]).fit(module, train, val)
+    assert list(tmp_path.rglob("interp/report.html"))
+
+
+@pytest.mark.parametrize("kind", CALLBACKS)
+def test_a_failure_switches_the_callback_off_and_training_goes_on(
+    kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("broken on purpose")
+
+    work = {RepresentationSimilarity: "_epoch", InputAttribution: "_draw", DataInfluence: "_end"}[kind]
+    monkeypatch.setattr(kind, work, fail)
+    fit = trainer(tmp_path, callbacks=[make(kind, on_error="warn")])
+    with pytest.warns(UserWarning, match=rf"(?s){kind.__name__} is off.*broken on purpose") as caught:
+        fit.fit(Net(), *loaders())
+    assert len([w for w in caught if "is off for this run" in str(w.message)]) == 1
+    assert fit.current_epoch == 2
+    fit.logger.finalize("success")
+    assert f"interp_errors/{kind.__name__}" in tags_of(tmp_path)["tensors"]
+    with pytest.raises(ZeroDivisionError, match="on purpose"):
+        trainer(tmp_path, callbacks=[make(kind)]).fit(Net(), *loaders())
+
+
+class NoBatch(Net):
+    """Raises if a training batch is seen: configuration must have failed before."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        raise AssertionError("a batch was trained on")
+
+
+class Bare(NoBatch):
+    def forward(self, x: Tensor) -> Tensor:
+        return {"nothing": 0}  # type: ignore[return-value]
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("callback", "says"),
+    [
+        (RepresentationSimilarity(layers=["conv9"]), r"'conv9' names no layer of NoBatch; did you mean conv"),
+        (RepresentationSimilarity(layers=["accuracy"]), "layers that forward calls .* got accuracy"),
+        (RepresentationSimilarity(probe=TensorDataset(torch.zeros(0, 1, 8, 8), torch.zeros(0))), "at least one sample"),
+        (InputAttribution(probe=TensorDataset(torch.zeros(0, 1, 8, 8), torch.zeros(0))), "at least one sample"),
+        (DataInfluence(train_dataset=TensorDataset(torch.zeros(0, 1, 8, 8), torch.zeros(0))), "at least one training"),
+    ],
+)
+def test_bad_configuration_fails_before_the_first_batch(callback: L.Callback, says: str, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, TypeError), match=says):
+        trainer(tmp_path, callbacks=[callback]).fit(NoBatch(), *loaders())
+
+
+@pytest.mark.parametrize(
+    ("make_it", "says"),
+    [
+        (lambda: RepresentationSimilarity(layers="conv1"), "list of names or patterns"),
+        (lambda: RepresentationSimilarity(layers=[]), "at least one name"),
+        (lambda: RepresentationSimilarity(measures=["CKA"]), "measures such as CKA"),
+        (lambda: RepresentationSimilarity(measures=[]), "at least one measure"),
+        (lambda: RepresentationSimilarity(samples=2), "whole number from 4, got 2"),
+        (lambda: RepresentationSimilarity(on_error="ignore"), '"warn" or "raise"'),
+        (lambda: InputAttribution(methods=["GradCAM"]), "attributors such as Saliency"),
+        (lambda: InputAttribution(samples=0), "whole number from 1, got 0"),
+        (lambda: DataInfluence(queries=0), "whole number from 1, got 0"),
+        (lambda: DataInfluence(top=True), "whole number from 1, got True"),
+        (lambda: DataInfluence(estimator="EKFAC"), "estimator such as InfluenceFunction"),
+        (lambda: DataInfluence(budget_seconds=-1), "seconds above 0"),
+    ],
+)
+def test_arguments_are_checked_at_once(make_it: Any, says: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=says):
+        make_it()
+
+
+@pytest.mark.parametrize("kind", CALLBACKS)
+def test_a_model_that_the_default_task_cannot_read_is_named(kind: type, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"pass task=Task\(outputs=\.\.\.\)"):
+        trainer(tmp_path, callbacks=[make(kind)]).fit(Bare(), *loaders())
+
+
+@pytest.mark.parametrize("kind", CALLBACKS)
+def test_loggers(kind: type, tmp_path: Path) -> None:
+    for name, logger in {
+        "none": False,
+        "csv": CSVLogger(tmp_path / "csv"),
+        "two": [CSVLogger(tmp_path / "two"), TensorBoardLogger(tmp_path / "two")],
+    }.items():
+        trainer(tmp_path / name, callbacks=[make(kind)], logger=logger).fit(Net(), *loaders())
+        assert list((tmp_path / name).rglob("interp/**/section.html")), name
+    written = (tmp_path / "csv" / "lightning_logs" / "version_0" / "metrics.csv").read_text()
+    assert f"interp_seconds/{kind.__name__}" in written
+
+
+@pytest.mark.parametrize("kind", CALLBACKS)
+def test_fast_dev_run_works_and_writes_nothing(kind: type, tmp_path: Path) -> None:
+    trainer(tmp_path, callbacks=[make(kind)], fast_dev_run=True).fit(Net(), *loaders())
+    assert [f for f in tmp_path.rglob("*") if f.is_file()] == []
+
+
+@pytest.mark.parametrize("kind", CALLBACKS)
+def test_without_validation_the_training_set_is_shown_and_it_is_said(kind: type, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="come from the training set"):
+        trainer(tmp_path, callbacks=[make(kind)]).fit(Net(), loaders()[0])
+    assert list(tmp_path.rglob("interp/report.html"))
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter([Shapes()[i] for i in range(24)])
+
+
+@pytest.mark.parametrize("kind", CALLBACKS)
+def test_streams(kind: type, tmp_path: Path) -> None:
+    stream = DataLoader(Stream(), 8)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(tmp_path, callbacks=[make(kind)]).fit(Net(), stream, loaders()[1])
+    said = [str(w.message) for w in caught if "is off for this run" in str(w.message)]
+    if kind is DataInfluence:
+        assert len(said) == 1
+        assert "have no indices; pass train_dataset=" in said[0]
+    else:
+        assert said == []
+        assert list(tmp_path.rglob("interp/report.html"))
+
+
+@pytest.mark.parametrize("kind", CALLBACKS)
+def test_mixed_precision(kind: type, tmp_path: Path) -> None:
+    trainer(tmp_path, callbacks=[make(kind)], precision="bf16-mixed").fit(Net(), *loaders())
+    trainer(tmp_path, callbacks=[make(kind)], precision="64-true").fit(Net(), *loaders())
+    assert len(list(tmp_path.rglob("interp/report.html"))) == 2
+
+
+@pytest.mark.parametrize("kind", CALLBACKS)
+def test_sharded_strategies_are_declined(kind: type, tmp_path: Path) -> None:
+    class FSDPLike(L.pytorch.strategies.SingleDeviceStrategy):
+        pass
+
+    with pytest.warns(UserWarning, match="FSDPLike shards the parameters"):
+        trainer(tmp_path, callbacks=[make(kind)], strategy=FSDPLike("cpu"), accelerator="auto").fit(Net(), *loaders())
+
+
+def test_all_three_live_together_and_only_rank_zero_works(tmp_path: Path) -> None:
+    callbacks = [make(kind) for kind in CALLBACKS]
+    fit = trainer(tmp_path, callbacks=callbacks, num_sanity_val_steps=0, check_val_every_n_epoch=2, max_epochs=4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*no validation loader.*")
+        fit.fit(Net(), *loaders())
+    report = next(tmp_path.rglob("interp/report.html")).read_text()
+    headings = re.findall("<h2>(.*?)</h2>", report)
+    assert headings == ["How the layers changed", "Where the network looks", "Which training samples made it so"]
+    assert "http" not in report.replace("http-equiv", "")

@@ -1,0 +1,145 @@
+"""What the influence callback asks, scores and writes."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from lightning_interp import DataInfluence, Display, Task
+from lightning_interp.callbacks.budget import afford
+from lightning_interp.callbacks.telling import strangeness
+from lightning_interp.influence import EKFAC, InfluenceFunction
+from lightning_interp.samples import Samples
+from tests.models import Net, Shapes, loaders, trainer
+
+
+def written(fit: L.Trainer) -> tuple[list[dict[str, str]], dict[str, Tensor], str]:
+    folder = Path(fit.log_dir) / "interp" / "influence"
+    with open(folder / "influence.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return rows, load_file(folder / "scores.safetensors"), (folder / "report.html").read_text()
+
+
+def test_the_table_says_what_the_estimator_says(tmp_path: Path) -> None:
+    module = Net()
+    train, val = loaders()
+    fit = trainer(tmp_path, callbacks=[DataInfluence(queries=3, on_error="raise")])
+    fit.fit(module, train, val)
+    rows, scores, report = written(fit)
+    queries = list(dict.fromkeys(row["query_id"] for row in rows))
+    assert len(queries) == 3
+    expected = InfluenceFunction()(module, train.dataset, Subset(val.dataset, [int(q) for q in queries])).scores
+    assert torch.allclose(scores["scores"], expected, rtol=1e-3, atol=1e-7)
+    assert scores["train_index"].tolist() == list(range(24))
+    for row in rows:
+        score = float(expected[queries.index(row["query_id"]), int(row["train_index"])])
+        assert float(row["score"]) == pytest.approx(score, rel=1e-2)
+        assert (score < 0) == (row["list"] == "harmful")
+        assert row["train_label"] == str(int(train.dataset[int(row["train_index"])][1]))
+        if row["list"] == "surprisingly helpful":
+            assert row["train_label"] != row["query_label"]
+    for heading in (
+        "Helpful",
+        "Harmful",
+        "Surprisingly helpful",
+        "EKFAC(samples=4096)",
+        "left out: norm.weight, norm.bias",
+    ):
+        assert heading in report
+
+
+def test_the_most_confidently_wrong_come_first() -> None:
+    outputs = torch.tensor([[5.0, 0.0], [0.0, 1.0], [0.0, 4.0], [0.1, 0.0]])
+    targets = torch.tensor([0, 0, 0, 0])
+    order = strangeness(outputs, targets, F.cross_entropy(outputs, targets, reduction="none")).argsort(descending=True)
+    assert order.tolist() == [2, 1, 3, 0]
+
+
+def test_augmentation_is_said(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="returns other inputs each time it is read"):
+        trainer(tmp_path, callbacks=[DataInfluence()]).fit(Net(), *loaders(augment=True))
+    fit = trainer(tmp_path, callbacks=[DataInfluence(train_dataset=Shapes(24))])
+    fit.fit(Net(), *loaders(augment=True))
+    assert "augmentation" not in written(fit)[2]
+
+
+class Weighted(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1], weight=torch.tensor([1.0, 5.0, 9.0]))
+
+
+def test_another_loss_than_the_training_steps_is_said(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="is not the one of training_step"):
+        trainer(tmp_path, max_epochs=1, callbacks=[DataInfluence()]).fit(Weighted(), *loaders())
+    weights = torch.tensor([1.0, 5.0, 9.0])
+    task = Task(loss=lambda o, t: F.cross_entropy(o, t, weight=weights, reduction="none") / weights[t].mean())
+    fit = trainer(tmp_path, max_epochs=1, callbacks=[DataInfluence(task=task)])
+    fit.fit(Weighted(), *loaders())
+    assert "is not the one" not in written(fit)[2]
+
+
+def test_a_subset_shows_the_original_index(tmp_path: Path) -> None:
+    train = DataLoader(Subset(Shapes(30), list(range(6, 30))), 8, shuffle=True)
+    fit = trainer(tmp_path, callbacks=[DataInfluence(display=Display(sample_id=lambda i: f"img-{i}"))])
+    fit.fit(Net(), train, loaders()[1])
+    rows, scores, _ = written(fit)
+    assert scores["train_index"].tolist() == list(range(6, 30))
+    assert all(row["train_id"] == f"img-{row['train_index']}" for row in rows)
+
+
+def test_private_inputs_stay_out_of_the_report(tmp_path: Path) -> None:
+    reports = []
+    for seed in (0, 1):
+        val = DataLoader(Shapes(12, seed=seed), 6)
+        fit = trainer(tmp_path / str(seed), callbacks=[DataInfluence(queries=1, display=Display(show_inputs=False))])
+        fit.fit(Net(), loaders()[0], val)
+        reports.append({part.split('"')[0] for part in written(fit)[2].split("data:image/png;base64,")[1:]})
+    assert reports[0] == reports[1]
+    assert len(reports[0]) <= 2
+
+
+def test_the_budget_cuts_evenly_and_says_so(tmp_path: Path) -> None:
+    fit = trainer(tmp_path, max_epochs=1, callbacks=[DataInfluence(budget_seconds=1e-6)])
+    with pytest.warns(UserWarning, match=r"40 of 96 training samples, evenly spread, fit into 0 s"):
+        fit.fit(Net(), *loaders(n=96))
+    _, scores, report = written(fit)
+    indices = scores["train_index"].tolist()
+    assert (len(indices), indices[0], indices[-1]) == (40, 0, 95)
+    assert "40 of 96 training samples were scored" in report
+    assert "EKFAC(samples=40)" in report
+
+
+def test_the_budget_leaves_small_work_alone() -> None:
+    module, data = Net().eval(), Shapes(96)
+    estimator = InfluenceFunction(EKFAC())
+    for seconds in (math.inf, 1e6):
+        plan = afford(estimator, module, Samples(data), Samples(Shapes(2)), Task(), seconds)
+        assert plan == (estimator, None, "")
+
+
+class Regression(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, :1]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.mse_loss(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("loss", F.mse_loss(self(batch[0]), batch[1]))
+
+
+def test_regression_has_no_surprising_class(tmp_path: Path) -> None:
+    data = TensorDataset(Shapes().images, torch.randn(24, 1))
+    fit = trainer(tmp_path, callbacks=[DataInfluence(on_error="raise")])
+    fit.fit(Regression(), DataLoader(data, 8), DataLoader(data, 8))
+    assert {row["list"] for row in written(fit)[0]} == {"helpful", "harmful"}

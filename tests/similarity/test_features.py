@@ -1,0 +1,71 @@
+"""Features of many batches, in bounded memory, equal those taken at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_interp.similarity import CKA, prepare
+from lightning_interp.similarity.features import output_widths, representations
+
+
+class Twice(nn.Module):
+    """A layer called twice, an in-place ReLU, a tuple output, and one that does not keep rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 3, padding=1)
+        self.act = nn.ReLU(inplace=True)
+        self.gru = nn.GRU(8, 4, batch_first=True)
+        self.total = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv(self.act(self.conv(x))))
+        self.total(x.sum())
+        return self.gru(x.flatten(2))[0].mean(1)
+
+
+@pytest.fixture
+def net() -> Twice:
+    return Twice().eval()
+
+
+def batches(n: int = 20) -> list[Tensor]:
+    return list(torch.randn(n, 2, 2, 4).split(6))
+
+
+def test_widths(net: Twice) -> None:
+    found = output_widths(net, net, torch.randn(5, 2, 2, 4), 5)
+    assert found == {"conv": [16, 16], "act": [16, 16], "gru": [8]}
+
+
+@pytest.mark.parametrize("columns_per_pass", [3, 17, 10_000])
+@pytest.mark.parametrize("n", [10, 40])
+def test_equals_all_at_once(net: Twice, columns_per_pass: int, n: int) -> None:
+    data = batches(n)
+    widths = output_widths(net, net, data[0], 6)
+    found = representations(net, net, data, widths, n, bytes_per_pass=columns_per_pass * 4 * n)
+    whole = torch.cat(data)
+    first = net.conv(whole)
+    second = net.conv(first.relu())
+    expected = {
+        "conv#0": first,
+        "conv#1": second,
+        "act#0": first.relu(),
+        "act#1": second.relu(),
+        "gru": net.gru(second.relu().flatten(2))[0],
+    }
+    assert list(found) == list(expected)
+    for layer, features in expected.items():
+        whole_layer = prepare(features.detach().flatten(1))
+        assert found[layer].width == features[0].numel()
+        assert float(CKA().between(found[layer], whole_layer)) == pytest.approx(1, abs=1e-6)
+        assert torch.allclose(found[layer].s[:5], whole_layer.s[:5], rtol=1e-4)
+
+
+def test_not_a_number_is_named(net: Twice) -> None:
+    nn.init.constant_(net.conv.bias, torch.nan)
+    data = batches()
+    with pytest.raises(ValueError, match="conv: activations hold NaN"):
+        representations(net, net, data, {"conv": [16, 16]}, 20)

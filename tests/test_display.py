@@ -1,0 +1,123 @@
+"""What a reader is shown, pixel by pixel where it matters."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightning_interp import Display, figures, panels
+from lightning_interp.display import kind_of, main_tensor
+from lightning_interp.records import Shown, SimilarityMap
+
+
+def test_labels() -> None:
+    display = Display(class_names=["cat", "dog"])
+    assert display.label(torch.tensor(1)) == "dog"
+    assert display.label(torch.tensor(7)) == "7"
+    assert display.label(torch.tensor([1, 1])) == "cat, dog"
+    assert display.label(torch.tensor([0.0, 0.0])) == "none"
+    assert display.label(torch.tensor(0.25)) == "0.25"
+    assert display.label(torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5])) == "(0.1, 0.2, 0.3, 0.4, …)"
+    assert Display(sample_id=lambda i: f"img/{i}.png").id(3) == "img/3.png"
+
+
+def test_unnormalisation() -> None:
+    image = torch.rand(3, 4, 4)
+    mean, std = [0.4, 0.5, 0.6], [0.1, 0.2, 0.3]
+    sent = (image - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    assert np.allclose(Display(mean=mean, std=std).rgb(sent), image.permute(1, 2, 0), atol=1e-6)
+    assert np.allclose(Display().rgb(image), image.permute(1, 2, 0), atol=1e-6)
+    assert np.allclose(Display().rgb(image * 255), image.permute(1, 2, 0), atol=1e-6)
+    stretched = Display().rgb(sent)
+    assert (stretched.min(), stretched.max()) == (0, 1)
+    assert Display().rgb(torch.rand(12, 5, 6)).shape == (5, 6, 3)
+    assert Display().rgb(torch.rand(5, 6)).shape == (5, 6, 3)
+
+
+def test_kinds() -> None:
+    assert kind_of({"ids": torch.zeros(3, dtype=torch.long), "x": torch.zeros(1, 8, 8)}) == "image"
+    assert kind_of(torch.zeros(20, 16)) == "image"
+    assert kind_of(torch.zeros(2, 3)) == "other"
+    with pytest.raises(ValueError, match="at least one tensor"):
+        main_tensor(("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("value", "attribution"),
+    [
+        (torch.rand(1, 8, 8), torch.randn(1, 8, 8)),
+        (torch.rand(3, 20, 10), torch.rand(20, 10)),
+        (torch.randn(30), torch.randn(30)),
+        (torch.arange(40), torch.rand(40)),
+        ({"ids": torch.arange(4), "mask": torch.ones(4, dtype=torch.long)}, torch.rand(4)),
+    ],
+)
+def test_panels_of_every_kind(value: object, attribution: torch.Tensor) -> None:
+    shown = Shown("7", value, "cat", "dog", 0.75)
+    pixels = panels.attribution_panel(shown, attribution, "Saliency of dog", Display())
+    assert pixels.dtype == np.uint8
+    assert pixels.ndim == 3
+    assert pixels.shape[2] == 3
+    assert pixels.std() > 5
+
+
+def overlay_of(attribution: torch.Tensor) -> np.ndarray:
+    shown = Shown("7", torch.zeros(1, 8, 8), "a", "b")
+    pixels = panels.attribution_panel(shown, attribution, "t", Display())
+    caption = 2 * panels.LINE + 4
+    left = panels.SIDE + panels.GAP
+    return pixels[caption : caption + panels.SIDE, left : left + panels.SIDE].astype(float)
+
+
+def test_the_brightest_pixel_is_where_the_map_is_largest_in_absolute_value() -> None:
+    attribution = torch.full((1, 8, 8), 0.1)
+    attribution[0, 2, 5] = -1.0
+    bright = overlay_of(attribution).sum(2)
+    row, column = np.unravel_index(bright.argmax(), bright.shape)
+    assert (row * 8 // panels.SIDE, column * 8 // panels.SIDE) == (2, 5)
+
+
+def test_scaling_a_map_does_not_change_its_colours() -> None:
+    attribution = torch.rand(1, 8, 8)
+    assert np.array_equal(overlay_of(attribution), overlay_of(attribution * 1e-6))
+
+
+@pytest.mark.parametrize("attribution", [torch.zeros(8, 8), torch.full((8, 8), torch.nan)])
+def test_a_map_without_content_is_said_to_be_so(attribution: torch.Tensor) -> None:
+    colours = np.unique(overlay_of(attribution).reshape(-1, 3), axis=0)
+    assert (colours.max(1) - colours.min(1) == 0).all()
+
+
+def test_private_inputs_are_not_shown() -> None:
+    value = torch.rand(1, 8, 8)
+    shown = [Shown("7", v, "a", "b") for v in (value, 1 - value)]
+    display = Display(show_inputs=False)
+    pictures = [panels.attribution_panel(s, value, "t", display) for s in shown]
+    assert np.array_equal(*pictures)
+    galleries = [panels.gallery(s, "note", [("Helpful", [(s, "x")])], display) for s in shown]
+    assert np.array_equal(*galleries)
+
+
+def test_heat_maps() -> None:
+    values = torch.tensor([[1.0, 0.2], [torch.nan, 0.0]])
+    table = SimilarityMap("CKA", "to the end", ("conv", "fc"), ("0", "1"), values, "layer", "epoch", 512, "be careful")
+    pixels = figures.heat_map(table)
+    assert pixels.ndim == 3
+    assert pixels.dtype == np.uint8
+    yellow, purple = (253, 231, 37), (68, 1, 84)
+    for colour in (yellow, purple):
+        assert (np.abs(pixels.astype(int) - colour).max(2) < 3).sum() > 500
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(figures.png(pixels)))), pixels)
+
+
+def test_arguments() -> None:
+    with pytest.raises(ValueError, match="mean and std together"):
+        Display(mean=0.5)
+    with pytest.raises(TypeError, match="decode"):
+        Display(decode="words")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="list of names"):
+        Display(class_names="cat")
