@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
+import torch
 
 from callbacks_demo.mnist import Digits, SmallCNN
 from lightning_interp import DataInfluence, InputAttribution, RepresentationSimilarity
@@ -20,6 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> L.Trainer:
     parser.add_argument("--folder", type=Path, default=Path("."), help="where lightning_logs is made")
     options = parser.parse_args(arguments)
 
+    # With small layers a second thread gains little, and on a busy machine the two wait for each other.
+    torch.set_num_threads(1)
     L.seed_everything(0)
     trainer = L.Trainer(
         max_epochs=options.epochs,

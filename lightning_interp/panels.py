@@ -19,9 +19,10 @@ from lightning_interp.records import Shown
 
 Pixels = NDArray[np.uint8]
 
-SIDE = 192
-GAP = 10
-LINE = 18
+SIDE = 168
+GAP = 8
+LINE = 20
+CAPTION = 15
 INK, PAPER, FAINT = (20, 20, 20), (255, 255, 255), (225, 225, 225)
 POSITIVE, NEGATIVE = (0, 114, 178), (213, 94, 0)
 MOST_FEATURES = 10
@@ -196,11 +197,11 @@ def _captioned(lines: Sequence[str], body: Image.Image) -> Pixels:
 
 def _captioned_image(lines: Sequence[str], body: Image.Image) -> Image.Image:
     probe = ImageDraw.Draw(body)
-    width = max(body.width, *(int(probe.textlength(line, _font(13))) + 4 for line in lines))
+    width = max(body.width, *(int(probe.textlength(line, _font(CAPTION))) + 4 for line in lines))
     sheet = Image.new("RGB", (width, body.height + LINE * len(lines) + 4), PAPER)
     pen = ImageDraw.Draw(sheet)
     for place, line in enumerate(lines):
-        pen.text((2, LINE * place), line, INK, _font(13))
+        pen.text((2, LINE * place), line, INK, _font(CAPTION))
     sheet.paste(body, (0, LINE * len(lines) + 4))
     return sheet
 

@@ -1,4 +1,4 @@
-"""Shapes in annotations are checked while tests run; everything is seeded."""
+"""Shapes in annotations are checked while tests run; everything is seeded, and small work stays on one thread."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ install_import_hook(
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
 from lightning_interp import panels, report
 from lightning_interp.attribution import GradCAM, Saliency, last_spatial_layer
@@ -160,15 +159,15 @@ class InputAttribution(Callback):
             for name, method in run.methods.items():
                 found = method(module, task.inputs(held), target, task=task)
                 for sample, attribution in zip(shown, found.maps, strict=True):
-                    title = _title(name, found, attribution, sample, moment)
+                    title = _title(name, found, sample, moment)
                     drawn[f"{name}/{sample.id}"] = panels.attribution_panel(sample, attribution, title, run.display)
         return drawn
 
 
-def _title(name: str, found: Explanation, attribution: Tensor, sample: Shown, moment: str) -> str:
+def _title(name: str, found: Explanation, sample: Shown, moment: str) -> str:
     where = f" at {found.layer}" if found.layer else ""
     what = f" of {sample.prediction}" if sample.prediction else ""
-    return f"{name}{what}{where}, {moment}, max {panels.scale_of(attribution):.2g}"
+    return f"{name}{what}{where}, {moment}"
 
 
 def _fitting(module: pl.LightningModule, inputs: Any, task: Task) -> dict[str, Attributor]:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_interp import figures, report
 from lightning_interp.batch import device_of, size, take, to_device
-from lightning_interp.board import Board, tag
+from lightning_interp.board import Board, clean, tag
 from lightning_interp.callbacks.access import Source, given_samples, in_precision, validation_source
 from lightning_interp.callbacks.shell import OnError, Shell, progress_of, run_folder
 from lightning_interp.callbacks.showing import write_section
@@ -77,7 +77,7 @@ class RepresentationSimilarity(Callback):
     def __init__(
         self,
         layers: Sequence[str] | None = None,
-        measures: Sequence[Measure] = (CKA(), CKA(debiased=True), SVCCA()),
+        measures: Sequence[Measure] = (CKA(debiased=True), CKA(), SVCCA()),
         samples: int = 512,
         probe: Any = None,
         task: Task = Task(),
@@ -200,11 +200,11 @@ class RepresentationSimilarity(Callback):
         compared = histories(self.measures, run.initial, final, map(run.store.read, watched))
         notes = _notes(run.probe, final, self.measures)
         board = Board(trainer.loggers)
-        drawn: dict[str, bytes] = {}
+        drawn: dict[str, dict[str, bytes]] = {}
         for name, history in compared.items():
             for layer, values in zip(final.layers, history.to_final.values.tolist(), strict=True):
                 board.history(f"similarity_to_final/{name}/{layer}", steps, values)
-            drawn |= _draw(board, run.folder, name, history, final.step)
+            drawn[name] = _draw(board, run.folder, name, history, final.step)
         board.text("similarity_notes/probe", "\n\n".join(notes), final.step)
         write_section(run.folder, "similarity", report.similarity_section(drawn, notes))
 
@@ -238,8 +238,8 @@ def _draw(board: Board, folder: Folder, measure: str, history: History, step: in
     for name, table in tables.items():
         pixels = figures.heat_map(table)
         board.image(f"similarity_maps/{measure}/{name}", pixels, step)
-        drawn[f"{measure}-{name}"] = figures.png(pixels)
-        folder.write(f"similarity/{measure}-{name}.png", drawn[f"{measure}-{name}"])
+        drawn[name] = figures.png(pixels)
+        folder.write(f"similarity/{clean(measure)}-{name}.png", drawn[name])
     return drawn
 
 

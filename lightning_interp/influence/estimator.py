@@ -97,7 +97,7 @@ class InfluenceFunction:
             covered_elements=sum(parameters_of(model, plan.layers).values()),
             gradient_norm=scored.gradient_norm,
             curvature_n=fitted.n,
-            notes=_notes(self.damping, len(chosen), len(train)),
+            notes=_notes(self.damping, len(chosen), len(train), scored.scores, asked.losses),
         )
 
     def _fit(self, plan: _Plan, train: Samples, progress: Progress) -> Fitted:
@@ -203,8 +203,10 @@ def _finite(values: Tensor, what: str) -> Tensor:
     return values.detach()
 
 
-def _notes(damping: float | None, scored: int, n: int) -> tuple[str, ...]:
+def _notes(damping: float | None, scored: int, n: int, scores: Tensor, losses: Tensor) -> tuple[str, ...]:
     notes = []
+    if impossible := int((scores < -losses[:, None]).sum()):
+        notes.append(f"{impossible} scores predict a loss below zero, so their size is too large; read their order")
     if damping is None:
         notes.append(f"damping was not given: {DAMPING_SHARE} × the mean eigenvalue of the curvature")
     if scored < n:
