@@ -25,7 +25,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     """
     modes = [(part, part.training) for part in module.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in module.parameters()]
-    with _random_state_kept(), _buffers_kept(module), _eager():
+    with _random_state_kept(), _buffers_kept(module), _eager(), _plain_attention():
         try:
             for part, _ in modes:
                 part.training = False
@@ -134,6 +134,17 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.detach(), b)
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Keep transformer layers off their inference path, which skips submodules and hands on nested tensors."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -96,19 +96,33 @@ class Display:
         return names[index] if names is not None and 0 <= index < len(names) else str(index)
 
 
-def main_tensor(value: Any) -> Tensor:
-    """Return the tensor of a model input that is shown and explained: the first of floats, else the first.
+def main_tensor(value: Any, lead: int = 0) -> Tensor:
+    """Return the tensor of a model input that is shown and explained.
+
+    Of those with more than `lead` dimensions and no "mask" in their name: the largest with floats, else the largest.
+
+    Args:
+        value: a model's inputs.
+        lead: 1 for a batch, 0 for one sample.
 
     Raises:
         ValueError: there is no tensor.
     """
-    held = list(tensors(value))
-    for tensor in held:
-        if tensor.is_floating_point() and tensor.ndim:
-            return tensor
+    held = list(_named(value, ""))
     if not held:
         raise ValueError(f"inputs: expected at least one tensor, got {type(value).__name__}")
-    return held[0]
+    wanted = [tensor for name, tensor in held if tensor.ndim > lead and "mask" not in name.lower()]
+    candidates = wanted or [tensor for _, tensor in held]
+    floats = [tensor for tensor in candidates if tensor.is_floating_point()]
+    return max(floats or candidates, key=Tensor.numel)
+
+
+def _named(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _named(part, str(key))
+    else:
+        yield from ((name, tensor) for tensor in tensors(value))
 
 
 def kind_of(value: Any) -> Kind:
@@ -120,9 +134,9 @@ def kind_of(value: Any) -> Kind:
     tensor = main_tensor(value)
     if tensor.ndim == 3 and tensor.shape[-1] > 1 and tensor.shape[-2] > 1:
         return "image"
-    if tensor.ndim == 2 and min(tensor.shape) >= 8:
+    if tensor.ndim == 2 and min(tensor.shape) > 1:
         return "image"
-    if tensor.ndim == 1:
+    if tensor.ndim == 1 or (tensor.ndim == 2 and tensor.is_floating_point()):
         return "table" if tensor.is_floating_point() else "tokens"
     return "other"
 

@@ -9,6 +9,8 @@ from fnmatch import fnmatchcase
 import numpy as np
 from torch import nn
 
+from lightning_interp.errors import ArgumentError
+
 MOST_BY_DEFAULT = 24
 
 
@@ -20,12 +22,12 @@ def match_layers(module: nn.Module, patterns: Sequence[str], argument: str = "la
     ['0', '2']
 
     Raises:
-        ValueError: a name or pattern matches nothing; close names are suggested.
+        ArgumentError: a name or pattern matches nothing; close names are suggested.
     """
     names = [name for name, _ in module.named_modules() if name]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(
+            raise ArgumentError(
                 f"{argument}: {pattern!r} names no layer of {type(module).__name__}; {_hint(pattern, names)}"
             )
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]

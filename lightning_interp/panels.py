@@ -70,6 +70,8 @@ def attribution_panel(shown: Shown, attribution: Tensor, title: str, display: Di
         right = _overlay(shown.value, attribution, display)
     elif kind == "table":
         right = bars(attribution, SIDE)
+    elif attribution.ndim != 1:
+        right = _sheet_of_text([f"map of shape {tuple(attribution.shape)}", "is not drawn"], SIDE)
     else:
         right = tokens(display.words(main_tensor(shown.value)), attribution, SIDE)
     caption = [f"#{shown.id}   {verdict(shown)}", title]
@@ -118,7 +120,7 @@ def bars(values: Tensor, side: int) -> Image.Image:
     flat = values.detach().cpu().double().flatten()
     order = flat.abs().argsort(descending=True)[:MOST_FEATURES].tolist()
     longest = max(float(flat.abs().max()), 1e-300)
-    height = side / MOST_FEATURES
+    height = min(side / max(1, len(order)), 24)
     for place, index in enumerate(sorted(order) if len(flat) <= MOST_FEATURES else order):
         value, top = float(flat[index]), place * height
         length = abs(value) / longest * (side * 0.4)
@@ -164,16 +166,17 @@ def _overlay(value: Any, attribution: Tensor, display: Display) -> Image.Image:
         grey = display.rgb(value).mean(2, keepdims=True)
         weight = 0.35 + 0.6 * shares[..., None]
         colours = weight * colours + (1 - weight) * (0.3 + 0.7 * grey)
-    return _beside([_fit(_to_pixels(colours), SIDE), _colour_bar(float(heat.max()))], gap=4)
+    drawn = _fit(_to_pixels(colours), SIDE)
+    return _beside([drawn, _colour_bar(float(heat.max()), max(48, drawn.height))], gap=4)
 
 
-def _colour_bar(top: float) -> Image.Image:
-    sheet = Image.new("RGB", (64, SIDE), PAPER)
-    ramp = colormaps["inferno"](np.linspace(1, 0, SIDE - 16))[:, None, :3].repeat(12, 1)
+def _colour_bar(top: float, height: int) -> Image.Image:
+    sheet = Image.new("RGB", (64, height), PAPER)
+    ramp = colormaps["inferno"](np.linspace(1, 0, height - 16))[:, None, :3].repeat(12, 1)
     sheet.paste(Image.fromarray(_to_pixels(ramp)), (0, 8))
     pen = ImageDraw.Draw(sheet)
     pen.text((16, 8), f"{top:.2g}", INK, _font(11), anchor="lm")
-    pen.text((16, SIDE - 8), "0", INK, _font(11), anchor="lm")
+    pen.text((16, height - 8), "0", INK, _font(11), anchor="lm")
     return sheet
 
 
@@ -183,12 +186,16 @@ def _noted(shown: Shown, note: str, display: Display, side: int, lines: int = 2)
     sheet.paste(tile, ((side - tile.width) // 2, 0))
     pen = ImageDraw.Draw(sheet)
     for place, line in enumerate(note.split("\n")[:lines]):
-        pen.text((side / 2, side + 4 + 15 * place), line, INK, _fitting(pen, line, side), anchor="ma")
+        _written(pen, (side / 2, side + 4 + 15 * place), line, side, "ma")
     return sheet
 
 
-def _fitting(pen: ImageDraw.ImageDraw, line: str, width: int) -> ImageFont.FreeTypeFont:
-    return next((f for f in map(_font, (12, 11, 10, 9)) if pen.textlength(line, f) <= width), _font(8))
+def _written(pen: ImageDraw.ImageDraw, place: tuple[float, float], line: str, width: float, anchor: str) -> None:
+    """Write a line in the largest type that fits, cut short with an ellipsis where none does."""
+    font = next((f for f in map(_font, (12, 11, 10, 9)) if pen.textlength(line, f) <= width), _font(9))
+    while len(line) > 2 and pen.textlength(line, font) > width:
+        line = line[:-2].rstrip() + "…"
+    pen.text(place, line, INK, font, anchor=anchor)
 
 
 def _captioned(lines: Sequence[str], body: Image.Image) -> Pixels:
@@ -239,7 +246,7 @@ def _sheet_of_text(lines: Sequence[str], side: int) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     for place, line in enumerate(lines):
         y = side / 2 + LINE * (place - (len(lines) - 1) / 2)
-        pen.text((side / 2, y), line, INK, _fitting(pen, line, side - 8), anchor="mm")
+        _written(pen, (side / 2, y), line, side - 8, "mm")
     return sheet
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_interp.batch import map_tensors, size, take, tensors
+from lightning_interp.errors import ArgumentError
 from lightning_interp.samples import Samples
 from lightning_interp.task import Task
 
@@ -47,17 +49,17 @@ def take_probe(source: Samples | Iterable[Any], count: int, name: str, task: Tas
         task: tells the inputs, of which the fingerprint is taken.
 
     Raises:
-        ValueError: the source has no sample.
+        ArgumentError: the source has no sample.
     """
     if isinstance(source, Samples):
         chosen = source.spread(count)
-        batches = [map_tensors(_kept, batch) for batch in chosen] if len(chosen) else []
+        batches = _split(chosen) if len(chosen) else []
         ids = chosen.ids
     else:
         batches = list(_first(source, count))
         ids = list(range(sum(map(size, batches))))
     if not ids:
-        raise ValueError(f"probe: expected at least one sample, got an empty {name}")
+        raise ArgumentError(f"probe: expected at least one sample, got an empty {name}")
     return Probe(tuple(batches), tuple(ids), name, fingerprint([task.inputs(b) for b in batches]))
 
 
@@ -68,6 +70,15 @@ def fingerprint(inputs: Any) -> str:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _split(samples: Samples) -> list[Any]:
+    """Read all samples as one batch, so that padding is the same for all, and cut it into batches of their size."""
+    (whole,) = (map_tensors(_kept, batch) for batch in dataclasses.replace(samples, batch_size=len(samples)))
+    if size(whole) != len(samples):
+        return [whole]
+    starts = range(0, len(samples), samples.batch_size)
+    return [take(whole, start, start + samples.batch_size) for start in starts]
 
 
 def _kept(tensor: Tensor) -> Tensor:

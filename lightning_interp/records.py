@@ -124,6 +124,7 @@ class Shown:
         label: true class (or value) in words; empty if unknown.
         prediction: predicted class in words; empty if not asked.
         probability: of the predicted class; NaN if unknown.
+        wrong: whether the prediction is known to differ from the label.
     """
 
     id: str
@@ -131,6 +132,7 @@ class Shown:
     label: str = ""
     prediction: str = ""
     probability: float = float("nan")
+    wrong: bool = False
 
 
 @dataclass(frozen=True, eq=False)

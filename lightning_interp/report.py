@@ -56,8 +56,8 @@ def influence_section(influence: Influence, queries: Sequence[Mapping[str, Any]]
 
     Args:
         influence: the scores' record, for the trust panel.
-        queries: per query: `shown` and `loss`, its `picture` as PNG, and `lists` of (heading, explanation, samples),
-            a sample being (shown, score, picture).
+        queries: per query: `shown` and `loss`, its `picture` as PNG, whether it is an `image`, and `lists` of
+            (heading, explanation, samples), a sample being (shown, score, picture).
     """
     held = [
         {

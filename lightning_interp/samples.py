@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
+from lightning_interp.generators import own_generators_kept
+
 
 def unchanged(batch: Any) -> Any:
     """Return the batch itself."""
@@ -69,7 +71,7 @@ class Samples:
         return len(self.dataset) if self.indices is None else len(self.indices)
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield batches. Workers get a generator of their own: reading draws from no global one."""
+        """Yield batches. Reading draws from no global generator, and those that the dataset carries are put back."""
         chosen = self.dataset if self.indices is None else Subset(self.dataset, self.indices)
         loader: DataLoader[Any] = DataLoader(
             chosen,
@@ -78,7 +80,9 @@ class Samples:
             num_workers=self.workers,
             generator=torch.Generator(),
         )
-        return (self.move(batch) for batch in loader)
+        with own_generators_kept(self.dataset):
+            for batch in loader:
+                yield self.move(batch)
 
     @property
     def ids(self) -> list[int]:

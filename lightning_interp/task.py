@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -72,13 +72,13 @@ def call_model(module: nn.Module, inputs: Any) -> Tensor:
     return _logits(output)
 
 
-def loss_per_sample(outputs: Tensor, targets: Tensor) -> Float[Tensor, " n"]:
-    """Return one loss per sample, of the kind that the shapes say (see `problem`).
+def loss_per_sample(outputs: Tensor, targets: Tensor, kind: Problem | None = None) -> Float[Tensor, " n"]:
+    """Return one loss per sample, of the given kind or the one that the shapes say (see `problem`).
 
     Cross entropy for classes, binary cross entropy for binary and multi-label outputs, squared error for
     regression; means over whatever dimensions follow the first (and the classes).
     """
-    kind = problem(outputs, targets)
+    kind = kind or problem(outputs, targets)
     if kind == "classes":
         loss = F.cross_entropy(outputs, _class_indices(outputs, targets), reduction="none")
     elif kind == "regression":
@@ -128,6 +128,7 @@ class Task:
         targets: batch → targets, one row per sample.
         outputs: (module, inputs) → outputs, logits `(n, classes)` for a classifier.
         loss: (outputs, targets) → one loss per sample, `(n,)`, in the unit that influence then has.
+        kind: "classes", "binary", "multilabel" or "regression"; from shapes and values of the targets when None.
 
     >>> task = Task(outputs=lambda module, x: module(x)["head_b"])
     """
@@ -136,11 +137,14 @@ class Task:
     targets: Callable[[Any], Tensor] = read_targets
     outputs: Callable[[nn.Module, Any], Tensor] = call_model
     loss: Callable[[Tensor, Tensor], Tensor] = loss_per_sample
+    kind: Problem | None = None
 
     def __post_init__(self) -> None:
         for name in ("inputs", "targets", "outputs", "loss"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"Task({name}=...): expected a function, got {getattr(self, name)!r}")
+        if self.kind not in (None, *get_args(Problem)):
+            raise ValueError(f"Task(kind=...): expected one of {get_args(Problem)} or None, got {self.kind!r}")
 
     def losses(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Float[Tensor, " n"]]:
         """Return outputs, targets and the loss per sample of one batch.
@@ -149,37 +153,76 @@ class Task:
             ValueError: `loss` did not give one number per sample.
         """
         outputs, targets = self.outputs(module, self.inputs(batch)), self.targets(batch)
+        return outputs, targets, self.per_sample(outputs, targets)
+
+    def per_sample(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " n"]:
+        """Return the loss of each sample.
+
+        Raises:
+            ValueError: `loss` did not give one number per sample.
+        """
+        if self.loss is loss_per_sample:
+            return loss_per_sample(outputs, targets, self.kind)
         loss = self.loss(outputs, targets)
         if loss.shape != outputs.shape[:1]:
             raise ValueError(
                 f"Task(loss=...): expected one loss per sample, shape ({outputs.shape[0]},),"
                 f" got shape {tuple(loss.shape)}"
             )
-        return outputs, targets, loss
+        return loss
+
+    def problem(self, outputs: Tensor, targets: Tensor | None) -> Problem | None:
+        """Return which problem it is: as given, else as the shapes say; None where they say nothing."""
+        if self.kind is not None or targets is None:
+            return self.kind
+        try:
+            return problem(outputs, targets)
+        except ValueError:
+            return None
 
 
-def predicted(outputs: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the predicted class and its probability, `(n,)` each, of a classifier's outputs.
+def settled(task: Task, module: nn.Module, batch: Any, more: Iterable[Any]) -> Task:
+    """Return the task with its kind decided once, so that no small batch can look like another problem.
+
+    Args:
+        task: returned as it is if it has a kind, or if the shapes say none.
+        module: the network, in eval mode.
+        batch: a few samples.
+        more: batches, read only where the first targets are all 0 or 1: other values among them mean regression.
+    """
+    try:
+        with torch.no_grad():
+            outputs, targets = task.outputs(module, task.inputs(batch)), task.targets(batch)
+        kind = task.kind or problem(outputs, targets)
+    except ValueError:
+        return task
+    unsure = task.kind is None and kind in ("binary", "multilabel") and targets.dtype is not torch.bool
+    if unsure and not all(_zeros_and_ones(task.targets(others)) for others in more):
+        kind = "regression"
+    return replace(task, kind=kind)
+
+
+def predicted(outputs: Tensor, kind: Problem | None) -> tuple[Tensor, Tensor]:
+    """Return the predicted class and its probability, `(n,)` each.
 
     For a one-logit binary output the class is 0 or 1; for multi-label and regression outputs it is the
     largest output. Of a regression with one output it is 1: the output itself, not its negative. The probability
     is NaN where there is none.
     """
-    if outputs.ndim == 1 or outputs.shape[1] == 1:
-        logit = outputs.reshape(len(outputs))
-        if targets is not None and problem(outputs, targets) == "regression":
-            return torch.ones_like(logit, dtype=torch.long), torch.full_like(logit, torch.nan)
-        chance = logit.float().sigmoid()
-        return (logit > 0).long(), torch.maximum(chance, 1 - chance)
-    logits = outputs.flatten(2).mean(2) if outputs.ndim > 2 else outputs
+    n = len(outputs)
+    logits = outputs.reshape(n, -1) if outputs.ndim < 3 else outputs.flatten(2).mean(2)
+    logits = logits.detach().float()
+    unknown = logits.new_full((n,), torch.nan)
+    if logits.shape[1] == 1:
+        chance = logits[:, 0].sigmoid()
+        if kind == "regression":
+            return torch.ones_like(chance, dtype=torch.long), unknown
+        return (logits[:, 0] > 0).long(), torch.maximum(chance, 1 - chance)
     chosen = logits.argmax(1)
-    if targets is None or problem(outputs, targets) == "classes":
-        chance = logits.float().softmax(1).gather(1, chosen[:, None])[:, 0]
-    elif problem(outputs, targets) == "multilabel":
-        chance = logits.float().gather(1, chosen[:, None])[:, 0].sigmoid()
-    else:
-        chance = torch.full_like(logits[:, 0], torch.nan)
-    return chosen, chance
+    if kind == "regression":
+        return chosen, unknown
+    chances = logits.sigmoid() if kind == "multilabel" else logits.softmax(1)
+    return chosen, chances.gather(1, chosen[:, None])[:, 0]
 
 
 def _label_key(batch: Mapping[Any, Any]) -> str | None:

@@ -41,7 +41,8 @@ def test_unnormalisation() -> None:
 def test_kinds() -> None:
     assert kind_of({"ids": torch.zeros(3, dtype=torch.long), "x": torch.zeros(1, 8, 8)}) == "image"
     assert kind_of(torch.zeros(20, 16)) == "image"
-    assert kind_of(torch.zeros(2, 3)) == "other"
+    assert kind_of(torch.zeros(1, 30)) == "table"
+    assert kind_of(torch.zeros(2, 3, 4, 5)) == "other"
     with pytest.raises(ValueError, match="at least one tensor"):
         main_tensor(("a", "b"))
 
@@ -52,6 +53,8 @@ def test_kinds() -> None:
         (torch.rand(1, 8, 8), torch.randn(1, 8, 8)),
         (torch.rand(3, 20, 10), torch.rand(20, 10)),
         (torch.randn(30), torch.randn(30)),
+        (torch.randn(3, 40), torch.randn(3, 40)),
+        (torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)),
         (torch.arange(40), torch.rand(40)),
         ({"ids": torch.arange(4), "mask": torch.ones(4, dtype=torch.long)}, torch.rand(4)),
     ],
@@ -121,3 +124,19 @@ def test_arguments() -> None:
         Display(decode="words")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="list of names"):
         Display(class_names="cat")
+
+
+def test_the_main_tensor() -> None:
+    ids, mask, x = torch.arange(6).view(2, 3), torch.ones(2, 3), torch.randn(2, 5)
+    assert main_tensor({"attention_mask": mask, "idx": torch.arange(2), "input_ids": ids}, lead=1) is ids
+    assert main_tensor({"attention_mask": mask.long(), "input_ids": ids}, lead=1) is ids
+    assert main_tensor({"categories": ids, "numbers": x, "weight": torch.rand(2)}, lead=1) is x
+    assert main_tensor((x[:, :2], x)) is x
+    assert main_tensor({"mask": mask}) is mask
+
+
+def test_a_long_label_is_cut_and_stays_inside() -> None:
+    shown = Shown("7", torch.zeros(1, 8, 8), "a", "b")
+    long = panels.gallery(shown, "x" * 400, [("Helpful", [(shown, "y" * 400)])], Display())
+    short = panels.gallery(shown, "x", [("Helpful", [(shown, "y")])], Display())
+    assert long.shape == short.shape

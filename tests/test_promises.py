@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_interp import DataInfluence, InputAttribution, RepresentationSimilarity
-from tests.models import Net, loaders, trainer
+from tests.models import Net, Shapes, loaders, trainer
 
 
 class Observed(L.Callback):
@@ -95,6 +96,32 @@ def test_training_is_bitwise_unchanged(tmp_path: Path, workers: int, accumulate:
     watched = run(tmp_path / "watched", ours(), workers, accumulate)
     assert differing(bare, watched) == []
     assert list((tmp_path / "watched").rglob("influence/report.html"))
+
+
+class OwnGenerator(Shapes):
+    """Augments by a generator that the dataset itself carries."""
+
+    def __init__(self) -> None:
+        super().__init__(24)
+        self.random = np.random.default_rng(0)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = super().__getitem__(index)
+        return image + 0.1 * float(self.random.normal()), label
+
+
+def test_a_datasets_own_generator_is_not_advanced(tmp_path: Path) -> None:
+    fed = []
+    for callbacks in ([], ours()):
+        L.seed_everything(7, verbose=False)
+        module = Net()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*augmentation.*")
+            trainer(tmp_path, callbacks=callbacks).fit(
+                module, DataLoader(OwnGenerator(), 8, shuffle=True), loaders()[1]
+            )
+        fed.append(module.fed)
+    assert same(*fed)
 
 
 class Disturbing(L.Callback):

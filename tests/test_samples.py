@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -131,3 +134,37 @@ def test_fingerprints_of_every_type(dtype: torch.dtype) -> None:
     assert fingerprint(a) == fingerprint(a.clone())
     assert fingerprint(a) != fingerprint(b)
     assert fingerprint(a) != fingerprint(a[None])
+
+
+class Draws(torch.utils.data.Dataset):
+    """Augments by generators of its own, one of them inside a transform."""
+
+    def __init__(self) -> None:
+        self.torch = torch.Generator().manual_seed(0)
+        self.transforms = [SimpleNamespace(numpy=np.random.default_rng(0), python=random.Random(0))]
+        self.legacy = {"a": np.random.RandomState(0)}
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Tensor:
+        inner = self.transforms[0]
+        drawn = inner.numpy.random() + inner.python.random() + self.legacy["a"].rand()
+        return torch.rand(1, generator=self.torch) + drawn
+
+
+def test_a_datasets_own_generators_are_put_back() -> None:
+    data = Draws()
+    first = torch.cat(list(Samples(Subset(data, [0, 1]))))
+    assert torch.equal(torch.cat(list(Samples(Subset(data, [0, 1])))), first)
+    next(iter(Samples(data, batch_size=1)))
+    assert torch.equal(torch.cat([data[i][None] for i in range(2)]), first)
+
+
+def test_a_probe_is_padded_alike() -> None:
+    def collate(rows: list[Tensor]) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+    data = [torch.arange(1, n) for n in (3, 9, 4, 2, 5)]
+    probe = take_probe(Samples(data, batch_size=2, collate=collate), 5, "", Task())
+    assert [tuple(batch.shape) for batch in probe.batches] == [(2, 8), (2, 8), (1, 8)]

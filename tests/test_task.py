@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_interp import Task
-from lightning_interp.task import call_model, loss_per_sample, predicted, problem, read_inputs, read_targets
+from lightning_interp.task import call_model, loss_per_sample, predicted, problem, read_inputs, read_targets, settled
 
 
 def bce(logits: Tensor, targets: Tensor) -> Tensor:
@@ -104,17 +104,36 @@ def test_what_fits_nothing_is_named() -> None:
 
 
 def test_predictions() -> None:
-    chosen, chance = predicted(X, Y)
+    chosen, chance = predicted(X, "classes")
     assert chosen.tolist() == X.argmax(1).tolist()
     assert torch.allclose(chance, X.softmax(1).amax(1))
-    chosen, chance = predicted(torch.tensor([[2.0], [-2.0]]), torch.tensor([1, 1]))
+    chosen, chance = predicted(torch.tensor([[2.0], [-2.0]]), "binary")
     assert chosen.tolist() == [1, 0]
     assert torch.allclose(chance, torch.tensor([2.0, 2.0]).sigmoid())
-    chosen, chance = predicted(torch.tensor([[2.0], [-2.0]]), torch.tensor([1.5, 1.0]))
+    chosen, chance = predicted(torch.tensor([[2.0], [-2.0]]), "regression")
     assert chosen.tolist() == [1, 1]
     assert bool(chance.isnan().all())
+    chosen, chance = predicted(X, "multilabel")
+    assert torch.allclose(chance, X.sigmoid().amax(1))
+    assert predicted(torch.randn(4, 1, 5, 5), None)[0].shape == (4,)
+
+
+def test_the_kind_is_settled_by_many_targets() -> None:
+    def batch(*targets: float) -> tuple[Tensor, Tensor]:
+        return torch.zeros(len(targets), 1), torch.tensor(targets)
+
+    net, first = nn.Identity(), batch(0.0, 1.0)
+    assert settled(Task(), net, first, [first]).kind == "binary"
+    assert settled(Task(), net, first, [first, batch(0.0, 2.5)]).kind == "regression"
+    assert settled(Task(), net, batch(0.3), []).kind == "regression"
+    assert settled(Task(kind="binary"), net, first, [batch(2.5)]).kind == "binary"
+    assert settled(Task(), net, (torch.zeros(2, 3), torch.zeros(2, 7)), []).kind is None
+    task = settled(Task(), net, first, [first, batch(0.0, 2.5)])
+    assert task.per_sample(*batch(1.0)).tolist() == [1.0]
 
 
 def test_a_task_takes_functions_alone() -> None:
     with pytest.raises(TypeError, match=r"Task\(loss=...\): expected a function, got 'mse'"):
         Task(loss="mse")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Task\(kind=...\): expected one of"):
+        Task(kind="ordinal")  # type: ignore[arg-type]

@@ -64,7 +64,7 @@ class GradCAM:
         with differentiable(model):
             activations, scores = _from_layer(model, inputs, layer, target, task)
             raw = grad_cam(activations.detach(), gradient(scores, activations))
-            size = main_tensor(inputs).shape[-2:]
+            size = main_tensor(inputs, lead=1).shape[-2:]
             maps = F.interpolate(precise(raw).relu()[:, None], size, mode="bilinear", align_corners=False)[:, 0]
         return Explanation(self.name, maps.cpu(), recorded(target, len(maps)), layer)
 

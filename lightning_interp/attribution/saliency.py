@@ -50,7 +50,7 @@ class Saliency:
         Raises:
             ValueError: the target does not fit, or the outputs do not depend on the input by a gradient.
         """
-        explained = main_tensor(inputs)
+        explained = main_tensor(inputs, lead=1)
         with differentiable(model):
             fresh, leaf = with_leaf(inputs, explained)
             if leaf.is_floating_point():

@@ -15,9 +15,11 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_interp.batch import precise
+from lightning_interp.batch import precise, take
 from lightning_interp.samples import Samples
-from lightning_interp.task import Task
+from lightning_interp.task import Task, settled
+
+SETTLED_BY = 256
 
 
 class Source(NamedTuple):
@@ -40,7 +42,7 @@ def looking(trainer: pl.Trainer) -> Iterator[None]:
 
 def validation_source(trainer: pl.Trainer, owner: str) -> Source:
     """Return the first validation loader's dataset; the training set, said aloud, if there is none."""
-    loaders = _flat(trainer.val_dataloaders)
+    loaders = _validation_loaders(trainer)
     if loaders:
         return Source(_read(trainer, loaders[0], f"{owner}(probe=...)"), "validation set")
     rank_zero_warn(f"{owner}: there is no validation loader, so the samples shown come from the training set")
@@ -93,6 +95,23 @@ def in_precision(trainer: pl.Trainer, task: Task) -> Task:
             return precise(task.outputs(module, plugin.convert_input(inputs)))
 
     return dataclasses.replace(task, outputs=outputs)
+
+
+def settled_task(trainer: pl.Trainer, module: nn.Module, task: Task, samples: Samples | Iterable[Any]) -> Task:
+    """Return the task in the trainer's precision, its kind decided from many targets."""
+    task = in_precision(trainer, task)
+    first = next(iter(dataclasses.replace(samples, workers=0).spread(2) if isinstance(samples, Samples) else samples))
+    more = samples.spread(SETTLED_BY) if isinstance(samples, Samples) else [first]
+    return settled(task, module, take(first, 0, 2), more)
+
+
+def _validation_loaders(trainer: pl.Trainer) -> list[Any]:
+    """Return the validation loaders; made from the user's hook where the trainer makes them only later."""
+    loaders = _flat(trainer.val_dataloaders)
+    if loaders or not trainer.enable_validation:
+        return loaders
+    source = getattr(trainer.fit_loop.epoch_loop.val_loop, "_data_source", None)
+    return _flat(source.dataloader()) if source is not None and source.is_defined() else []
 
 
 def _flat(loaders: Any) -> list[Any]:

@@ -12,31 +12,33 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from lightning_interp import panels, report
-from lightning_interp.attribution import GradCAM, Saliency, last_spatial_layer
+from lightning_interp.attribution import GradCAM, Saliency
 from lightning_interp.batch import device_of, row, size, take, to_device
 from lightning_interp.board import Board, clean, tag
-from lightning_interp.callbacks.access import Source, given_samples, in_precision, validation_source
+from lightning_interp.callbacks.access import Source, given_samples, settled_task, validation_source
 from lightning_interp.callbacks.shell import OnError, Shell, run_folder
 from lightning_interp.callbacks.showing import shown_samples, targets_of, with_class_names, write_section
 from lightning_interp.display import Display, kind_of
 from lightning_interp.figures import png
 from lightning_interp.layers import match_layers
 from lightning_interp.probe import Probe, take_probe
-from lightning_interp.records import Explanation, Shown
+from lightning_interp.records import Explanation
 from lightning_interp.storage import Folder
-from lightning_interp.task import Task, predicted
+from lightning_interp.task import Problem, Task, predicted
 
 Attributor = Callable[..., Explanation]
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What one fit goes by: its folder, its samples, how they are shown and by which methods explained."""
+    """What one fit goes by: its folder, its samples, how they are read, shown and by which methods explained."""
 
     folder: Folder
     probe: Probe
+    task: Task
     display: Display
     methods: dict[str, Attributor]
 
@@ -82,7 +84,8 @@ class InputAttribution(Callback):
         self.probe = probe
         self.task = task
         self.display = display
-        self._shell = Shell("InputAttribution", on_error)
+        chosen = methods is not None or probe is not None or task != Task()
+        self._shell = Shell("InputAttribution", on_error, chosen)
         self._run: _Run | None = None
 
     @property
@@ -109,7 +112,7 @@ class InputAttribution(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the panels where there is no validation."""
-        if not trainer.val_dataloaders:
+        if not trainer.enable_validation:
             self._shell.run(self._draw, trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -121,20 +124,21 @@ class InputAttribution(Callback):
         if self.probe is not None:
             source = Source(given_samples(trainer, self.probe, source.samples), "given dataset")
         probe = take_probe(source.samples, self.samples, source.name, self.task)
-        inputs = self.task.inputs(to_device(take(probe.batches[0], 0, 1), device_of(module)))
-        methods = self.methods or _fitting(module, inputs, in_precision(trainer, self.task))
-        self._run = _Run(folder, probe, with_class_names(self.display, source.samples), methods)
-        drawn = self._explain(trainer, module, "before training" if not trainer.global_step else "resumed")
+        task = settled_task(trainer, module, self.task, source.samples)
+        inputs = task.inputs(to_device(take(probe.batches[0], 0, 1), device_of(module)))
+        methods = self.methods or _fitting(module, inputs, task)
+        self._run = _Run(folder, probe, task, with_class_names(self.display, source.samples), methods)
+        drawn = self._explain(module, "before training")
         if not trainer.global_step:
             self._log(trainer, drawn)
 
     def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._log(trainer, self._explain(trainer, module, f"epoch {trainer.current_epoch + 1}"))
+        self._log(trainer, self._explain(module, f"epoch {trainer.current_epoch + 1}"))
 
     def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         run = _begun(self._run)
         groups: dict[str, list[bytes]] = {}
-        for name, pixels in self._explain(trainer, module, "final network").items():
+        for name, pixels in self._explain(module, "final network").items():
             method, sample = name.split("/", 1)
             groups.setdefault(method, []).append(png(pixels))
             run.folder.write(f"attribution/{method}-{clean(sample).replace('/', '_')}.png", groups[method][-1])
@@ -145,41 +149,54 @@ class InputAttribution(Callback):
         for name, pixels in drawn.items():
             board.image(f"attribution/{name}", pixels, trainer.global_step)
 
-    def _explain(self, trainer: pl.Trainer, module: pl.LightningModule, moment: str) -> dict[str, panels.Pixels]:
+    def _explain(self, module: pl.LightningModule, moment: str) -> dict[str, panels.Pixels]:
         """Return `method/sample` → panel."""
-        run, task = _begun(self._run), in_precision(trainer, self.task)
+        run = _begun(self._run)
         drawn: dict[str, panels.Pixels] = {}
         ids = list(run.probe.ids)
         for batch in run.probe.batches:
             held = to_device(batch, device_of(module))
             with torch.no_grad():
-                outputs = task.outputs(module, task.inputs(held))
-            shown = shown_samples(held, outputs, task, [ids.pop(0) for _ in range(size(held))], run.display)
-            target = predicted(outputs, targets_of(held, task))[0]
+                outputs = run.task.outputs(module, run.task.inputs(held))
+            shown = shown_samples(held, outputs, run.task, [ids.pop(0) for _ in range(size(held))], run.display)
+            kind = run.task.problem(outputs, targets_of(held, run.task))
+            target = predicted(outputs, kind)[0]
             for name, method in run.methods.items():
-                found = method(module, task.inputs(held), target, task=task)
-                for sample, attribution in zip(shown, found.maps, strict=True):
-                    title = _title(name, found, sample, moment)
-                    drawn[f"{name}/{sample.id}"] = panels.attribution_panel(sample, attribution, title, run.display)
+                found = method(module, run.task.inputs(held), target, task=run.task)
+                where = f" at {found.layer}" if found.layer else ""
+                for place, sample in enumerate(shown):
+                    what = _explained(kind, outputs, int(target[place]), run.display)
+                    title = f"{name} of {what}{where}, {moment}"
+                    panel = panels.attribution_panel(sample, found.maps[place], title, run.display)
+                    drawn[f"{name}/{sample.id}"] = panel
         return drawn
 
 
-def _title(name: str, found: Explanation, sample: Shown, moment: str) -> str:
-    where = f" at {found.layer}" if found.layer else ""
-    what = f" of {sample.prediction}" if sample.prediction else ""
-    return f"{name}{what}{where}, {moment}"
+def _explained(kind: Problem | None, outputs: Tensor, target: int, display: Display) -> str:
+    """Return what the map explains, in words: a class, or an output of a regression."""
+    if kind != "regression":
+        return display.label(torch.tensor(target))
+    return "the output" if outputs[0].numel() == 1 else f"output {target}"
 
 
 def _fitting(module: pl.LightningModule, inputs: Any, task: Task) -> dict[str, Attributor]:
-    """Return the default methods for these inputs: Grad-CAM only where images pass a convolutional map."""
+    """Return the default methods that work on one sample: Grad-CAM only where images pass a convolutional map."""
+    methods: dict[str, Attributor] = {"Saliency": Saliency()}
     if kind_of(row(inputs, 0)) == "image":
+        methods = {"GradCAM": GradCAM(), **methods}
+    working, reasons = {}, []
+    for name, method in methods.items():
         try:
-            return {"GradCAM": GradCAM(last_spatial_layer(module, inputs, task)), "Saliency": Saliency()}
-        except ValueError:
-            rank_zero_info(
-                f"InputAttribution: {type(module).__name__} has no convolutional map, so no Grad-CAM is drawn"
-            )
-    return {"Saliency": Saliency()}
+            found = method(module, inputs, lambda outputs: outputs.flatten(1)[:, 0], task=task)
+        except (ValueError, RuntimeError) as error:
+            reasons.append(f"{name}: {error}")
+        else:
+            working[name] = GradCAM(found.layer) if isinstance(method, GradCAM) else method
+    if not working:
+        raise ValueError("; ".join(reasons))
+    for reason in reasons:
+        rank_zero_info(f"InputAttribution goes without {reason}")
+    return working
 
 
 def _begun(run: _Run | None) -> _Run:

@@ -17,13 +17,14 @@ from safetensors.torch import save
 from lightning_interp import report
 from lightning_interp.batch import tensors
 from lightning_interp.board import Board
-from lightning_interp.callbacks.access import given_samples, in_precision, indexed_training_set, validation_source
+from lightning_interp.callbacks.access import given_samples, indexed_training_set, settled_task, validation_source
 from lightning_interp.callbacks.agreement import disagreement
 from lightning_interp.callbacks.budget import Estimator, afford
 from lightning_interp.callbacks.shell import OnError, Shell, progress_of, run_folder
 from lightning_interp.callbacks.showing import with_class_names, write_section
 from lightning_interp.callbacks.telling import Told, strangeness, tell
 from lightning_interp.display import Display
+from lightning_interp.errors import ArgumentError
 from lightning_interp.influence import InfluenceFunction
 from lightning_interp.records import Influence
 from lightning_interp.samples import Samples
@@ -36,10 +37,11 @@ MOST_SEARCHED = 4096
 
 @dataclass(frozen=True)
 class _Run:
-    """What one fit goes by: its folder, its training set and how samples are shown."""
+    """What one fit goes by: its folder, its training set, how it is read and how samples are shown."""
 
     folder: Folder
     train: Samples
+    task: Task
     display: Display
     notes: tuple[str, ...]
 
@@ -98,7 +100,8 @@ class DataInfluence(Callback):
         self.budget_seconds = budget_seconds
         self.task = task
         self.display = display
-        self._shell = Shell("DataInfluence", on_error)
+        chosen = train_dataset is not None or query_dataset is not None or task != Task()
+        self._shell = Shell("DataInfluence", on_error, chosen or estimator != InfluenceFunction())
         self._run: _Run | None = None
         self._epoch_started = 0.0
         self._epoch_seconds: list[float] = []
@@ -135,14 +138,17 @@ class DataInfluence(Callback):
             self._shell.switch_off(str(error))
             return
         if not len(train):
-            raise ValueError("DataInfluence(train_dataset=...): expected at least one training sample, got none")
+            raise ArgumentError("DataInfluence(train_dataset=...): expected at least one training sample, got none")
         few = dataclasses.replace(train, workers=0).at(range(min(4, len(train))))
         first, again = next(iter(few)), next(iter(few))
-        notes = [_augmented(self.task, first, again), disagreement(module, in_precision(trainer, self.task), first)]
+        task = settled_task(trainer, module, self.task, train)
+        notes = [_augmented(task, first, again), disagreement(module, task, first)]
+        if check := getattr(self.estimator, "check", None):
+            check(module, train, task=task)
         for note in filter(None, notes):
             rank_zero_warn(f"DataInfluence: {note}")
         display = with_class_names(self.display, train)
-        self._run = _Run(folder, train, display, tuple(filter(None, notes)))
+        self._run = _Run(folder, train, task, display, tuple(filter(None, notes)))
 
     def _training_set(self, trainer: pl.Trainer) -> Samples:
         try:
@@ -154,7 +160,8 @@ class DataInfluence(Callback):
         return found if self.train_dataset is None else given_samples(trainer, self.train_dataset, found)
 
     def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        run, task = _begun(self._run), in_precision(trainer, self.task)
+        run = _begun(self._run)
+        task = run.task
         query = self._choose_queries(trainer, module, task)
         plan = afford(self.estimator, module, run.train, query, task, self._budget())
         if plan.message:
@@ -181,7 +188,7 @@ class DataInfluence(Callback):
         batches = -(-len(samples) // samples.batch_size)
         with torch.no_grad():
             ranks = [
-                strangeness(*task.losses(module, batch)).cpu()
+                strangeness(task, *task.losses(module, batch)).cpu()
                 for batch in progress_of(trainer)(samples, batches, "choosing queries")
             ]
         order = torch.cat(ranks).argsort(descending=True, stable=True)

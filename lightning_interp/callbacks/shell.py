@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -15,11 +16,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_interp.board import Board
 from lightning_interp.capture import undisturbed
+from lightning_interp.errors import ArgumentError
 from lightning_interp.progress import Progress, bar, quiet
 from lightning_interp.storage import Folder
 
 OnError = Literal["warn", "raise"]
 Work = Callable[[pl.Trainer, pl.LightningModule], None]
+_STARTED: WeakKeyDictionary[pl.Trainer, str] = WeakKeyDictionary()
 SHARDED = ("FSDP", "DeepSpeed", "ModelParallel")
 
 
@@ -28,30 +31,41 @@ class Shell:
 
     All of it happens inside `undisturbed`: the module is in eval mode, and whatever the work, the user's own functions
     or a library draws or changes is put back.
-    Before the first batch every error is raised. Later, with `on_error="warn"`, the first one is warned about with
-    its traceback, the callback is switched off, and the log says so.
+    Before the first batch, an error is raised where the user gave the arguments that it may come from; where only
+    defaults were tried, or later with `on_error="warn"`, it is warned about, the callback is switched off, and
+    training goes on.
 
     Args:
         owner: name of the callback.
         on_error: "warn" or "raise".
+        chosen: whether the user gave any argument that says what to look at.
     """
 
-    def __init__(self, owner: str, on_error: OnError) -> None:
+    def __init__(self, owner: str, on_error: OnError, chosen: bool) -> None:
         if on_error not in ("warn", "raise"):
             raise ValueError(f'{owner}(on_error=...): expected "warn" or "raise", got {on_error!r}')
         self.owner = owner
         self.on_error = on_error
+        self.chosen = chosen
         self.on = True
         self._seconds = 0.0
 
     def start(self, work: Work, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Do work before the first batch: every error is the user's to see."""
+        """Do work before the first batch; raise what the user can put right in the arguments."""
         self.on, self._seconds = True, 0.0
         if any(kind in type(trainer.strategy).__name__ for kind in SHARDED):
             self.switch_off(f"{type(trainer.strategy).__name__} shards the parameters, which is not supported")
-        if self._works(trainer):
+        if not self._works(trainer):
+            return
+        try:
             with self._timed(), undisturbed(module):
                 work(trainer, module)
+        except Exception as error:
+            if self.chosen or self.on_error == "raise" or isinstance(error, ArgumentError):
+                error.add_note(f"Raised by {self.owner} before the first batch.")
+                raise
+            told = f"{type(error).__name__}: {error}"
+            self.switch_off(f"by its defaults it cannot look at this model and data ({told}); pass task= or a dataset")
 
     def run(self, work: Work, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Do work while training runs, or right after it; log the seconds it took since the last time."""
@@ -99,7 +113,7 @@ def run_folder(trainer: pl.Trainer) -> Folder:
     a name for the run. With `fast_dev_run` it is in memory, and nothing is written to disk.
     """
     root = trainer.log_dir or trainer.default_root_dir
-    started = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
+    started = _STARTED.setdefault(trainer, datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f"))
     if getattr(trainer, "fast_dev_run", False):
         return Folder(f"memory://lightning_interp/{started}")
     folder = Folder(str(root)).folder("interp")

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_interp import report
@@ -14,28 +15,35 @@ from lightning_interp.display import Display
 from lightning_interp.records import Shown
 from lightning_interp.samples import Samples, class_names
 from lightning_interp.storage import Folder
-from lightning_interp.task import Task, predicted, problem
+from lightning_interp.task import Task, predicted
 
 ROOMS = ("similarity", "attribution", "influence")
 
 
 def shown_samples(batch: Any, outputs: Tensor, task: Task, ids: Sequence[int], display: Display) -> list[Shown]:
-    """Return a batch's samples with their true and predicted classes in words."""
+    """Return a batch's samples with their true and predicted classes (or values) in words."""
     inputs = map_tensors(lambda t: t.detach().cpu(), task.inputs(batch))
-    targets = targets_of(batch, task)
-    chosen, chance = (t.cpu() for t in predicted(outputs, targets))
-    values = targets is not None and problem(outputs, targets) == "regression"
-    said = outputs.cpu() if values else chosen
+    outputs, targets = outputs.detach().cpu(), targets_of(batch, task)
+    kind = task.problem(outputs, targets)
+    chosen, chance = predicted(outputs, kind)
+    said = {"multilabel": (outputs > 0).long(), "regression": outputs}.get(kind or "", chosen)
+    true = None if targets is None else targets.cpu() if kind in (None, "regression") else targets.cpu().long()
+    judged = true is not None and kind in ("classes", "binary", "multilabel") and true.numel() == said.numel()
     return [
         Shown(
             id=display.id(index),
             value=row(inputs, place),
-            label="" if targets is None else display.label(targets[place]),
+            label="" if true is None else display.label(true[place]),
             prediction=display.label(said[place]),
-            probability=float(chance[place]),
+            probability=float(chance[place]) if kind != "multilabel" else float("nan"),
+            wrong=judged and not torch.equal(said[place].flatten(), _flat(true, place)),
         )
         for place, index in zip(range(size(batch)), ids, strict=True)
     ]
+
+
+def _flat(true: Tensor | None, place: int) -> Tensor:
+    return torch.empty(0) if true is None else true[place].flatten()
 
 
 def targets_of(batch: Any, task: Task) -> Tensor | None:

@@ -17,6 +17,7 @@ from lightning_interp.board import Board, clean, tag
 from lightning_interp.callbacks.access import Source, given_samples, in_precision, validation_source
 from lightning_interp.callbacks.shell import OnError, Shell, progress_of, run_folder
 from lightning_interp.callbacks.showing import write_section
+from lightning_interp.errors import ArgumentError
 from lightning_interp.layers import default_layers, match_layers
 from lightning_interp.probe import Probe, take_probe
 from lightning_interp.records import Snapshot
@@ -32,6 +33,8 @@ from lightning_interp.storage import (
     snapshot_state,
 )
 from lightning_interp.task import Task
+
+FEWEST = 4
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ class RepresentationSimilarity(Callback):
         self.samples = samples
         self.probe = probe
         self.task = task
-        self._shell = Shell("RepresentationSimilarity", on_error)
+        chosen = layers is not None or probe is not None or task != Task()
+        self._shell = Shell("RepresentationSimilarity", on_error, chosen)
         self._run: _Run | None = None
         self._restored: dict[str, Any] = {}
 
@@ -137,9 +141,11 @@ class RepresentationSimilarity(Callback):
         if self.probe is not None:
             source = Source(given_samples(trainer, self.probe, source.samples), "given dataset")
         probe = take_probe(source.samples, self.samples, source.name, self.task)
+        if probe.n < FEWEST:
+            raise ArgumentError(f"probe: expected at least {FEWEST} samples to compare, got {probe.n}")
         widths = self._choose(trainer, module, probe)
-        if earlier and earlier["fingerprint"] != probe.fingerprint:
-            self._shell.switch_off("the probe's samples differ from those of the run that it resumes; pass probe=")
+        if differs := _differs(earlier, probe, widths):
+            self._shell.switch_off(f"its {differs} differ from those of the run that it goes on with")
             return
         if earlier:
             store, initial = _resumed(folder, probe, trainer.global_step, earlier)
@@ -160,7 +166,7 @@ class RepresentationSimilarity(Callback):
         else:
             chosen = match_layers(module, self.layers)
             if silent := [layer for layer in chosen if layer not in called]:
-                raise ValueError(
+                raise ArgumentError(
                     "RepresentationSimilarity(layers=...): expected layers that forward calls and that give floats"
                     f" with one row per sample, got {', '.join(silent)}"
                 )
@@ -207,6 +213,16 @@ class RepresentationSimilarity(Callback):
             drawn[name] = _draw(board, run.folder, name, history, final.step)
         board.text("similarity_notes/probe", "\n\n".join(notes), final.step)
         write_section(run.folder, "similarity", report.similarity_section(drawn, notes))
+
+
+def _differs(earlier: dict[str, Any], probe: Probe, widths: dict[str, list[int]]) -> str:
+    """Say what keeps a run from going on with an earlier one's snapshots; empty if nothing does."""
+    if not earlier:
+        return ""
+    if earlier["fingerprint"] != probe.fingerprint:
+        return "probe's samples"
+    layers = {layer.split("#")[0] for layer in earlier["initial"]["widths"]}
+    return "" if layers == set(widths) else "layers"
 
 
 def _resumed(folder: Folder, probe: Probe, step: int, earlier: dict[str, Any]) -> tuple[SnapshotStore, Snapshot]:
@@ -272,5 +288,5 @@ def _check_arguments(layers: Any, measures: Any, samples: Any) -> None:
     names = [tag(measure) for measure in measures]
     if len(set(names)) < len(names):
         raise ValueError(f"{owner}(measures=...): expected each measure once, got {', '.join(names)}")
-    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 4:
-        raise ValueError(f"{owner}(samples=...): expected a whole number from 4, got {samples!r}")
+    if not isinstance(samples, int) or isinstance(samples, bool) or samples < FEWEST:
+        raise ValueError(f"{owner}(samples=...): expected a whole number from {FEWEST}, got {samples!r}")

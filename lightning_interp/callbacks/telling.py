@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from lightning_interp import panels
 from lightning_interp.callbacks.showing import shown_samples
-from lightning_interp.display import Display
+from lightning_interp.display import Display, kind_of
 from lightning_interp.figures import png
 from lightning_interp.records import Influence, Shown
 from lightning_interp.samples import Samples
-from lightning_interp.task import Task, predicted, problem
+from lightning_interp.task import Problem, Task, predicted
 
 ROWS_IN_CSV = 100
 ABOUT = {
@@ -64,39 +64,33 @@ def tell(
         display: how samples are shown.
     """
     queries = _look(model, task, query, display)
-    shown_lists = [ranked_lists(found, place, top) for place in range(len(queries))]
+    shown_lists = [ranked_lists(found, place, top, task.kind) for place in range(len(queries))]
     columns = sorted({column for lists in shown_lists for ranked in lists for column in ranked.columns})
     held = dict(zip(columns, _look(model, task, train.at(columns), display) if columns else [], strict=True))
     galleries, cards = {}, []
     for shown, loss, lists in zip(queries, found.query_losses.tolist(), shown_lists, strict=True):
         galleries[shown.id] = _gallery(shown, loss, lists, held, display)
         cards.append(_card(shown, loss, lists, held, display))
-    return Told(galleries, cards, _rows(found, queries, display), _summary(found))
+    return Told(galleries, cards, _rows(found, queries, display, task.kind), _summary(found))
 
 
-def strangeness(outputs: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
+def strangeness(task: Task, outputs: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
     """Return what to sort queries by, `(n,)`: wrong answers by their probability, then the rest by loss."""
-    if problem_or_none(outputs, targets) not in ("classes", "binary") or targets.numel() != len(outputs):
+    kind = task.problem(outputs, targets)
+    if kind not in ("classes", "binary") or targets.numel() != len(outputs):
         return losses.detach()
-    chosen, chance = predicted(outputs, targets)
+    chosen, chance = predicted(outputs, kind)
     wrong = chosen != targets.reshape(-1).to(chosen)
     return torch.where(wrong, 1 + chance, -torch.expm1(-losses.detach()).to(chance))
 
 
-def problem_or_none(outputs: Tensor, targets: Tensor) -> str | None:
-    """Return which problem the shapes describe; None where a user's own Task reads them otherwise."""
-    try:
-        return problem(outputs, targets)
-    except ValueError:
-        return None
-
-
-def ranked_lists(found: Influence, query: int, top: int) -> list[Ranked]:
+def ranked_lists(found: Influence, query: int, top: int, kind: Problem | None) -> list[Ranked]:
     """Return a query's helpful, harmful and, for classes, surprisingly helpful training samples."""
     scores = found.scores[query]
     lists = [_best(scores, "Helpful", top), _best(-scores, "Harmful", top)]
-    if found.train_targets.ndim == 1 and not found.train_targets.is_floating_point():
-        other = scores.masked_fill(found.train_targets == found.query_targets[query], 0.0)
+    if kind in ("classes", "binary") and found.train_targets.numel() == len(scores):
+        same = found.train_targets.reshape(-1) == found.query_targets[query].reshape(-1)
+        other = scores.masked_fill(same, 0.0)
         lists.append(_best(other, "Surprisingly helpful", top))
     return lists
 
@@ -135,7 +129,7 @@ def _gallery(
 
 
 def _note(shown: Shown, score: float) -> str:
-    differs = f" (pred. {shown.prediction})" if shown.label and shown.prediction != shown.label else ""
+    differs = f" (pred. {shown.prediction})" if shown.wrong else ""
     return f"#{shown.id}: {shown.label}{differs}\n{score:+.2e}"
 
 
@@ -149,6 +143,7 @@ def _card(
     return {
         "shown": query,
         "loss": loss,
+        "image": kind_of(query.value) == "image",
         "picture": _png(query, display),
         "lists": [(r.heading, ABOUT[r.heading], samples(r)) for r in lists],
     }
@@ -159,11 +154,11 @@ def _png(shown: Shown, display: Display) -> bytes:
 
 
 def _rows(
-    found: Influence, queries: Sequence[Shown], display: Display
+    found: Influence, queries: Sequence[Shown], display: Display, kind: Problem | None
 ) -> list[tuple[Shown, float, str, int, int, Shown, float]]:
     rows = []
     for place, query in enumerate(queries):
-        for heading, columns, scores in ranked_lists(found, place, ROWS_IN_CSV):
+        for heading, columns, scores in ranked_lists(found, place, ROWS_IN_CSV, kind):
             for rank, (column, score) in enumerate(zip(columns, scores, strict=True), start=1):
                 index = int(found.train_ids[column])
                 train = Shown(display.id(index), None, display.label(found.train_targets[column]))

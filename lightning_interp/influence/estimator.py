@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from lightning_interp.batch import device_of, size, take, to_device
 from lightning_interp.capture import differentiable
 from lightning_interp.influence.curvature import EKFAC, Curvature, Fitted
+from lightning_interp.influence.curvature.loss import DRAWS, MOST_ENUMERATED
 from lightning_interp.influence.gradients import Gradients, Trace, layers_of, parameters_of, verified_layers
+from lightning_interp.layers import match_layers
 from lightning_interp.progress import Progress, quiet
 from lightning_interp.records import Influence
 from lightning_interp.samples import Samples
-from lightning_interp.task import Task
+from lightning_interp.task import Task, settled
 
 ELEMENTS_AT_ONCE = 2**25
+SETTLED_BY = 256
 DAMPING_SHARE = 0.1
 
 
@@ -40,14 +43,27 @@ class InfluenceFunction:
     Args:
         curvature: `EKFAC()` or `GaussNewton()`.
         damping: total λ, weight decay included; 0.1 × the mean eigenvalue of the curvature when None.
+        layers: names or glob patterns of the layers to go by; all linear and convolutional ones when None.
     """
 
     curvature: Curvature = field(default_factory=EKFAC)
     damping: float | None = None
+    layers: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.damping is not None and not self.damping > 0:
             raise ValueError(f"InfluenceFunction(damping=...): expected a positive number or None, got {self.damping}")
+
+    def check(self, model: nn.Module, train: Any, task: Task = Task()) -> None:
+        """Find out on a few training samples whether this model can be scored.
+
+        Raises:
+            ValueError: no layer is covered, a pattern names none, or the curvature has too many parameters.
+            FloatingPointError: losses are not finite.
+        """
+        with differentiable(model):
+            plan = _plan(model, Samples.of(train), task, self.layers)
+        self.curvature.check(sum(parameters_of(model, plan.layers).values()))
 
     def __call__(
         self,
@@ -76,7 +92,7 @@ class InfluenceFunction:
         if not len(train) or not len(query):
             raise ValueError(f"train, query: expected samples in both, got {len(train)} and {len(query)}")
         with differentiable(model):
-            plan = _plan(model, train, task)
+            plan = _plan(model, train, task, self.layers)
             fitted = self._fit(plan, train, progress)
             damping = _damping(self.damping, fitted)
             asked = _queries(plan, query)
@@ -97,7 +113,7 @@ class InfluenceFunction:
             covered_elements=sum(parameters_of(model, plan.layers).values()),
             gradient_norm=scored.gradient_norm,
             curvature_n=fitted.n,
-            notes=_notes(self.damping, len(chosen), len(train), scored.scores, asked.losses),
+            notes=_notes(self.damping, len(train), scored.scores, asked),
         )
 
     def _fit(self, plan: _Plan, train: Samples, progress: Progress) -> Fitted:
@@ -130,6 +146,7 @@ class _Asked(NamedTuple):
     gradients: Gradients
     targets: Tensor
     losses: Tensor
+    outputs: int
 
 
 class _Scored(NamedTuple):
@@ -138,11 +155,15 @@ class _Scored(NamedTuple):
     gradient_norm: float
 
 
-def _plan(model: nn.Module, train: Samples, task: Task) -> _Plan:
-    batch = to_device(next(iter(dataclasses.replace(train, workers=0).at(range(min(3, len(train)))))), device_of(model))
+def _plan(model: nn.Module, train: Samples, task: Task, patterns: Sequence[str] | None) -> _Plan:
     candidates = layers_of(model)
     if not candidates:
         raise ValueError(f"model: expected linear or convolutional layers that are trained, {_name(model)} has none")
+    if patterns is not None:
+        asked = match_layers(model, patterns, "InfluenceFunction(layers=...)")
+        candidates = [layer for layer in candidates if layer in asked]
+    batch = to_device(next(iter(dataclasses.replace(train, workers=0).at(range(min(3, len(train)))))), device_of(model))
+    task = settled(task, model, batch, train.spread(SETTLED_BY))
     _finite(Trace(model, [], task, batch).losses, "losses of the first training samples")
     layers = verified_layers(model, candidates, task, batch)
     if not layers:
@@ -156,14 +177,15 @@ def _plan(model: nn.Module, train: Samples, task: Task) -> _Plan:
 
 def _queries(plan: _Plan, query: Samples) -> _Asked:
     gradients: dict[str, list[Tensor]] = {layer: [] for layer in plan.layers}
-    targets, losses = [], []
+    targets, losses, outputs = [], [], 0
     for trace in plan.traces(query):
+        outputs = trace.outputs[0].numel()
         for layer, rows in trace.rows(trace.losses).items():
             gradients[layer].append(_finite(rows.gradients(), f"query gradients of {layer}"))
         targets.append(trace.targets.detach().cpu())
         losses.append(trace.losses.detach().cpu())
     joined = {layer: torch.cat(parts) for layer, parts in gradients.items()}
-    return _Asked(joined, torch.cat(targets), torch.cat(losses))
+    return _Asked(joined, torch.cat(targets), torch.cat(losses), outputs)
 
 
 def _score(plan: _Plan, train: Samples, solved: Gradients, n: int, progress: Progress) -> _Scored:
@@ -188,7 +210,7 @@ def _damping(given: float | None, fitted: Fitted) -> float:
         return given
     found = DAMPING_SHARE * fitted.mean_eigenvalue
     if not found > 0:
-        raise ValueError(f"damping: expected a curvature above zero to take it from, got mean eigenvalue {found}")
+        raise ValueError("damping: the curvature to take it from is zero (is the softmax saturated?); pass damping=")
     return found
 
 
@@ -203,14 +225,18 @@ def _finite(values: Tensor, what: str) -> Tensor:
     return values.detach()
 
 
-def _notes(damping: float | None, scored: int, n: int, scores: Tensor, losses: Tensor) -> tuple[str, ...]:
+def _notes(damping: float | None, n: int, scores: Tensor, asked: _Asked) -> tuple[str, ...]:
     notes = []
-    if impossible := int((scores < -losses[:, None]).sum()):
-        notes.append(f"{impossible} scores predict a loss below zero, so their size is too large; read their order")
+    if impossible := int((scores < -asked.losses[:, None]).sum()):
+        notes.append(f"{impossible} scores predict a loss below zero: read their order, not their size")
     if damping is None:
         notes.append(f"damping was not given: {DAMPING_SHARE} × the mean eigenvalue of the curvature")
-    if scored < n:
-        notes.append(f"{scored:,} of {n:,} training samples were scored; the others are not in the ranking")
+    if asked.outputs > MOST_ENUMERATED:
+        notes.append(
+            f"the curvature is estimated from {DRAWS} random mixtures of the {asked.outputs} outputs per sample"
+        )
+    if scores.shape[1] < n:
+        notes.append(f"{scores.shape[1]:,} of {n:,} training samples were scored; the others are not in the ranking")
     return tuple(notes)
 
 

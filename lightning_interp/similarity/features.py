@@ -73,9 +73,9 @@ def representations(
     """
     kept: dict[tuple[str, int], Tensor] = {}
     for columns in _passes(widths, max(1, bytes_per_pass // (4 * n))):
-        for column, block in _run(module, forward, batches, columns).items():
+        for column, block in _run(module, forward, batches, columns, widths, n).items():
             key, width = (column.layer, column.call), widths[column.layer][column.call]
-            _check(column.layer, block, n, column.stop - column.start)
+            _check(column.layer, block)
             kept[key] = _add(kept.get(key), block, wide=width > n)
     return {
         _label(layer, call, calls): _finish(kept[layer, call], width, wide=width > n)
@@ -86,24 +86,40 @@ def representations(
 
 
 def _run(
-    module: nn.Module, forward: Forward, batches: Sequence[Any], columns: Sequence[Columns]
+    module: nn.Module,
+    forward: Forward,
+    batches: Sequence[Any],
+    columns: Sequence[Columns],
+    widths: Mapping[str, Sequence[int]],
+    n: int,
 ) -> dict[Columns, Tensor]:
+    """Return the wanted columns of all samples, `(n, columns)` each."""
     wanted: dict[tuple[str, int], Columns] = {(c.layer, c.call): c for c in columns}
 
     def keep(layer: str, call: int, output: Tensor) -> Tensor | None:
         column = wanted.get((layer, call))
         if column is None:
             return None
-        return output.flatten(1)[:, column.start : column.stop].to(_precise(output.dtype), copy=True)
+        flat = output.flatten(1)
+        if flat.shape[1] != widths[layer][call]:
+            raise ValueError(f"{layer}: expected {widths[layer][call]} features per sample, got {flat.shape[1]}")
+        return flat[:, column.start : column.stop].to(_precise(output.dtype), copy=True)
 
-    rows: dict[Columns, list[Tensor]] = {column: [] for column in columns}
+    rows: dict[Columns, Tensor] = {}
     layers = list(dict.fromkeys(column.layer for column in columns))
+    done = 0
     for batch in batches:
         with torch.no_grad(), capture(module, layers, keep) as seen:
             forward(batch)
         for (layer, call), column in wanted.items():
-            rows[column].append(seen[layer][call])
-    return {column: torch.cat(rows.pop(column)) for column in columns}
+            part = seen[layer][call]
+            if column not in rows:
+                rows[column] = part.new_empty(n, part.shape[1])
+            rows[column][done : done + len(part)] = part
+        done += len(part)
+    if done != n:
+        raise ValueError(f"batches: expected {n} samples, got {done}")
+    return rows
 
 
 def _passes(widths: Mapping[str, Sequence[int]], columns_per_pass: int) -> list[list[Columns]]:
@@ -135,9 +151,7 @@ def _finish(kept: Tensor, width: int, wide: bool) -> Representation:
     return from_gram(kept, width) if wide else prepare(kept)
 
 
-def _check(layer: str, block: Tensor, n: int, width: int) -> None:
-    if block.shape != (n, width):
-        raise ValueError(f"{layer}: expected {n} × {width} features, got {tuple(block.shape)}")
+def _check(layer: str, block: Tensor) -> None:
     if not bool(block.isfinite().all()):
         raise ValueError(f"{layer}: activations hold NaN or infinity")
 
@@ -147,7 +161,7 @@ def _label(layer: str, call: int, calls: Sequence[int]) -> str:
 
 
 def _width(output: Tensor, n: int) -> int:
-    rows = output.ndim >= 2 and output.shape[0] == n and output.is_floating_point()
+    rows = not output.is_nested and output.ndim >= 2 and output.shape[0] == n and output.is_floating_point()
     return output[0].numel() if rows else 0
 
 

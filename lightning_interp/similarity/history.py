@@ -10,6 +10,8 @@ import torch
 from lightning_interp.records import Caution, Representation, SimilarityMap, Snapshot
 from lightning_interp.similarity.matrix import Measure, matrix
 
+MOST_NAMED = 6
+
 
 class History(NamedTuple):
     """One measure over a run.
@@ -60,7 +62,11 @@ def cautions(measure: Measure, snapshot: Snapshot) -> str:
     for layer, representation in snapshot.layers.items():
         if warning := say(representation):
             found.setdefault(warning.reason, []).append(f"{layer} ({warning.detail})")
-    return "; ".join(f"{', '.join(layers)}: {reason}" for reason, layers in found.items())
+    return "; ".join(f"{_named(layers, snapshot)}: {reason}" for reason, layers in found.items())
+
+
+def _named(layers: Sequence[str], snapshot: Snapshot) -> str:
+    return ", ".join(layers) if len(layers) <= MOST_NAMED else f"{len(layers)} of {len(snapshot.layers)} layers"
 
 
 def _history(
@@ -76,7 +82,7 @@ def _history(
 
     def by_epoch(title: str, values: list[list[float]]) -> SimilarityMap:
         table = torch.tensor(values, dtype=torch.float64).T
-        return SimilarityMap(name, title, layers, columns, table, "layer", "epochs finished", n, note)
+        return SimilarityMap(name, title, layers, columns, table, "layer", "epoch (0: before training)", n, note)
 
     pairs = matrix(measure, list(final.layers.values()))
     return History(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -16,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_interp import DataInfluence, InputAttribution, RepresentationSimilarity
+from lightning_interp import DataInfluence, InputAttribution, RepresentationSimilarity, Task
+from lightning_interp.storage import Folder, open_store
 from tests.models import Net, Shapes, loaders, trainer
 
 CALLBACKS = [RepresentationSimilarity, InputAttribution, DataInfluence]
@@ -187,9 +189,106 @@ def test_arguments_are_checked_at_once(make_it: Any, says: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CALLBACKS)
-def test_a_model_that_the_default_task_cannot_read_is_named(kind: type, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"pass task=Task\(outputs=\.\.\.\)"):
-        trainer(tmp_path, callbacks=[make(kind)]).fit(Bare(), *loaders())
+def test_a_model_that_the_default_task_cannot_read(kind: type, tmp_path: Path) -> None:
+    class Trains(Bare):
+        training_step = Net.training_step
+
+        def forward(self, x: Tensor) -> Any:
+            return super(Bare, self).forward(x) if self.training else {"nothing": 0}
+
+    with pytest.warns(UserWarning, match=rf"{kind.__name__} is off.*by its defaults.*pass task=") as caught:
+        trainer(tmp_path, max_epochs=1, callbacks=[kind()]).fit(Trains(), *loaders())
+    assert len([w for w in caught if "is off" in str(w.message)]) == 1
+    for options in ({"on_error": "raise"}, {"task": Task(inputs=lambda batch: batch[0])}):
+        with pytest.raises(ValueError, match=r"pass task=Task\(outputs=\.\.\.\)") as raised:
+            trainer(tmp_path, callbacks=[kind(**options)]).fit(Bare(), *loaders())
+        assert any(kind.__name__ in note for note in raised.value.__notes__)
+
+
+class Transformer(Rows):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(30, 8)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, attention_mask: Tensor, input_ids: Tensor) -> Any:
+        states = self.encoder(self.embed(input_ids), src_key_padding_mask=attention_mask == 0)
+        return SimpleNamespace(logits=self.head(states[:, 0]))
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        return F.cross_entropy(self(batch["attention_mask"], batch["input_ids"]).logits, batch["label"])
+
+    validation_step = training_step  # type: ignore[assignment]
+
+
+class Bytes(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float() / 255)
+
+
+class Frozen(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1.requires_grad_(False)
+        self.conv2.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = F.relu(self.conv2(self.conv1(x))).mean((2, 3))
+        return self.head(x)
+
+
+class Series(Rows):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv1d(3, 4, 5), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 2))
+
+
+def sentences() -> DataLoader:
+    def collate(rows: list[Any]) -> dict[str, Tensor]:
+        ids = nn.utils.rnn.pad_sequence([r[0] for r in rows], batch_first=True)
+        return {"attention_mask": (ids > 0).long(), "input_ids": ids, "label": torch.stack([r[1] for r in rows])}
+
+    return DataLoader([(torch.arange(1, 3 + i % 9), torch.tensor(i % 2)) for i in range(24)], 4, collate_fn=collate)
+
+
+def uint8() -> DataLoader:
+    data = Shapes()
+    return DataLoader(TensorDataset((data.images * 255).to(torch.uint8), data.labels), 8)
+
+
+def series() -> DataLoader:
+    return DataLoader(TensorDataset(torch.randn(24, 3, 40), torch.arange(24) % 2), 8)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # in Lightning's own validation
+@pytest.mark.parametrize("kind", CALLBACKS)
+@pytest.mark.parametrize(
+    ("module", "data"), [(Transformer, sentences), (Bytes, uint8), (Series, series)], ids=["text", "uint8", "series"]
+)
+def test_less_usual_inputs(kind: type, module: Any, data: Any, tmp_path: Path) -> None:
+    trainer(tmp_path, max_epochs=1, callbacks=[kind(on_error="raise")]).fit(module(), data(), data())
+    assert list(tmp_path.rglob("interp/report.html"))
+
+
+def test_methods_that_cannot_work_are_left_out(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="InputAttribution is off.*no gradient|InputAttribution is off.*gradient"):
+        trainer(tmp_path, max_epochs=1, callbacks=[InputAttribution()]).fit(Frozen(), *loaders())
+
+
+def test_one_folder_without_a_logger(tmp_path: Path) -> None:
+    fit = trainer(tmp_path, max_epochs=1, logger=False, callbacks=[make(kind) for kind in CALLBACKS])
+    fit.fit(Net(), *loaders())
+    assert len(list(tmp_path.rglob("report.html"))) == 2
+
+
+def test_the_validation_set_is_found_before_its_loader_is_made(tmp_path: Path) -> None:
+    options = {"num_sanity_val_steps": 0, "check_val_every_n_epoch": 2}
+    fit = trainer(tmp_path, callbacks=[RepresentationSimilarity(samples=8)], **options)
+    fit.fit(Net(), *loaders())
+    store = open_store(Folder(str(Path(fit.log_dir) / "interp" / "similarity")))
+    assert store.manifest["probe"]["source"] == "validation set"
 
 
 @pytest.mark.parametrize("kind", CALLBACKS)
@@ -254,13 +353,10 @@ def test_sharded_strategies_are_declined(kind: type, tmp_path: Path) -> None:
         trainer(tmp_path, callbacks=[make(kind)], strategy=FSDPLike("cpu"), accelerator="auto").fit(Net(), *loaders())
 
 
-def test_all_three_live_together_and_only_rank_zero_works(tmp_path: Path) -> None:
-    callbacks = [make(kind) for kind in CALLBACKS]
-    fit = trainer(tmp_path, callbacks=callbacks, num_sanity_val_steps=0, check_val_every_n_epoch=2, max_epochs=4)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*no validation loader.*")
-        fit.fit(Net(), *loaders())
+def test_all_three_live_together(tmp_path: Path) -> None:
+    fit = trainer(tmp_path, callbacks=[make(kind) for kind in CALLBACKS])
+    fit.fit(Net(), *loaders())
     report = next(tmp_path.rglob("interp/report.html")).read_text()
     headings = re.findall("<h2>(.*?)</h2>", report)
     assert headings == ["How the layers changed", "Where the network looks", "Which training samples made it so"]
-    assert "http" not in report.replace("http-equiv", "")
+    assert "http" not in report

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from lightning_interp import DataInfluence, Display, Task
 from lightning_interp.callbacks.budget import afford
 from lightning_interp.callbacks.telling import strangeness
-from lightning_interp.influence import EKFAC, InfluenceFunction
+from lightning_interp.influence import EKFAC, GaussNewton, InfluenceFunction
 from lightning_interp.samples import Samples
 from tests.models import Net, Shapes, loaders, trainer
 
@@ -61,7 +61,8 @@ def test_the_table_says_what_the_estimator_says(tmp_path: Path) -> None:
 def test_the_most_confidently_wrong_come_first() -> None:
     outputs = torch.tensor([[5.0, 0.0], [0.0, 1.0], [0.0, 4.0], [0.1, 0.0]])
     targets = torch.tensor([0, 0, 0, 0])
-    order = strangeness(outputs, targets, F.cross_entropy(outputs, targets, reduction="none")).argsort(descending=True)
+    losses = F.cross_entropy(outputs, targets, reduction="none")
+    order = strangeness(Task(), outputs, targets, losses).argsort(descending=True)
     assert order.tolist() == [2, 1, 3, 0]
 
 
@@ -143,3 +144,40 @@ def test_regression_has_no_surprising_class(tmp_path: Path) -> None:
     fit = trainer(tmp_path, callbacks=[DataInfluence(on_error="raise")])
     fit.fit(Regression(), DataLoader(data, 8), DataLoader(data, 8))
     assert {row["list"] for row in written(fit)[0]} == {"helpful", "harmful"}
+
+
+@pytest.mark.filterwarnings("ignore:.*is not the one of training_step.*")
+def test_binary_floats_with_names_are_not_called_wrong(tmp_path: Path) -> None:
+    data = TensorDataset(Shapes().images, (torch.arange(24) % 2).float()[:, None])
+    display = Display(class_names=["off", "on"])
+    fit = trainer(tmp_path, callbacks=[DataInfluence(display=display, task=Task(kind="binary"), on_error="raise")])
+    fit.fit(Regression(), DataLoader(data, 8), DataLoader(data, 8))
+    rows, _, report = written(fit)
+    assert {row["query_label"] for row in rows} | {row["query_prediction"] for row in rows} <= {"off", "on"}
+    wrong = {row["query_id"] for row in rows if row["query_label"] != row["query_prediction"]}
+    shown = report.split('class="query"')[1:]
+    assert len(shown) == 6
+    for part in shown:
+        query = part.split("query #")[1].split("<")[0]
+        assert ('class="wrong">predicted' in part.split("</figure>")[0]) == (query in wrong)
+
+
+def test_a_decomposition_that_takes_too_long_leaves_the_last_layer() -> None:
+    module, train, query = Net().eval(), Samples(Shapes(96)), Samples(Shapes(2))
+    plan = afford(InfluenceFunction(), module, train, query, Task(), 1e-7)
+    assert isinstance(plan.estimator, InfluenceFunction)
+    assert plan.estimator.layers == ["head"]
+    assert "only the layer head" in plan.message
+    assert InfluenceFunction(layers=["head"])(module, train, query).covered == ("head.weight", "head.bias")
+
+
+def test_an_estimator_that_cannot_work_is_named_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_interp.influence.curvature.gauss_newton.MOST_PARAMETERS", 50)
+    for estimator, says in (
+        (InfluenceFunction(layers=["nope"]), "'nope' names no layer"),
+        (InfluenceFunction(GaussNewton()), "at most 50 covered"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            trainer(tmp_path, callbacks=[DataInfluence(estimator=estimator)]).fit(Net(), *loaders())

@@ -120,7 +120,7 @@ def test_a_resumed_run_on_other_samples_declines(tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path / "kept", filename="last")
     trainer(tmp_path, max_epochs=1, callbacks=[RepresentationSimilarity(["conv2"]), keep]).fit(Net(), *loaders())
     other = RepresentationSimilarity(["conv2"], probe=Shapes(12, seed=5))
-    with pytest.warns(UserWarning, match="differ from those of the run that it resumes"):
+    with pytest.warns(UserWarning, match="probe's samples differ from those of the run"):
         trainer(tmp_path, max_epochs=2, callbacks=[other]).fit(
             Net(), *loaders(), ckpt_path=tmp_path / "kept" / "last.ckpt"
         )

@@ -254,6 +254,11 @@ def test_errors_are_named(small: tuple[nn.Module, TensorDataset, TensorDataset])
         InfluenceFunction(GaussNewton())(big, train, query)
     with pytest.raises(ValueError, match="one loss per sample"):
         InfluenceFunction()(net, train, query, task=Task(loss=F.cross_entropy))
+    saturated = nn.Linear(32, 3).double()
+    nn.init.constant_(saturated.weight, 0)
+    saturated.bias.data = torch.tensor([1e4, 0.0, 0.0], dtype=torch.float64)
+    with pytest.raises(ValueError, match="softmax saturated"):
+        InfluenceFunction()(saturated, train, query)
     nn.init.constant_(big.weight, torch.nan)
     with pytest.raises(FloatingPointError, match="NaN"):
         InfluenceFunction()(big, train, query)

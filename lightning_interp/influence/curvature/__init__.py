@@ -32,6 +32,9 @@ class Curvature(Protocol):
     def samples(self) -> int | None:
         """Training samples that it is estimated from; all when None."""
 
+    def check(self, parameters: int) -> None:
+        """Raise a ValueError if it cannot be estimated for so many parameters."""
+
     def fit(self, traces: Traces, task: Task) -> Fitted:
         """Estimate it from traces of batches."""
 

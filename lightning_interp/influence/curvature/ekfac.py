@@ -36,6 +36,9 @@ class EKFAC:
         if self.samples is not None and self.samples < 1:
             raise ValueError(f"EKFAC(samples=...): expected at least 1 or None, got {self.samples}")
 
+    def check(self, parameters: int) -> None:
+        """Accept any number of parameters: memory grows with the layers' widths, not with their product squared."""
+
     def fit(self, traces: Traces, task: Task) -> FittedEKFAC:
         """Estimate the blocks in two passes: factors first, then the eigenvalues in their basis.
 

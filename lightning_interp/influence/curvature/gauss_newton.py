@@ -31,6 +31,15 @@ class GaussNewton:
 
     samples: int | None = None
 
+    def check(self, parameters: int) -> None:
+        """Raise an error if there are too many parameters.
+
+        Raises:
+            ValueError: there are more than 8,192.
+        """
+        if parameters > MOST_PARAMETERS:
+            raise ValueError(f"GaussNewton: expected at most {MOST_PARAMETERS} covered parameters, got {parameters}")
+
     def fit(self, traces: Traces, task: Task) -> FittedGaussNewton:
         """Sum the matrix over all samples.
 
@@ -44,7 +53,7 @@ class GaussNewton:
             for rows in pseudo_gradients(trace, task):
                 shapes = {layer: row.shape for layer, row in rows.items()}
                 flat = flatten(rows)
-                _check_size(flat.shape[1])
+                self.check(flat.shape[1])
                 matrix = flat.T @ flat + matrix if len(matrix) else flat.T @ flat
         return FittedGaussNewton(matrix / n, shapes, n)
 
@@ -83,8 +92,3 @@ class FittedGaussNewton:
 def flatten(rows: dict[str, Rows]) -> Tensor:
     """Return all layers' per-sample gradients side by side, `(n, p)`, float64."""
     return torch.cat([row.gradients().flatten(1) for row in rows.values()], dim=1).double().cpu()
-
-
-def _check_size(parameters: int) -> None:
-    if parameters > MOST_PARAMETERS:
-        raise ValueError(f"GaussNewton: expected at most {MOST_PARAMETERS} covered parameters, got {parameters}")

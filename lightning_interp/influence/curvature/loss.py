@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_interp.batch import precise
 from lightning_interp.influence.gradients import Rows, Trace
-from lightning_interp.task import Task, loss_per_sample, problem
+from lightning_interp.task import Task, loss_per_sample
 
 MOST_ENUMERATED = 64
 DRAWS = 8
@@ -35,18 +35,18 @@ def hessian_root(outputs: Tensor, targets: Tensor, task: Task) -> Float[Tensor, 
     """
     outputs = precise(outputs.detach())
     many = outputs.ndim == 2 and outputs.shape[1] > MOST_ENUMERATED
-    if many and task.loss is loss_per_sample and problem(outputs, targets) == "classes":
+    if many and task.loss is loss_per_sample and task.problem(outputs, targets) == "classes":
         return _mixed_softmax_root(outputs)
     hessian = _hessian(outputs, targets, task).double().cpu()
     values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
     root = vectors * values.clamp(min=0).sqrt()[:, None, :]
     alive = root.abs().amax(dim=(0, 1)) > 1e-9 * root.abs().max()
-    return root[:, :, alive].to(outputs)
+    return root[:, :, alive if alive.any() else slice(1)].to(outputs)
 
 
 def _hessian(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
     leaf = outputs.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(task.loss(leaf, targets).sum(), leaf, create_graph=True)
+    (grad,) = torch.autograd.grad(task.per_sample(leaf, targets).sum(), leaf, create_graph=True)
     rows = grad.flatten(1)
     if not rows.requires_grad:
         return rows.new_zeros(*rows.shape, rows.shape[1])
