@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from lightning_interp import report
 from lightning_interp.batch import tensors
-from lightning_interp.board import Board
+from lightning_interp.board import Board, clean
 from lightning_interp.callbacks.access import given_samples, indexed_training_set, settled_task, validation_source
 from lightning_interp.callbacks.agreement import disagreement
 from lightning_interp.callbacks.budget import Estimator, afford
@@ -25,6 +25,7 @@ from lightning_interp.callbacks.showing import with_class_names, write_section
 from lightning_interp.callbacks.telling import Told, strangeness, tell
 from lightning_interp.display import Display
 from lightning_interp.errors import ArgumentError
+from lightning_interp.figures import png
 from lightning_interp.influence import InfluenceFunction
 from lightning_interp.records import Influence
 from lightning_interp.samples import Samples
@@ -51,8 +52,8 @@ class DataInfluence(Callback):
 
     The queries are validation samples, the most confidently wrong first. Scores are those of influence functions:
     positive is helpful (see `lightning_interp.influence.InfluenceFunction`). Written to
-    `<log_dir>/interp/influence`: `report.html`, `influence.csv` (the 100 most helpful and most harmful of each query)
-    and `scores.safetensors` (all scores).
+    `<log_dir>/interp/influence`: `report.html`, `influence.csv` (the 100 most helpful and most harmful of each query),
+    `scores.safetensors` (all scores), and the pictures.
 
     Logged, with `Q` a query's id, after training, at `trainer.global_step`:
         `influence/query_Q`: image: the query beside its most helpful, most harmful and surprisingly helpful samples
@@ -198,6 +199,7 @@ class DataInfluence(Callback):
         board, step = Board(trainer.loggers), trainer.global_step
         for name, pixels in told.galleries.items():
             board.image(f"influence/query_{name}", pixels, step)
+            folder.write(f"influence/query-{clean(name).replace('/', '_')}.png", png(pixels))
         board.text("influence_notes/summary", told.summary, step)
         section = report.influence_section(found, told.cards)
         folder.write("influence/report.html", report.page("Training-data influence", [section]))
