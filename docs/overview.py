@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from lightning_interp.panels import _font
+from lightning_interp.panels import typeface
 
 WIDTH, GAP, INK = 1240, 24, (20, 20, 20)
 
@@ -45,7 +45,7 @@ def strip(title: str, images: list[Image.Image]) -> Image.Image:
     scaled = [image.resize((int(image.width * factor), int(image.height * factor)), Image.LANCZOS) for image in images]
     top = 40 if title else 8
     sheet = Image.new("RGB", (WIDTH, max(image.height for image in scaled) + top + 8), "white")
-    ImageDraw.Draw(sheet).text((GAP, 6), title, INK, _font(20))
+    ImageDraw.Draw(sheet).text((GAP, 6), title, INK, typeface(20))
     x = GAP
     for image in scaled:
         sheet.paste(image, (x, top))

@@ -29,8 +29,8 @@ def heat_map(table: SimilarityMap) -> Pixels:
         `(height, width, 3)`, 0 to 255.
     """
     rows, columns = table.values.shape
-    size = (3.2 + 0.5 * max(4, min(columns, 24)), 2.1 + 0.36 * max(4, min(rows, 24)))
-    note = textwrap.wrap(f"n = {table.n} probe samples. {table.note}", int(size[0] * 15))
+    size = (2.6 + 0.38 * max(5, min(columns, 24)), 1.7 + 0.34 * max(4, min(rows, 24)))
+    note = textwrap.wrap(f"n = {table.n} probe samples. {table.note}", int(size[0] * 14))
     figure = Figure(figsize=(size[0], size[1] + 0.17 * len(note)), dpi=110)
     axes = figure.add_subplot()
     values = np.ma.masked_invalid(table.values.detach().cpu().numpy())
@@ -39,8 +39,8 @@ def heat_map(table: SimilarityMap) -> Pixels:
     _ticks(axes, table)
     if rows * columns <= MOST_NUMBERED:
         _numbers(axes, values)
-    figure.colorbar(drawn, ax=axes, label=f"{table.measure} (1: same, 0: unrelated)")
-    axes.set_title(f"{table.measure}: {table.title}", fontsize=11)
+    figure.colorbar(drawn, ax=axes, label="1: same, 0: unrelated")
+    axes.set_title(f"{table.measure}: {table.title}", fontsize=10)
     figure.text(0.01, 0.01, "\n".join(note), fontsize=7.5, color="0.3", va="bottom")
     figure.tight_layout(rect=(0, (0.17 * len(note) + 0.05) / figure.get_figheight(), 1, 1))
     return render(figure)
@@ -64,8 +64,9 @@ def _ticks(axes: Axes, table: SimilarityMap) -> None:
     for axis, names in ((axes.xaxis, table.columns), (axes.yaxis, table.rows)):
         stride = -(-len(names) // MOST_TICKS)
         axis.set_ticks(range(0, len(names), stride), list(names)[::stride])
-    long = max(map(len, table.columns), default=0) > 3
-    axes.tick_params(axis="x", labelrotation=45 if long else 0)
+    if max(map(len, table.columns), default=0) > 3:
+        for label in axes.get_xticklabels():
+            label.set(rotation=45, ha="right", rotation_mode="anchor")
     axes.set_xlabel(table.column_title)
     axes.set_ylabel(table.row_title)
 

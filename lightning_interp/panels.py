@@ -124,17 +124,17 @@ def bars(values: Tensor, side: int) -> Image.Image:
     for place, index in enumerate(sorted(order) if len(flat) <= MOST_FEATURES else order):
         value, top = float(flat[index]), place * height
         length = abs(value) / longest * (side * 0.4)
-        pen.text((2, top + height / 2), f"x{index}", INK, _font(11), anchor="lm")
+        pen.text((2, top + height / 2), f"x{index}", INK, typeface(11), anchor="lm")
         start = side * 0.2
         pen.rectangle((start, top + 3, start + length, top + height - 3), POSITIVE if value > 0 else NEGATIVE)
-        pen.text((start + length + 4, top + height / 2), f"{value:.2g}", INK, _font(11), anchor="lm")
+        pen.text((start + length + 4, top + height / 2), f"{value:.2g}", INK, typeface(11), anchor="lm")
     return sheet
 
 
 def tokens(words: Sequence[str], weights: Tensor | None, side: int) -> Image.Image:
     """Draw words in lines, each on a shade that tells its weight (in absolute value)."""
     sheet = Image.new("RGB", (side, side), PAPER)
-    pen, font = ImageDraw.Draw(sheet), _font(11)
+    pen, font = ImageDraw.Draw(sheet), typeface(11)
     shades = [0.0] * len(words) if weights is None else (weights.abs() / max(scale_of(weights), 1e-300)).tolist()
     x, y = 2.0, 2.0
     for word, shade in zip(words, shades, strict=False):
@@ -175,24 +175,24 @@ def _colour_bar(top: float, height: int) -> Image.Image:
     ramp = colormaps["inferno"](np.linspace(1, 0, height - 16))[:, None, :3].repeat(12, 1)
     sheet.paste(Image.fromarray(_to_pixels(ramp)), (0, 8))
     pen = ImageDraw.Draw(sheet)
-    pen.text((16, 8), f"{top:.2g}", INK, _font(11), anchor="lm")
-    pen.text((16, height - 8), "0", INK, _font(11), anchor="lm")
+    pen.text((16, 8), f"{top:.2g}", INK, typeface(11), anchor="lm")
+    pen.text((16, height - 8), "0", INK, typeface(11), anchor="lm")
     return sheet
 
 
-def _noted(shown: Shown, note: str, display: Display, side: int, lines: int = 2) -> Image.Image:
+def _noted(shown: Shown, note: str, display: Display, side: int, lines: int = 3) -> Image.Image:
     tile = picture(shown.value, display, side)
-    sheet = Image.new("RGB", (side, side + 4 + 15 * lines), PAPER)
+    sheet = Image.new("RGB", (side, side + 4 + 17 * lines), PAPER)
     sheet.paste(tile, ((side - tile.width) // 2, 0))
     pen = ImageDraw.Draw(sheet)
     for place, line in enumerate(note.split("\n")[:lines]):
-        _written(pen, (side / 2, side + 4 + 15 * place), line, side, "ma")
+        _written(pen, (side / 2, side + 4 + 17 * place), line, side, "ma")
     return sheet
 
 
 def _written(pen: ImageDraw.ImageDraw, place: tuple[float, float], line: str, width: float, anchor: str) -> None:
     """Write a line in the largest type that fits, cut short with an ellipsis where none does."""
-    font = next((f for f in map(_font, (12, 11, 10, 9)) if pen.textlength(line, f) <= width), _font(9))
+    font = next((f for f in map(typeface, (14, 13, 12, 11, 10)) if pen.textlength(line, f) <= width), typeface(10))
     while len(line) > 2 and pen.textlength(line, font) > width:
         line = line[:-2].rstrip() + "…"
     pen.text(place, line, INK, font, anchor=anchor)
@@ -204,11 +204,11 @@ def _captioned(lines: Sequence[str], body: Image.Image) -> Pixels:
 
 def _captioned_image(lines: Sequence[str], body: Image.Image) -> Image.Image:
     probe = ImageDraw.Draw(body)
-    width = max(body.width, *(int(probe.textlength(line, _font(CAPTION))) + 4 for line in lines))
+    width = max(body.width, *(int(probe.textlength(line, typeface(CAPTION))) + 4 for line in lines))
     sheet = Image.new("RGB", (width, body.height + LINE * len(lines) + 4), PAPER)
     pen = ImageDraw.Draw(sheet)
     for place, line in enumerate(lines):
-        pen.text((2, LINE * place), line, INK, _font(CAPTION))
+        pen.text((2, LINE * place), line, INK, typeface(CAPTION))
     sheet.paste(body, (0, LINE * len(lines) + 4))
     return sheet
 
@@ -255,5 +255,6 @@ def _to_pixels(colours: NDArray[np.float64]) -> Pixels:
 
 
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def typeface(size: int) -> ImageFont.FreeTypeFont:
+    """Return matplotlib's own sans-serif face, which has the signs that captions need, in pixels."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)

@@ -140,3 +140,10 @@ def test_a_long_label_is_cut_and_stays_inside() -> None:
     long = panels.gallery(shown, "x" * 400, [("Helpful", [(shown, "y" * 400)])], Display())
     short = panels.gallery(shown, "x", [("Helpful", [(shown, "y")])], Display())
     assert long.shape == short.shape
+
+
+def test_column_names_stay_on_the_picture() -> None:
+    names = tuple(f"model.encoder.layer{i}.attention" for i in range(6))
+    table = SimilarityMap("CKA", "final", names, names, torch.eye(6), "layer", "layer", 8)
+    edge = np.concatenate([figures.heat_map(table)[:2].ravel(), figures.heat_map(table)[:, :2].ravel()])
+    assert (edge == 255).all()

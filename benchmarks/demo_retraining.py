@@ -1,0 +1,72 @@
+"""Does retraining agree with the demo's influence scores? `python -m benchmarks.demo_retraining RUN_FOLDER`.
+
+For the first queries of a finished demo run, the network is retrained without their 40 most helpful training digits, and
+without their 40 most harmful ones; the query's loss, in the mean over seeds, stands beside the scores' sum.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch.utils.data import Subset
+
+from callbacks_demo.mnist import Digits, SmallCNN
+
+QUERIES, LEFT_OUT, SEEDS, EPOCHS = 3, 40, 4, 6
+
+
+class Fewer(Digits):
+    """The demo's digits without some of the training ones."""
+
+    def __init__(self, without: Sequence[int]) -> None:
+        super().__init__()
+        self.without = set(without)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        kept = [index for index in self.train.indices if index not in self.without]
+        self.train = Subset(self.train.dataset, kept)
+
+
+def losses(without: Sequence[int], queries: Sequence[int]) -> list[float]:
+    """Return each query's loss after retraining, in the mean over seeds."""
+    found = []
+    for seed in range(SEEDS):
+        L.seed_everything(seed, verbose=False)
+        digits, net = Fewer(without), SmallCNN()
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = L.Trainer(max_epochs=EPOCHS, accelerator="cpu", enable_checkpointing=False, **quiet)
+        trainer.fit(net, datamodule=digits)
+        images, labels = digits.train.dataset.tensors
+        with torch.no_grad():
+            logits = net.eval()(images[list(queries)])
+        found.append(F.cross_entropy(logits, labels[list(queries)], reduction="none"))
+    return torch.stack(found).mean(0).tolist()
+
+
+def main(run: Path) -> None:
+    torch.set_num_threads(1)
+    with open(run / "influence" / "influence.csv", newline="") as file:
+        queries = list(dict.fromkeys(int(row["query_id"]) for row in csv.DictReader(file)))[:QUERIES]
+    held = load_file(run / "influence" / "scores.safetensors")
+    before = losses([], queries)
+    for place, query in enumerate(queries):
+        order = held["scores"][place].argsort(descending=True)
+        for name, columns in (("helpful", order[:LEFT_OUT]), ("harmful", order[-LEFT_OUT:])):
+            after = losses(held["train_index"][columns].tolist(), queries)[place]
+            predicted = float(held["scores"][place][columns].sum())
+            print(
+                f"query {query}: without its {LEFT_OUT} most {name}: loss {before[place]:.2f} → {after:.2f}"
+                f" ({after - before[place]:+.2f}); sum of scores {predicted:+.1f}"
+            )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
