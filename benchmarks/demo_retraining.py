@@ -1,7 +1,7 @@
 """Does retraining agree with the demo's influence scores? `python -m benchmarks.demo_retraining RUN_FOLDER`.
 
-For the first queries of a finished demo run, the network is retrained without their 40 most helpful training digits, and
-without their 40 most harmful ones; the query's loss, in the mean over seeds, stands beside the scores' sum.
+For the first queries of a finished demo run, the network is retrained without their 40 most helpful training digits,
+and without their 40 most harmful ones; the query's loss, in the mean over seeds, stands beside the scores' sum.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch.utils.data import Subset
+from torch.utils.data import Subset, default_collate
 
 from callbacks_demo.mnist import Digits, SmallCNN
 
@@ -41,14 +41,21 @@ def losses(without: Sequence[int], queries: Sequence[int]) -> list[float]:
     for seed in range(SEEDS):
         L.seed_everything(seed, verbose=False)
         digits, net = Fewer(without), SmallCNN()
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        trainer = L.Trainer(max_epochs=EPOCHS, accelerator="cpu", enable_checkpointing=False, **quiet)
+        trainer = L.Trainer(
+            max_epochs=EPOCHS,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
         trainer.fit(net, datamodule=digits)
-        images, labels = digits.train.dataset.tensors
+        images, labels = default_collate([digits.train.dataset[query] for query in queries])
         with torch.no_grad():
-            logits = net.eval()(images[list(queries)])
-        found.append(F.cross_entropy(logits, labels[list(queries)], reduction="none"))
-    return torch.stack(found).mean(0).tolist()
+            logits = net.eval()(images)
+        found.append(F.cross_entropy(logits, labels, reduction="none"))
+    means: list[float] = torch.stack(found).mean(0).tolist()
+    return means
 
 
 def main(run: Path) -> None:
