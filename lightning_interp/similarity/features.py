@@ -66,7 +66,7 @@ def representations(
         bytes_per_pass: features held at a time.
 
     Returns:
-        layer (or `layer#call` where it is called several times) → representation; in the order of `widths`.
+        layer (or `layer#call` where it is called several times) → representation on the CPU, in the order of `widths`.
 
     Raises:
         ValueError: features are not finite, or a call gave another width than before.
@@ -148,7 +148,8 @@ def _add(kept: Tensor | None, block: Tensor, wide: bool) -> Tensor:
 
 
 def _finish(kept: Tensor, width: int, wide: bool) -> Representation:
-    return from_gram(kept, width) if wide else prepare(kept)
+    """Decompose on the CPU: in float64, which not every device has, and where stored snapshots are compared."""
+    return from_gram(kept.cpu(), width) if wide else prepare(kept.cpu())
 
 
 def _check(layer: str, block: Tensor) -> None:

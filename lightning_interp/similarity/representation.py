@@ -49,7 +49,8 @@ def centre(features: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     if features.dtype in (torch.float16, torch.bfloat16):
         features = features.float()
     shifted = features - features[:1]
-    return shifted - shifted.mean(0, keepdim=True, dtype=torch.float64).to(features.dtype)
+    sums = torch.float32 if features.device.type == "mps" else torch.float64
+    return shifted - shifted.mean(0, keepdim=True, dtype=sums).to(features.dtype)
 
 
 def check_features(features: Tensor, name: str = "features") -> None:
