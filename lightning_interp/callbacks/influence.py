@@ -15,9 +15,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors.torch import save
 
 from lightning_interp import report
-from lightning_interp.batch import tensors
+from lightning_interp.batch import row, size, tensors
 from lightning_interp.board import Board, clean
-from lightning_interp.callbacks.access import given_samples, indexed_training_set, settled_task, validation_source
+from lightning_interp.callbacks.access import (
+    given_samples,
+    indexed_training_set,
+    mover,
+    settled_task,
+    validation_source,
+)
 from lightning_interp.callbacks.agreement import disagreement
 from lightning_interp.callbacks.budget import Estimator, afford
 from lightning_interp.callbacks.shell import OnError, Shell, progress_of, run_folder
@@ -27,6 +33,7 @@ from lightning_interp.display import Display
 from lightning_interp.errors import ArgumentError
 from lightning_interp.figures import png
 from lightning_interp.influence import InfluenceFunction
+from lightning_interp.probe import take_probe
 from lightning_interp.records import Influence
 from lightning_interp.samples import Samples
 from lightning_interp.storage import Folder
@@ -34,14 +41,16 @@ from lightning_interp.task import Task
 
 SHORTEST_BUDGET = 60.0
 MOST_SEARCHED = 4096
+MOST_OF_A_STREAM = 256
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What one fit goes by: its folder, its training set, how it is read and how samples are shown."""
+    """What one fit goes by: its folder, its samples, how they are read and how they are shown."""
 
     folder: Folder
     train: Samples
+    query: Samples
     task: Task
     display: Display
     notes: tuple[str, ...]
@@ -138,8 +147,10 @@ class DataInfluence(Callback):
                 raise
             self._shell.switch_off(str(error))
             return
-        if not len(train):
-            raise ArgumentError("DataInfluence(train_dataset=...): expected at least one training sample, got none")
+        query = self._query_set(trainer)
+        for name, samples in (("train_dataset", train), ("query_dataset", query)):
+            if not len(samples):
+                raise ArgumentError(f"DataInfluence({name}=...): expected at least one sample, got none")
         few = dataclasses.replace(train, workers=0).at(range(min(4, len(train))))
         first, again = next(iter(few)), next(iter(few))
         task = settled_task(trainer, module, self.task, train)
@@ -149,7 +160,7 @@ class DataInfluence(Callback):
         for note in filter(None, notes):
             rank_zero_warn(f"DataInfluence: {note}")
         display = with_class_names(self.display, train)
-        self._run = _Run(folder, train, task, display, tuple(filter(None, notes)))
+        self._run = _Run(folder, train, query, task, display, tuple(filter(None, notes)))
 
     def _training_set(self, trainer: pl.Trainer) -> Samples:
         try:
@@ -159,6 +170,17 @@ class DataInfluence(Callback):
                 raise
             return given_samples(trainer, self.train_dataset)
         return found if self.train_dataset is None else given_samples(trainer, self.train_dataset, found)
+
+    def _query_set(self, trainer: pl.Trainer) -> Samples:
+        """Return the samples to choose queries from; of a stream, the first ones."""
+        found: Any = validation_source(trainer, self._shell.owner).samples
+        if self.query_dataset is not None:
+            return given_samples(trainer, self.query_dataset, found)
+        if isinstance(found, Samples):
+            return found
+        batches = take_probe(found, MOST_OF_A_STREAM, "validation set", self.task).batches
+        rows = [row(batch, place) for batch in batches for place in range(size(batch))]
+        return Samples(rows, batch_size=size(batches[0]), move=mover(trainer))
 
     def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         run = _begun(self._run)
@@ -182,10 +204,7 @@ class DataInfluence(Callback):
 
     def _choose_queries(self, trainer: pl.Trainer, module: pl.LightningModule, task: Task) -> Samples:
         """Return the validation samples that are most confidently wrong, then those of the highest loss."""
-        found: Any = validation_source(trainer, self._shell.owner).samples
-        if self.query_dataset is not None:
-            found = given_samples(trainer, self.query_dataset, found)
-        samples = Samples.of(found).spread(MOST_SEARCHED)
+        samples = _begun(self._run).query.spread(MOST_SEARCHED)
         batches = -(-len(samples) // samples.batch_size)
         with torch.no_grad():
             ranks = [
@@ -213,7 +232,7 @@ class DataInfluence(Callback):
 def _augmented(task: Task, first: Any, again: Any) -> str:
     """Say so, if a dataset gave other inputs the second time it was read."""
     pairs = zip(tensors(task.inputs(first)), tensors(task.inputs(again)), strict=True)
-    if all(torch.equal(a, b) for a, b in pairs):
+    if all(a.shape == b.shape and bool(((a == b) | (a != a)).all()) for a, b in pairs):
         return ""
     return (
         "the training set returns other inputs each time it is read (augmentation?), so scores are those of one draw;"

@@ -158,7 +158,7 @@ class Bare(NoBatch):
         (RepresentationSimilarity(layers=["accuracy"]), "layers that forward calls .* got accuracy"),
         (RepresentationSimilarity(probe=TensorDataset(torch.zeros(0, 1, 8, 8), torch.zeros(0))), "at least one sample"),
         (InputAttribution(probe=TensorDataset(torch.zeros(0, 1, 8, 8), torch.zeros(0))), "at least one sample"),
-        (DataInfluence(train_dataset=TensorDataset(torch.zeros(0, 1, 8, 8), torch.zeros(0))), "at least one training"),
+        (DataInfluence(train_dataset=TensorDataset(torch.zeros(0, 1, 8, 8), torch.zeros(0))), "at least one sample"),
     ],
 )
 def test_bad_configuration_fails_before_the_first_batch(callback: L.Callback, says: str, tmp_path: Path) -> None:
@@ -329,6 +329,9 @@ def test_streams(kind: type, tmp_path: Path) -> None:
         warnings.simplefilter("always")
         trainer(tmp_path, callbacks=[make(kind)]).fit(Net(), stream, loaders()[1])
     said = [str(w.message) for w in caught if "is off for this run" in str(w.message)]
+    val = DataLoader(Stream(), 8)
+    trainer(tmp_path / "val", callbacks=[make(kind)]).fit(Net(), loaders()[0], val)
+    assert list((tmp_path / "val").rglob("interp/report.html"))
     if kind is DataInfluence:
         assert len(said) == 1
         assert "have no indices; pass train_dataset=" in said[0]
