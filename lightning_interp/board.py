@@ -47,11 +47,6 @@ class Board:
     def __init__(self, loggers: Sequence[Logger]) -> None:
         self._loggers = list(loggers)
 
-    @property
-    def shows_images(self) -> bool:
-        """Whether at least one logger can show an image."""
-        return any(_writer(logger) or hasattr(logger, "log_image") for logger in self._loggers)
-
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Log numbers at an optimizer step."""
         for logger in self._loggers:
@@ -82,12 +77,6 @@ class Board:
                 writer.add_text(clean(name), markdown, step)
             elif hasattr(logger, "log_text"):
                 logger.log_text(key=clean(name), columns=["text"], data=[[markdown]], step=step)
-
-    def flush(self) -> None:
-        """Write everything out now, so that a reader sees it."""
-        for logger in self._loggers:
-            if writer := _writer(logger):
-                writer.flush()
 
 
 def _writer(logger: Logger) -> SummaryWriter | None:

@@ -17,7 +17,9 @@ from lightning_interp.batch import tensors
 
 @contextlib.contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode, and everything a forward could change back as it was.
+    """Put a module into eval mode, and back as it was afterwards.
+
+    Not restored: what a forward keeps in plain attributes, such as counters or the states of metrics.
 
     Restored on every way out: the state of each random number generator (torch on every device in use,
     NumPy, Python), each submodule's `training` flag, each parameter's `requires_grad` and `.grad`, and each

@@ -55,8 +55,11 @@ class Display:
         if len(values) == 1:
             value = values[0].item()
             return self._class(int(value)) if _whole(values) else f"{value:.4g}"
+        if target.ndim > 1:
+            return f"of shape {tuple(target.shape)}"
         if _zeros_and_ones(values):
-            return ", ".join(self._class(int(i)) for i in values.nonzero()[:, 0]) or "none"
+            on = [self._class(int(i)) for i in values.nonzero()[:, 0]]
+            return ", ".join(on[:4]) + (", …" if len(on) > 4 else "") or "none"
         return "(" + ", ".join(f"{v:.3g}" for v in values[:4].tolist()) + (", …)" if len(values) > 4 else ")")
 
     def id(self, index: int) -> str:

@@ -30,6 +30,8 @@ class Samples:
         workers: processes that read; 0 reads in this one.
         move: batch → batch, e.g. to the model's device.
         indices: which samples of `dataset`; all when None.
+        worker_init: called in each worker, as the loader's `worker_init_fn`.
+        context: the workers' `multiprocessing_context`.
 
     >>> samples = Samples([10, 11, 12, 13], batch_size=2)
     >>> [batch.tolist() for batch in samples], len(samples)
@@ -44,6 +46,8 @@ class Samples:
     workers: int = 0
     move: Callable[[Any], Any] = unchanged
     indices: tuple[int, ...] | None = None
+    worker_init: Callable[[int], None] | None = None
+    context: Any = None
 
     def __post_init__(self) -> None:
         if isinstance(self.dataset, IterableDataset) or not hasattr(self.dataset, "__len__"):
@@ -65,6 +69,8 @@ class Samples:
             collate=source.collate_fn,
             workers=source.num_workers,
             move=move,
+            worker_init=source.worker_init_fn,
+            context=source.multiprocessing_context,
         )
 
     def __len__(self) -> int:
@@ -78,6 +84,8 @@ class Samples:
             batch_size=self.batch_size,
             collate_fn=self.collate,
             num_workers=self.workers,
+            worker_init_fn=self.worker_init,
+            multiprocessing_context=self.context if self.workers else None,
             generator=torch.Generator(),
         )
         with own_generators_kept(self.dataset):
@@ -92,10 +100,11 @@ class Samples:
 
     def spread(self, count: int) -> Samples:
         """Return `count` samples (or all, if fewer) at even distances, so that sorted datasets are covered."""
-        if count >= len(self):
-            return self
-        places = np.linspace(0, len(self) - 1, count).round().astype(int).tolist()
-        return self.at(places)
+        return self if count >= len(self) else self.at(self.places(count))
+
+    def places(self, count: int) -> list[int]:
+        """Return `count` places at even distances, the first and the last among them."""
+        return [int(place) for place in np.linspace(0, len(self) - 1, count).round()]
 
     def at(self, places: Sequence[int]) -> Samples:
         """Return the samples at these places of this reading."""

@@ -20,6 +20,8 @@ def test_labels() -> None:
     assert display.label(torch.tensor(7)) == "7"
     assert display.label(torch.tensor([1, 1])) == "cat, dog"
     assert display.label(torch.tensor([0.0, 0.0])) == "none"
+    assert display.label(torch.ones(9)) == "cat, dog, 2, 3, …"
+    assert display.label(torch.ones(64, 64)) == "of shape (64, 64)"
     assert display.label(torch.tensor(0.25)) == "0.25"
     assert display.label(torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5])) == "(0.1, 0.2, 0.3, 0.4, …)"
     assert Display(sample_id=lambda i: f"img/{i}.png").id(3) == "img/3.png"

@@ -168,3 +168,18 @@ def test_a_probe_is_padded_alike() -> None:
     data = [torch.arange(1, n) for n in (3, 9, 4, 2, 5)]
     probe = take_probe(Samples(data, batch_size=2, collate=collate), 5, "", Task())
     assert [tuple(batch.shape) for batch in probe.batches] == [(2, 8), (2, 8), (1, 8)]
+
+
+def test_workers_are_those_of_the_loader() -> None:
+    loader = DataLoader(
+        TensorDataset(torch.arange(4)),
+        num_workers=1,
+        worker_init_fn=_noted,
+        multiprocessing_context="fork",
+    )
+    assert Samples.of(loader).worker_init is _noted
+    assert [int(batch[0]) for batch in Samples.of(loader)] == [0, 1, 2, 3]
+
+
+def _noted(_: int) -> None:
+    pass

@@ -13,6 +13,7 @@ import lightning_interp
 PACKAGE = Path(lightning_interp.__file__).parent
 ROOMS = ("similarity", "attribution", "influence")
 OUTER = ("lightning_interp.callbacks", "lightning_interp.report", "lightning_interp.figures", "lightning_interp.board")
+GROUND = ["records.py", "task.py", "capture.py", "batch.py", "samples.py", "display.py", "layers.py", "probe.py"]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -35,7 +36,7 @@ def broken(place: str, found: set[str]) -> set[str]:
     if room in ROOMS:
         others = tuple(f"lightning_interp.{other}" for other in ROOMS if other != room)
         bad |= {name for name in found if name.startswith((*others, *OUTER, "lightning_interp.storage"))}
-    if place in ("records.py", "task.py", "capture.py", "batch.py", "samples.py", "display.py", "layers.py"):
+    if place in (*GROUND, "storage.py"):
         bad |= {name for name in found if name.startswith((*OUTER, *(f"lightning_interp.{r}" for r in ROOMS)))}
     return bad
 

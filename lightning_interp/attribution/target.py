@@ -32,11 +32,11 @@ def select(outputs: Tensor, target: Target) -> Float[Tensor, " n"]:
     if target.shape != (n,) or target.is_floating_point():
         raise ValueError(f"target: expected {n} class indices, got {tuple(target.shape)} of {target.dtype}")
     logits = outputs.reshape(n, -1) if outputs.ndim < 3 else outputs.flatten(2).mean(2)
+    chosen = target.to(logits.device, copy=True)  # a tensor made in inference mode cannot be saved for a backward
     if logits.shape[1] == 1:
-        return torch.where(target > 0, logits[:, 0], -logits[:, 0])
+        return torch.where(chosen > 0, logits[:, 0], -logits[:, 0])
     if n and not 0 <= int(target.min()) <= int(target.max()) < logits.shape[1]:
         raise ValueError(f"target: expected classes 0 to {logits.shape[1] - 1}, got {target.tolist()}")
-    chosen = target.to(logits.device, copy=True)  # a tensor made in inference mode cannot be saved for a backward
     return logits.gather(1, chosen[:, None])[:, 0]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_interp.batch import precise, take
+from lightning_interp.generators import own_generators_kept
 from lightning_interp.samples import Samples
 from lightning_interp.task import Task, settled
 
@@ -54,11 +55,13 @@ def training_source(trainer: pl.Trainer, owner: str) -> Source:
     return Source(_read(trainer, _flat(trainer.train_dataloader)[0], f"{owner}(probe=...)"), "training set")
 
 
-def given_samples(trainer: pl.Trainer, dataset: Any, like: Any = None) -> Samples:
-    """Return the user's own dataset or loader; a dataset is read with the batch size and collate of `like`."""
-    if isinstance(dataset, DataLoader) or not isinstance(like, Samples):
-        return Samples.of(dataset, move=mover(trainer))
-    return dataclasses.replace(like, dataset=dataset, indices=None)
+def given_samples(trainer: pl.Trainer, dataset: Any) -> Samples:
+    """Return the user's own dataset or loader; a dataset is read with the training loader's batch size and collate."""
+    like = next(iter(_flat(trainer.train_dataloader)), None)
+    given = Samples.of(dataset, move=mover(trainer))
+    if isinstance(dataset, DataLoader) or not isinstance(like, DataLoader) or like.batch_sampler is None:
+        return given
+    return dataclasses.replace(Samples.of(like, move=given.move), dataset=given.dataset) if _indexed(like) else given
 
 
 def indexed_training_set(trainer: pl.Trainer) -> Samples:
@@ -124,13 +127,21 @@ def _read(trainer: pl.Trainer, loader: Any, argument: str) -> Samples | Iterable
         if iter(loader) is loader:
             raise ValueError(f"{argument}: expected a loader that can be read twice; pass a dataset")
         return _Moved(loader, mover(trainer))
+    if _indexed(loader):
+        return Samples.of(loader, move=mover(trainer))
+    stream: Any = loader.dataset
+    if isinstance(stream, IterableDataset) and iter(stream) is stream:
+        raise ValueError(f"{argument}: expected a dataset that starts anew at each iteration; pass one with indices")
+    fresh: DataLoader[Any] = DataLoader(
+        loader.dataset, loader.batch_size, collate_fn=loader.collate_fn, generator=torch.Generator()
+    )
+    return _Moved(fresh, mover(trainer))
+
+
+def _indexed(loader: DataLoader[Any]) -> bool:
+    """Say whether a loader's samples have indices: no stream, and no dataset that hands out whole batches."""
     whole_batches = loader.batch_size is None and loader.batch_sampler is None
-    if isinstance(loader.dataset, IterableDataset) or whole_batches or not hasattr(loader.dataset, "__len__"):
-        fresh: DataLoader[Any] = DataLoader(
-            loader.dataset, loader.batch_size, collate_fn=loader.collate_fn, generator=torch.Generator()
-        )
-        return _Moved(fresh, mover(trainer))
-    return Samples.of(loader, move=mover(trainer))
+    return not isinstance(loader.dataset, IterableDataset) and not whole_batches and hasattr(loader.dataset, "__len__")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,4 +152,6 @@ class _Moved:
     move: Any
 
     def __iter__(self) -> Iterator[Any]:
-        return (self.move(batch) for batch in self.batches)
+        with own_generators_kept(getattr(self.batches, "dataset", self.batches)):
+            for batch in self.batches:
+                yield self.move(batch)

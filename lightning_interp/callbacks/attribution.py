@@ -19,7 +19,7 @@ from lightning_interp.attribution import GradCAM, Saliency
 from lightning_interp.batch import device_of, row, size, take, to_device
 from lightning_interp.board import Board, clean, tag
 from lightning_interp.callbacks.access import Source, given_samples, settled_task, validation_source
-from lightning_interp.callbacks.shell import OnError, Shell, run_folder
+from lightning_interp.callbacks.shell import OnError, Shell, begun, run_folder
 from lightning_interp.callbacks.showing import shown_samples, targets_of, with_class_names, write_section
 from lightning_interp.display import Display, kind_of
 from lightning_interp.figures import png
@@ -107,7 +107,7 @@ class InputAttribution(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the panels of this moment."""
-        if trainer.state.fn is TrainerFn.FITTING and not trainer.sanity_checking:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._shell.run(self._draw, trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -120,9 +120,10 @@ class InputAttribution(Callback):
         self._shell.run(self._end, trainer, pl_module)
 
     def _start(self, folder: Folder, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        source = validation_source(trainer, self._shell.owner)
         if self.probe is not None:
-            source = Source(given_samples(trainer, self.probe, source.samples), "given dataset")
+            source = Source(given_samples(trainer, self.probe), "given dataset")
+        else:
+            source = validation_source(trainer, self._shell.owner)
         probe = take_probe(source.samples, self.samples, source.name, self.task)
         task = settled_task(trainer, module, self.task, source.samples)
         inputs = task.inputs(to_device(take(probe.batches[0], 0, 1), device_of(module)))
@@ -136,7 +137,7 @@ class InputAttribution(Callback):
         self._log(trainer, self._explain(module, f"epoch {trainer.current_epoch + 1}"))
 
     def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        run = _begun(self._run)
+        run = begun(self._run)
         groups: dict[str, list[bytes]] = {}
         for name, pixels in self._explain(module, "final network").items():
             method, sample = name.split("/", 1)
@@ -151,7 +152,7 @@ class InputAttribution(Callback):
 
     def _explain(self, module: pl.LightningModule, moment: str) -> dict[str, panels.Pixels]:
         """Return `method/sample` → panel."""
-        run = _begun(self._run)
+        run = begun(self._run)
         drawn: dict[str, panels.Pixels] = {}
         ids = list(run.probe.ids)
         for batch in run.probe.batches:
@@ -187,7 +188,7 @@ def _fitting(module: pl.LightningModule, inputs: Any, task: Task) -> dict[str, A
     working, reasons = {}, []
     for name, method in methods.items():
         try:
-            found = method(module, inputs, lambda outputs: outputs.flatten(1)[:, 0], task=task)
+            found = method(module, inputs, lambda outputs: outputs.reshape(len(outputs), -1)[:, 0], task=task)
         except (ValueError, RuntimeError) as error:
             reasons.append(f"{name}: {error}")
         else:
@@ -195,14 +196,8 @@ def _fitting(module: pl.LightningModule, inputs: Any, task: Task) -> dict[str, A
     if not working:
         raise ValueError("; ".join(reasons))
     for reason in reasons:
-        rank_zero_info(f"InputAttribution goes without {reason}")
+        rank_zero_info(f"InputAttribution leaves a method out: {reason}")
     return working
-
-
-def _begun(run: _Run | None) -> _Run:
-    if run is None:
-        raise RuntimeError("InputAttribution: training ended without on_train_start")
-    return run
 
 
 def _check_arguments(methods: Any, samples: Any) -> None:

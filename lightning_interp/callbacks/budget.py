@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import nn
 
-from lightning_interp.influence import InfluenceFunction
+from lightning_interp.influence import EKFAC, InfluenceFunction
 from lightning_interp.influence.gradients import layers_of
 from lightning_interp.records import Influence
 from lightning_interp.samples import Samples
@@ -60,7 +60,8 @@ def afford(estimator: Estimator, model: nn.Module, train: Samples, query: Sample
 
     Args:
         estimator: an `InfluenceFunction` is cut to the last layer where decomposing the curvature alone would take
-            too long, and its curvature to samples that fit into half of the time.
+            too long, and its curvature to samples that fit into half of the time; of any other callable the scored
+            samples are cut, if it reports its progress as "curvature…" and "scoring…".
         model: the trained model.
         train: all training samples.
         query: the queries.
@@ -73,7 +74,7 @@ def afford(estimator: Estimator, model: nn.Module, train: Samples, query: Sample
     if isinstance(estimator, InfluenceFunction) and _decomposition(estimator, model) > TRIAL_SHARE * seconds:
         last = layers_of(model)[-1]
         estimator = dataclasses.replace(estimator, layers=[last])
-        said.append(f"only the layer {last} is gone by: decomposing the curvature of all would take too long.")
+        said.append(f"only the parameters of {last} enter: the curvature of all layers would take too long.")
     _, cold = _timed(estimator, model, train.spread(FEW), query, task)
     trial = int(min(MOST, max(FEW, TRIAL_SHARE * seconds / (cold / FEW))))
     watch, whole = _timed(estimator, model, train.spread(trial), query, task)
@@ -83,8 +84,7 @@ def afford(estimator: Estimator, model: nn.Module, train: Samples, query: Sample
     count = min(n, max(MOST, int((left - spent) / scoring)))
     if count < n:
         said.append(f"{count:,} of {n:,} training samples, evenly spread, fit into {seconds:.0f} s.")
-    places = None if count == n else [round(i * (n - 1) / (count - 1)) for i in range(count)]
-    return Plan(estimator, places, " ".join(said))
+    return Plan(estimator, None if count == n else train.places(count), " ".join(said))
 
 
 def _timed(
@@ -97,13 +97,13 @@ def _timed(
 
 def _decomposition(estimator: InfluenceFunction, model: nn.Module) -> float:
     """Estimate the seconds that the eigenvectors of all layers' factors take, from those of one small matrix."""
+    if estimator.layers is not None or not isinstance(estimator.curvature, EKFAC):
+        return 0.0
     matrix = torch.eye(SIDE_TIMED, dtype=torch.float64) + 1
     torch.linalg.eigh(matrix)
     started = time.perf_counter()
     torch.linalg.eigh(matrix)
     unit = (time.perf_counter() - started) / SIDE_TIMED**3
-    if estimator.layers is not None:
-        return 0.0
     weights = [cast(torch.Tensor, model.get_submodule(layer).weight) for layer in layers_of(model)]
     return unit * sum(w.shape[0] ** 3 + (w[0].numel() + 1) ** 3 for w in weights)
 

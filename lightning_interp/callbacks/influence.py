@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,7 @@ from lightning_interp.callbacks.access import (
 )
 from lightning_interp.callbacks.agreement import disagreement
 from lightning_interp.callbacks.budget import Estimator, afford
-from lightning_interp.callbacks.shell import OnError, Shell, progress_of, run_folder
+from lightning_interp.callbacks.shell import OnError, Shell, begun, progress_of, run_folder
 from lightning_interp.callbacks.showing import with_class_names, write_section
 from lightning_interp.callbacks.telling import Told, strangeness, tell
 from lightning_interp.display import Display
@@ -40,6 +41,7 @@ from lightning_interp.storage import Folder
 from lightning_interp.task import Task
 
 SHORTEST_BUDGET = 60.0
+LONGEST_ON_ONE_RANK = 300.0
 MOST_SEARCHED = 4096
 MOST_OF_A_STREAM = 256
 
@@ -61,7 +63,7 @@ class DataInfluence(Callback):
 
     The queries are validation samples, the most confidently wrong first. Scores are those of influence functions:
     positive is helpful (see `lightning_interp.influence.InfluenceFunction`). Written to
-    `<log_dir>/interp/influence`: `report.html`, `influence.csv` (the 100 most helpful and most harmful of each query),
+    `<log_dir>/interp/influence`: `report.html`, `influence.csv` (the 100 best of each list and query),
     `scores.safetensors` (all scores), and the pictures.
 
     Logged, with `Q` a query's id, after training, at `trainer.global_step`:
@@ -79,8 +81,9 @@ class DataInfluence(Callback):
         train_dataset: the training set without augmentation, in the order of its indices; when None, the training
             loader's dataset.
         query_dataset: where queries are looked for; when None, the validation set.
-        budget_seconds: about how long it may take; when None, as long as one training epoch, at least 60. What does
-            not fit is scored on an evenly spread subset, said aloud.
+        budget_seconds: about how long it may take at most; when None, as long as one training epoch, or 60 if that is
+            longer (with several ranks, which wait for it, never over 300). What does not fit is scored on an evenly
+            spread subset, said aloud.
         task: how to read a batch, call the model, and its loss.
         display: how samples are shown.
         on_error: "warn" switches the callback off on its first failure; "raise" raises.
@@ -139,14 +142,15 @@ class DataInfluence(Callback):
         self._shell.run(self._end, trainer, pl_module)
 
     def _start(self, folder: Folder, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._run, self._epoch_seconds = None, []
-        try:
-            train = self._training_set(trainer)
-        except ValueError as error:
-            if self.train_dataset is not None:
-                raise
-            self._shell.switch_off(str(error))
-            return
+        self._run, self._epoch_seconds, self._epoch_started = None, [], time.perf_counter()
+        if self.train_dataset is not None:
+            train = given_samples(trainer, self.train_dataset)
+        else:
+            try:
+                train = indexed_training_set(trainer)
+            except ValueError as error:
+                self._shell.switch_off(str(error))
+                return
         query = self._query_set(trainer)
         for name, samples in (("train_dataset", train), ("query_dataset", query)):
             if not len(samples):
@@ -154,7 +158,9 @@ class DataInfluence(Callback):
         few = dataclasses.replace(train, workers=0).at(range(min(4, len(train))))
         first, again = next(iter(few)), next(iter(few))
         task = settled_task(trainer, module, self.task, train)
-        notes = [_augmented(task, first, again), disagreement(module, task, first)]
+        notes = [_augmented(task, first, again)]
+        if trainer.world_size == 1:  # on one rank alone a training step with a collective would wait for ever
+            notes.append(disagreement(module, task, first))
         if check := getattr(self.estimator, "check", None):
             check(module, train, task=task)
         for note in filter(None, notes):
@@ -162,20 +168,11 @@ class DataInfluence(Callback):
         display = with_class_names(self.display, train)
         self._run = _Run(folder, train, query, task, display, tuple(filter(None, notes)))
 
-    def _training_set(self, trainer: pl.Trainer) -> Samples:
-        try:
-            found = indexed_training_set(trainer)
-        except ValueError:
-            if self.train_dataset is None:
-                raise
-            return given_samples(trainer, self.train_dataset)
-        return found if self.train_dataset is None else given_samples(trainer, self.train_dataset, found)
-
     def _query_set(self, trainer: pl.Trainer) -> Samples:
         """Return the samples to choose queries from; of a stream, the first ones."""
-        found: Any = validation_source(trainer, self._shell.owner).samples
         if self.query_dataset is not None:
-            return given_samples(trainer, self.query_dataset, found)
+            return given_samples(trainer, self.query_dataset)
+        found = validation_source(trainer, self._shell.owner).samples
         if isinstance(found, Samples):
             return found
         batches = take_probe(found, MOST_OF_A_STREAM, "validation set", self.task).batches
@@ -183,10 +180,10 @@ class DataInfluence(Callback):
         return Samples(rows, batch_size=size(batches[0]), move=mover(trainer))
 
     def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        run = _begun(self._run)
+        run = begun(self._run)
         task = run.task
         query = self._choose_queries(trainer, module, task)
-        plan = afford(self.estimator, module, run.train, query, task, self._budget())
+        plan = afford(self.estimator, module, run.train, query, task, self._budget(trainer))
         if plan.message:
             rank_zero_warn(f"DataInfluence: {plan.message} Pass budget_seconds= for more.")
         candidates = plan.candidates or range(len(run.train))
@@ -197,14 +194,15 @@ class DataInfluence(Callback):
         told = tell(module, task, found, run.train.at(candidates), query, self.top, run.display)
         self._publish(trainer, run.folder, found, told)
 
-    def _budget(self) -> float:
+    def _budget(self, trainer: pl.Trainer) -> float:
         if self.budget_seconds is not None:
             return self.budget_seconds
-        return max(SHORTEST_BUDGET, sum(self._epoch_seconds) / max(1, len(self._epoch_seconds)))
+        epoch = sum(self._epoch_seconds) / max(1, len(self._epoch_seconds))
+        return min(max(SHORTEST_BUDGET, epoch), math.inf if trainer.world_size == 1 else LONGEST_ON_ONE_RANK)
 
     def _choose_queries(self, trainer: pl.Trainer, module: pl.LightningModule, task: Task) -> Samples:
         """Return the validation samples that are most confidently wrong, then those of the highest loss."""
-        samples = _begun(self._run).query.spread(MOST_SEARCHED)
+        samples = begun(self._run).query.spread(MOST_SEARCHED)
         batches = -(-len(samples) // samples.batch_size)
         with torch.no_grad():
             ranks = [
@@ -238,12 +236,6 @@ def _augmented(task: Task, first: Any, again: Any) -> str:
         "the training set returns other inputs each time it is read (augmentation?), so scores are those of one draw;"
         " pass train_dataset= without it"
     )
-
-
-def _begun(run: _Run | None) -> _Run:
-    if run is None:
-        raise RuntimeError("DataInfluence: training ended without on_train_start")
-    return run
 
 
 def _check_arguments(queries: Any, top: Any, estimator: Any, budget_seconds: Any) -> None:

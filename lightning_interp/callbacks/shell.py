@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_interp.board import Board
@@ -20,9 +19,11 @@ from lightning_interp.errors import ArgumentError
 from lightning_interp.progress import Progress, bar, quiet
 from lightning_interp.storage import Folder
 
+T = TypeVar("T")
 OnError = Literal["warn", "raise"]
 Work = Callable[[pl.Trainer, pl.LightningModule], None]
 _STARTED: WeakKeyDictionary[pl.Trainer, str] = WeakKeyDictionary()
+FOLDER_PER_RUN = ("TensorBoardLogger", "CSVLogger")
 SHARDED = ("FSDP", "DeepSpeed", "ModelParallel")
 
 
@@ -55,30 +56,44 @@ class Shell:
         self.on, self._seconds = True, 0.0
         if any(kind in type(trainer.strategy).__name__ for kind in SHARDED):
             self.switch_off(f"{type(trainer.strategy).__name__} shards the parameters, which is not supported")
-        if not self._works(trainer):
-            return
-        try:
-            with self._timed(), undisturbed(module):
-                work(trainer, module)
-        except Exception as error:
-            if self.chosen or self.on_error == "raise" or isinstance(error, ArgumentError):
-                error.add_note(f"Raised by {self.owner} before the first batch.")
-                raise
-            told = f"{type(error).__name__}: {error}"
-            self.switch_off(f"by its defaults it cannot look at this model and data ({told}); pass task= or a dataset")
+        failed: Exception | None = None
+        if self._works(trainer):
+            try:
+                with self._timed(), undisturbed(module):
+                    work(trainer, module)
+            except Exception as error:
+                if self.chosen or self.on_error == "raise" or isinstance(error, ArgumentError):
+                    error.add_note(f"Raised by {self.owner} before the first batch.")
+                    failed = error
+                else:
+                    told = f"{type(error).__name__}: {error}"
+                    self.switch_off(
+                        f"by its defaults it cannot look at this model and data ({told}); pass task= or a dataset"
+                    )
+        self._raise_everywhere(trainer, failed)
 
     def run(self, work: Work, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Do work while training runs, or right after it; log the seconds it took since the last time."""
-        if not self._works(trainer):
-            return
-        try:
-            with self._timed(), undisturbed(module):
-                work(trainer, module)
-        except Exception as error:
-            if self.on_error == "raise":
-                raise
-            self._give_up(trainer, error)
-        self._log_cost(trainer)
+        failed: Exception | None = None
+        if self._works(trainer):
+            try:
+                with self._timed(), undisturbed(module):
+                    work(trainer, module)
+                self._log_cost(trainer)
+            except Exception as error:
+                failed = error
+                if self.on_error == "warn":
+                    self._give_up(trainer, error)
+        if self.on_error == "raise":
+            self._raise_everywhere(trainer, failed)
+
+    def _raise_everywhere(self, trainer: pl.Trainer, failed: Exception | None) -> None:
+        """Raise on all ranks what rank zero met, so that none waits for another."""
+        told = trainer.strategy.broadcast("" if failed is None else str(failed)) if trainer.world_size > 1 else ""
+        if failed is not None:
+            raise failed
+        if told:
+            raise RuntimeError(f"{self.owner} failed on rank zero: {told}")
 
     def switch_off(self, why: str) -> None:
         """Stay off for the rest of this run, and say why."""
@@ -103,7 +118,19 @@ class Shell:
     def _give_up(self, trainer: pl.Trainer, error: Exception) -> None:
         told = "".join(traceback.format_exception(error))
         self.switch_off(f"it failed, and training goes on without it.\n{told}")
-        Board(trainer.loggers).text(f"interp_errors/{self.owner}", f"```\n{told}\n```", trainer.global_step)
+        with suppress(Exception):
+            Board(trainer.loggers).text(f"interp_errors/{self.owner}", f"```\n{told}\n```", trainer.global_step)
+
+
+def begun(run: T | None) -> T:
+    """Return what `on_train_start` left behind.
+
+    Raises:
+        RuntimeError: it was not called.
+    """
+    if run is None:
+        raise RuntimeError("training goes on without on_train_start having been called")
+    return run
 
 
 def run_folder(trainer: pl.Trainer) -> Folder:
@@ -117,7 +144,7 @@ def run_folder(trainer: pl.Trainer) -> Folder:
     if getattr(trainer, "fast_dev_run", False):
         return Folder(f"memory://lightning_interp/{started}")
     folder = Folder(str(root)).folder("interp")
-    own = trainer.loggers and isinstance(trainer.loggers[0], (TensorBoardLogger, CSVLogger))
+    own = trainer.loggers and any(kind.__name__ in FOLDER_PER_RUN for kind in type(trainer.loggers[0]).__mro__)
     return folder if own else folder.folder(_run_name(trainer) or started)
 
 

@@ -15,7 +15,7 @@ from lightning_interp import figures, report
 from lightning_interp.batch import device_of, size, take, to_device
 from lightning_interp.board import Board, clean, tag
 from lightning_interp.callbacks.access import Source, given_samples, in_precision, validation_source
-from lightning_interp.callbacks.shell import OnError, Shell, progress_of, run_folder
+from lightning_interp.callbacks.shell import OnError, Shell, begun, progress_of, run_folder
 from lightning_interp.callbacks.showing import write_section
 from lightning_interp.errors import ArgumentError
 from lightning_interp.layers import default_layers, match_layers
@@ -137,9 +137,10 @@ class RepresentationSimilarity(Callback):
     def _start(self, folder: Folder, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         earlier = self._restored or (self.state_dict() if trainer.global_step else {})
         self._run = None
-        source = validation_source(trainer, self._shell.owner)
         if self.probe is not None:
-            source = Source(given_samples(trainer, self.probe, source.samples), "given dataset")
+            source = Source(given_samples(trainer, self.probe), "given dataset")
+        else:
+            source = validation_source(trainer, self._shell.owner)
         probe = take_probe(source.samples, self.samples, source.name, self.task)
         if probe.n < FEWEST:
             raise ArgumentError(f"probe: expected at least {FEWEST} samples to compare, got {probe.n}")
@@ -186,7 +187,7 @@ class RepresentationSimilarity(Callback):
         return Snapshot(epoch, trainer.global_step, layers)
 
     def _epoch(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        run = _begun(self._run)
+        run = begun(self._run)
         now = self._look(trainer, module, run.probe, run.widths, trainer.current_epoch + 1)
         run.store.append(now)
         values = {
@@ -197,7 +198,7 @@ class RepresentationSimilarity(Callback):
         Board(trainer.loggers).scalars(values, now.step)
 
     def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        run = _begun(self._run)
+        run = begun(self._run)
         if run.store.steps[-1] != trainer.global_step:
             run.store.append(self._look(trainer, module, run.probe, run.widths, trainer.current_epoch))
         steps = run.store.steps
@@ -266,12 +267,6 @@ def _notes(probe: Probe, final: Snapshot, measures: dict[str, Measure]) -> list[
         "1 means the same up to the measure's invariance, 0 unrelated.",
     ]
     return lines + [f"{name}: {said}." for name, measure in measures.items() if (said := cautions(measure, final))]
-
-
-def _begun(run: _Run | None) -> _Run:
-    if run is None:
-        raise RuntimeError("RepresentationSimilarity: training ended without on_train_start")
-    return run
 
 
 def _check_arguments(layers: Any, measures: Any, samples: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_interp.batch import device_of, size, take, to_device
 from lightning_interp.capture import differentiable
 from lightning_interp.influence.curvature import EKFAC, Curvature, Fitted
-from lightning_interp.influence.curvature.loss import DRAWS, MOST_ENUMERATED
+from lightning_interp.influence.curvature.loss import DRAWS, hessian_root, is_mixed
 from lightning_interp.influence.gradients import Gradients, Trace, layers_of, parameters_of, verified_layers
 from lightning_interp.layers import match_layers
 from lightning_interp.progress import Progress, quiet
@@ -43,7 +43,7 @@ class InfluenceFunction:
     Args:
         curvature: `EKFAC()` or `GaussNewton()`.
         damping: total λ, weight decay included; 0.1 × the mean eigenvalue of the curvature when None.
-        layers: names or glob patterns of the layers to go by; all linear and convolutional ones when None.
+        layers: names or glob patterns of the layers whose parameters enter; all that are covered when None.
     """
 
     curvature: Curvature = field(default_factory=EKFAC)
@@ -62,7 +62,10 @@ class InfluenceFunction:
             FloatingPointError: losses are not finite.
         """
         with differentiable(model):
-            plan = _plan(model, Samples.of(train), task, self.layers)
+            samples = Samples.of(train)
+            plan = _plan(model, samples, task, self.layers)
+            one = next(plan.traces(dataclasses.replace(samples, workers=0).at([0])))
+            hessian_root(one.outputs, one.targets, plan.task)
         self.curvature.check(sum(parameters_of(model, plan.layers).values()))
 
     def __call__(
@@ -146,7 +149,7 @@ class _Asked(NamedTuple):
     gradients: Gradients
     targets: Tensor
     losses: Tensor
-    outputs: int
+    mixed: bool
 
 
 class _Scored(NamedTuple):
@@ -177,15 +180,15 @@ def _plan(model: nn.Module, train: Samples, task: Task, patterns: Sequence[str] 
 
 def _queries(plan: _Plan, query: Samples) -> _Asked:
     gradients: dict[str, list[Tensor]] = {layer: [] for layer in plan.layers}
-    targets, losses, outputs = [], [], 0
+    targets, losses, mixed = [], [], False
     for trace in plan.traces(query):
-        outputs = trace.outputs[0].numel()
+        mixed = is_mixed(trace.outputs, trace.targets, plan.task)
         for layer, rows in trace.rows(trace.losses).items():
             gradients[layer].append(_finite(rows.gradients(), f"query gradients of {layer}"))
         targets.append(trace.targets.detach().cpu())
         losses.append(trace.losses.detach().cpu())
     joined = {layer: torch.cat(parts) for layer, parts in gradients.items()}
-    return _Asked(joined, torch.cat(targets), torch.cat(losses), outputs)
+    return _Asked(joined, torch.cat(targets), torch.cat(losses), mixed)
 
 
 def _score(plan: _Plan, train: Samples, solved: Gradients, n: int, progress: Progress) -> _Scored:
@@ -201,7 +204,7 @@ def _score(plan: _Plan, train: Samples, solved: Gradients, n: int, progress: Pro
                 mean[layer] += grads.sum(0)
         scores.append(block.cpu() / n)
         targets.append(trace.targets.detach().cpu())
-    norm = sum(float((total / len(train)).double().square().sum()) for total in mean.values()) ** 0.5
+    norm = sum(float((total / len(train)).cpu().double().square().sum()) for total in mean.values()) ** 0.5
     return _Scored(torch.cat(scores, dim=1), torch.cat(targets), norm)
 
 
@@ -231,10 +234,8 @@ def _notes(damping: float | None, n: int, scores: Tensor, asked: _Asked) -> tupl
         notes.append(f"{impossible} scores predict a loss below zero: read their order, not their size")
     if damping is None:
         notes.append(f"damping was not given: {DAMPING_SHARE} × the mean eigenvalue of the curvature")
-    if asked.outputs > MOST_ENUMERATED:
-        notes.append(
-            f"the curvature is estimated from {DRAWS} random mixtures of the {asked.outputs} outputs per sample"
-        )
+    if asked.mixed:
+        notes.append(f"many classes: the curvature is estimated from {DRAWS} random mixtures of them per sample")
     if scores.shape[1] < n:
         notes.append(f"{scores.shape[1]:,} of {n:,} training samples were scored; the others are not in the ranking")
     return tuple(notes)

@@ -15,7 +15,6 @@ from lightning_interp.batch import precise, size, take
 from lightning_interp.capture import hooked
 from lightning_interp.task import Task
 
-Covered = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 Gradients = dict[str, Tensor]
 LARGEST_BLOCK = 2**24
 
@@ -109,6 +108,7 @@ def layers_of(model: nn.Module) -> list[str]:
         name
         for name, part in model.named_modules()
         if type(part) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        and isinstance(part._parameters.get("weight"), nn.Parameter)
         and part.weight.requires_grad
         and all(uses[id(p)] == 1 for p in part.parameters(recurse=False))
     ]

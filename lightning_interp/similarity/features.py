@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_interp.batch import precise
 from lightning_interp.capture import capture
 from lightning_interp.records import Representation
-from lightning_interp.similarity.representation import centre, from_gram, prepare
+from lightning_interp.similarity.representation import centre, from_gram, gram, prepare
 
 BYTES_PER_PASS = 256 * 2**20
 Forward = Callable[[Any], object]
@@ -103,7 +104,7 @@ def _run(
         flat = output.flatten(1)
         if flat.shape[1] != widths[layer][call]:
             raise ValueError(f"{layer}: expected {widths[layer][call]} features per sample, got {flat.shape[1]}")
-        return flat[:, column.start : column.stop].to(_precise(output.dtype), copy=True)
+        return precise(flat[:, column.start : column.stop]).clone()
 
     rows: dict[Columns, Tensor] = {}
     layers = list(dict.fromkeys(column.layer for column in columns))
@@ -143,8 +144,8 @@ def _passes(widths: Mapping[str, Sequence[int]], columns_per_pass: int) -> list[
 def _add(kept: Tensor | None, block: Tensor, wide: bool) -> Tensor:
     if not wide:
         return block if kept is None else torch.cat([kept, block], dim=1)
-    centred = centre(block)
-    return centred @ centred.T if kept is None else kept.addmm_(centred, centred.T)
+    product = gram(centre(block))
+    return product if kept is None else kept.add_(product.to(kept.dtype))
 
 
 def _finish(kept: Tensor, width: int, wide: bool) -> Representation:
@@ -164,7 +165,3 @@ def _label(layer: str, call: int, calls: Sequence[int]) -> str:
 def _width(output: Tensor, n: int) -> int:
     rows = not output.is_nested and output.ndim >= 2 and output.shape[0] == n and output.is_floating_point()
     return output[0].numel() if rows else 0
-
-
-def _precise(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

@@ -12,8 +12,8 @@ from lightning_interp.records import Representation
 def prepare(features: Float[Tensor, "n d"]) -> Representation:
     """Centre the columns of `(n, d)` features and return their left singular vectors and values.
 
-    Where d exceeds half of n, the n × n Gram matrix of the centred features is decomposed in float64 instead
-    of the features: exact to 1e-9 for CKA and 1e-7 for SVCCA from float32 features.
+    Where d exceeds half of n, the n × n Gram matrix of the centred features is decomposed instead of the features;
+    where d exceeds n, it is taken in their own precision: exact to 1e-9 for CKA and 1e-7 for SVCCA from float32.
 
     Raises:
         ValueError: features are not `(n ≥ 2, d ≥ 1)` floating point numbers, or not finite.
@@ -21,10 +21,22 @@ def prepare(features: Float[Tensor, "n d"]) -> Representation:
     check_features(features)
     centred = centre(features)
     if 2 * features.shape[1] > features.shape[0]:
-        return from_gram(centred @ centred.T, features.shape[1])
-    u, s, _ = torch.linalg.svd(centred.double(), full_matrices=False)
+        return from_gram(gram(centred), features.shape[1])
+    u, s, _ = torch.linalg.svd(double(centred), full_matrices=False)
     keep = s > max(features.shape) * torch.finfo(centred.dtype).eps * s[0]
     return Representation(u[:, keep], s[keep], features.shape[1])
+
+
+def gram(centred: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
+    """Return X Xᵀ: in float64 where d ≤ n, and on CUDA, whose float32 products may be of TensorFloat-32."""
+    exact = centred.shape[1] <= centred.shape[0] or centred.device.type == "cuda"
+    centred = double(centred) if exact else centred
+    return centred @ centred.T
+
+
+def double(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64; on the CPU where its device has none."""
+    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
 def from_gram(gram: Float[Tensor, "n n"], width: int) -> Representation:
@@ -34,7 +46,7 @@ def from_gram(gram: Float[Tensor, "n n"], width: int) -> Representation:
         gram: of columns centred before the product; a product of uncentred float32 features has lost digits.
         width: number of neurons d.
     """
-    eigenvalues, vectors = torch.linalg.eigh(gram.double())
+    eigenvalues, vectors = torch.linalg.eigh(double(gram))
     eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)
     noise = max(torch.finfo(gram.dtype).eps, gram.shape[0] * torch.finfo(torch.float64).eps)
     keep = eigenvalues > noise * eigenvalues[0].clamp(min=0)

@@ -110,6 +110,13 @@ def test_under_inference_mode_and_with_a_frozen_backbone(method: Any) -> None:
         assert torch.equal(method(net, x.clone(), target.clone()).maps, expected)
 
 
+class Reads(nn.Module):
+    """Takes integers without an embedding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
+
+
 class Breaks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +169,10 @@ def test_select() -> None:
         (lambda: Saliency()(Net(), torch.zeros(2, 1, 8, 8), torch.tensor([0, 3])), "classes 0 to 2"),
         (lambda: Saliency()(Net(), torch.zeros(2, 1, 8, 8), torch.tensor([0])), "2 class indices"),
         (lambda: Saliency()(Net(), torch.zeros(2, 1, 8, 8), lambda o: o), "function giving shape"),
-        (lambda: Saliency()(nn.Linear(2, 2), torch.zeros(2, 2).long(), torch.tensor([0, 0])), "Linear|float|dtype"),
+        (
+            lambda: Saliency()(Reads(), torch.zeros(2, 2).long(), torch.tensor([0, 0])),
+            "expected floats, or token ids",
+        ),
         (lambda: GradCAM("nope")(Net(), torch.zeros(1, 1, 8, 8), torch.tensor([0])), "names no layer"),
         (lambda: GradCAM("accuracy")(Net(), torch.zeros(1, 1, 8, 8), torch.tensor([0])), "not called"),
         (lambda: GradCAM("head")(Net(), torch.zeros(1, 1, 8, 8), torch.tensor([0])), "expected an output"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -272,9 +276,100 @@ def test_less_usual_inputs(kind: type, module: Any, data: Any, tmp_path: Path) -
     assert list(tmp_path.rglob("interp/report.html"))
 
 
-def test_methods_that_cannot_work_are_left_out(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="InputAttribution is off.*no gradient|InputAttribution is off.*gradient"):
+def test_a_model_without_any_gradient_to_its_input_is_said_to_be_so(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"InputAttribution is off.*no gradient reaches it"):
         trainer(tmp_path, max_epochs=1, callbacks=[InputAttribution()]).fit(Frozen(), *loaders())
+
+
+class OneLogit(Net):
+    """A single logit per sample, squeezed to `(n,)`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, 0]
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        return F.binary_cross_entropy_with_logits(self(batch[0]), (batch[1] > 0).float())
+
+    def validation_step(self, batch: Any, _: int) -> None:
+        pass
+
+
+class Dense(Net):
+    """A mask for every pixel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv1(x)[:, :1]
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        return F.binary_cross_entropy_with_logits(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, _: int) -> None:
+        pass
+
+
+def labelled(targets: Tensor) -> DataLoader:
+    return DataLoader(TensorDataset(Shapes().images, targets), 8)
+
+
+@pytest.mark.parametrize("kind", CALLBACKS)
+def test_squeezed_and_dense_outputs(kind: type, tmp_path: Path) -> None:
+    binary = labelled((Shapes().labels > 0).float())
+    trainer(tmp_path / "one", max_epochs=1, callbacks=[make(kind)]).fit(OneLogit(), binary, binary)
+    masks = labelled((Shapes().images > 0.5).float())
+    trainer(tmp_path / "mask", max_epochs=1, callbacks=[make(kind)]).fit(Dense(), masks, masks)
+    assert len(list(tmp_path.rglob("interp/report.html"))) == 2
+    for picture in tmp_path.rglob("interp/**/*.png"):
+        with Image.open(picture) as image:
+            assert max(image.size) < 2000, picture
+
+
+@pytest.mark.parametrize("kind", CALLBACKS)
+def test_a_given_probe_needs_no_validation(kind: type, tmp_path: Path) -> None:
+    given = {"query_dataset" if kind is DataInfluence else "probe": Shapes(12, seed=1)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(tmp_path, max_epochs=1, callbacks=[make(kind, **given)]).fit(Net(), loaders()[0])
+    assert not [w for w in caught if "training set" in str(w.message)]
+
+
+DDP = """
+import sys, torch, lightning as L
+from pathlib import Path
+from lightning_interp import DataInfluence, InputAttribution, RepresentationSimilarity
+from tests.models import Net, loaders, trainer
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    watched = sys.argv[2] == "watched"
+    layers = ["accuracy"] if sys.argv[2] == "wrong" else None
+    callbacks = [RepresentationSimilarity(layers, samples=8), InputAttribution(samples=2), DataInfluence(queries=2)]
+    L.seed_everything(3)
+    net = Net()
+    fit = trainer(sys.argv[1], devices=2, strategy="ddp", callbacks=callbacks if sys.argv[2] != "bare" else [])
+    fit.fit(net, *loaders())
+    torch.save(net.state_dict(), Path(sys.argv[1], f"{sys.argv[2]}{fit.global_rank}.pt"))
+"""
+
+
+def test_two_ranks_train_the_same_and_fail_together(tmp_path: Path) -> None:
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP)
+    root = str(Path(__file__).parents[2])
+
+    def launch(how: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(script), str(tmp_path), how]
+        env = dict(os.environ, PYTHONPATH=root)
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
+
+    for how in ("bare", "watched"):
+        assert launch(how).returncode == 0
+    states = [torch.load(tmp_path / f"{how}{rank}.pt") for how in ("bare", "watched") for rank in (0, 1)]
+    for state in states[1:]:
+        assert all(torch.equal(state[name], value) for name, value in states[0].items())
+    assert len(list(tmp_path.rglob("interp/report.html"))) == 1
+    failed = launch("wrong")
+    assert failed.returncode != 0
+    assert "RepresentationSimilarity failed on rank zero" in failed.stderr
 
 
 def test_one_folder_without_a_logger(tmp_path: Path) -> None:
@@ -318,12 +413,25 @@ def test_without_validation_the_training_set_is_shown_and_it_is_said(kind: type,
 
 
 class Stream(IterableDataset):
+    """Augments by a generator of its own."""
+
+    def __init__(self) -> None:
+        self.random = torch.Generator().manual_seed(0)
+
     def __iter__(self) -> Any:
-        return iter([Shapes()[i] for i in range(24)])
+        for image, label in (Shapes()[i] for i in range(24)):
+            yield image + 0.1 * torch.randn(1, generator=self.random), label
 
 
 @pytest.mark.parametrize("kind", CALLBACKS)
 def test_streams(kind: type, tmp_path: Path) -> None:
+    bare = Net()
+    trainer(tmp_path / "bare").fit(bare, DataLoader(Stream(), 8))
+    watched = Net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(tmp_path / "watched", callbacks=[kind()]).fit(watched, DataLoader(Stream(), 8))
+    assert all(torch.equal(a, b) for a, b in zip(bare.fed, watched.fed, strict=True))
     stream = DataLoader(Stream(), 8)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -167,7 +167,7 @@ def test_a_decomposition_that_takes_too_long_leaves_the_last_layer() -> None:
     plan = afford(InfluenceFunction(), module, train, query, Task(), 1e-7)
     assert isinstance(plan.estimator, InfluenceFunction)
     assert plan.estimator.layers == ["head"]
-    assert "only the layer head" in plan.message
+    assert "only the parameters of head" in plan.message
     assert InfluenceFunction(layers=["head"])(module, train, query).covered == ("head.weight", "head.bias")
 
 
@@ -181,3 +181,11 @@ def test_an_estimator_that_cannot_work_is_named_before_training(
     ):
         with pytest.raises(ValueError, match=says):
             trainer(tmp_path, callbacks=[DataInfluence(estimator=estimator)]).fit(Net(), *loaders())
+
+
+def test_the_budget_of_a_run_resumed_inside_an_epoch_is_no_uptime(tmp_path: Path) -> None:
+    callback = DataInfluence()
+    fit = trainer(tmp_path, max_epochs=1, callbacks=[callback])
+    callback.on_train_epoch_start = lambda *_: None  # type: ignore[method-assign]  # as Lightning then leaves it out
+    fit.fit(Net(), *loaders())
+    assert callback._epoch_seconds[0] < 60

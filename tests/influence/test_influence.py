@@ -144,12 +144,14 @@ def test_ekfac_equals_the_formula(small: tuple[nn.Module, TensorDataset, TensorD
     assert fitted.n == len(train)
 
 
-@pytest.mark.parametrize("kind", ["classes", "binary", "multilabel", "regression"])
+@pytest.mark.parametrize("kind", ["classes", "binary", "squeezed", "multilabel", "regression"])
 def test_hessian_root_is_the_hessian_of_the_loss(kind: str) -> None:
     outputs = torch.randn(4, 1 if kind == "binary" else 3, dtype=torch.float64)
+    outputs = outputs[:, 0] if kind == "squeezed" else outputs
     targets = {
         "classes": torch.tensor([0, 1, 2, 1]),
         "binary": torch.tensor([0, 1, 1, 0]),
+        "squeezed": torch.tensor([0, 1, 1, 0]),
         "multilabel": torch.tensor([[0, 1, 1], [1, 1, 1], [0, 0, 0], [1, 0, 0]]),
         "regression": torch.randn(4, 3, dtype=torch.float64),
     }[kind]
@@ -159,7 +161,7 @@ def test_hessian_root_is_the_hessian_of_the_loss(kind: str) -> None:
         expected = torch.autograd.functional.hessian(
             lambda o, one=one: Task().loss(o[None], targets[one]).sum(), outputs[sample]
         )
-        assert torch.allclose(root[sample] @ root[sample].T, expected, atol=1e-10)
+        assert torch.allclose(root[sample] @ root[sample].T, expected.reshape(root.shape[1], -1), atol=1e-10)
 
 
 def test_many_classes_are_mixed_without_bias() -> None:
@@ -262,3 +264,18 @@ def test_errors_are_named(small: tuple[nn.Module, TensorDataset, TensorDataset])
     nn.init.constant_(big.weight, torch.nan)
     with pytest.raises(FloatingPointError, match="NaN"):
         InfluenceFunction()(big, train, query)
+
+
+def test_too_many_outputs_are_named() -> None:
+    dense = nn.Sequential(nn.Linear(4, 600), nn.Unflatten(1, (600, 1)))
+    data = TensorDataset(torch.randn(6, 4), torch.randn(6, 600, 1))
+    with pytest.raises(ValueError, match="at most 512 numbers per sample"):
+        InfluenceFunction().check(dense, data)
+
+
+def test_many_labels_are_exact_and_not_called_mixtures() -> None:
+    data = TensorDataset(torch.randn(12, 4), (torch.rand(12, 80) > 0.5).float())
+    found = InfluenceFunction()(nn.Linear(4, 80), data, data)
+    assert not any("mixtures" in note for note in found.notes)
+    classes = TensorDataset(torch.randn(12, 4), torch.arange(12))
+    assert any("mixtures" in note for note in InfluenceFunction()(nn.Linear(4, 80), classes, classes).notes)

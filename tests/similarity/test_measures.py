@@ -6,12 +6,32 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import subspace_angles
+from sklearn.cross_decomposition import CCA as SklearnCCA  # noqa: N811
 from torch import Tensor
 
-from lightning_interp.similarity import CKA, SVCCA, from_gram, matrix, prepare
+from lightning_interp.similarity import CCA, CKA, SVCCA, Measure, Procrustes, RBFKernel, from_gram, matrix, prepare
 
-MEASURES = [CKA(), CKA(debiased=True), SVCCA()]
-GOLDEN = {"CKA": 0.657696, "CKA_debiased": 0.632393, "SVCCA_0.99": 0.994080}
+MEASURES = [
+    CKA(),
+    CKA(debiased=True),
+    CKA(RBFKernel()),
+    SVCCA(),
+    SVCCA(summary="mean_squared"),
+    Procrustes(),
+]
+INVARIANT_TO_LINEAR_MAPS = [CCA(), CCA("mean_squared"), CCA("largest")]
+GOLDEN = {
+    "CKA": 0.657696,
+    "CKA_debiased": 0.632393,
+    "CKA_RBF_0.5": 0.761219,
+    "CCA_mean": 0.990431,
+    "CCA_mean_squared": 0.981117,
+    "CCA_largest": 0.999288,
+    "SVCCA_0.99": 0.994080,
+    "SVCCA_0.99_mean_squared": 0.988230,
+    "Procrustes_similarity": 0.762808,
+    "Procrustes_angle": 0.703151,
+}
 
 
 @pytest.fixture
@@ -54,8 +74,10 @@ def naive_svcca(x: Tensor, y: Tensor, variance: float = 0.99) -> float:
     return float(np.cos(angles)[: min(a.shape[1], b.shape[1])].mean())
 
 
-@pytest.mark.parametrize("measure", MEASURES, ids=lambda m: m.name)
-def test_golden_numbers(measure: CKA | SVCCA, pair: tuple[Tensor, Tensor]) -> None:
+@pytest.mark.parametrize(
+    "measure", [*MEASURES, *INVARIANT_TO_LINEAR_MAPS, Procrustes(angle=True)], ids=lambda m: m.name
+)
+def test_golden_numbers(measure: Measure, pair: tuple[Tensor, Tensor]) -> None:
     assert float(measure(*pair)) == pytest.approx(GOLDEN[measure.name], abs=1e-6)
 
 
@@ -74,7 +96,7 @@ def test_transcriptions(widths: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("measure", MEASURES, ids=lambda m: m.name)
-def test_same_up_to_rotation_scale_and_shift(measure: CKA | SVCCA, pair: tuple[Tensor, Tensor]) -> None:
+def test_same_up_to_rotation_scale_and_shift(measure: Measure, pair: tuple[Tensor, Tensor]) -> None:
     x, y = pair
     rotation = torch.linalg.qr(torch.randn(30, 30, dtype=torch.float64))[0]
     assert float(measure(x, 3 * x @ rotation + 5)) == pytest.approx(1, abs=1e-9)
@@ -83,13 +105,61 @@ def test_same_up_to_rotation_scale_and_shift(measure: CKA | SVCCA, pair: tuple[T
 
 
 @pytest.mark.parametrize("measure", MEASURES, ids=lambda m: m.name)
-def test_not_invariant_to_a_general_linear_map(measure: CKA | SVCCA, pair: tuple[Tensor, Tensor]) -> None:
+def test_not_invariant_to_a_general_linear_map(measure: Measure, pair: tuple[Tensor, Tensor]) -> None:
     shrink = torch.logspace(0, -2, 30, dtype=torch.float64)
     assert float(measure(pair[0] * shrink, pair[0] * shrink.flip(0))) < 0.8
 
 
+@pytest.mark.parametrize("measure", INVARIANT_TO_LINEAR_MAPS, ids=lambda m: m.name)
+def test_cca_is_invariant_to_a_general_linear_map(measure: CCA, pair: tuple[Tensor, Tensor]) -> None:
+    shrink = torch.logspace(0, -2, 30, dtype=torch.float64)
+    mixed = (pair[0] * shrink) @ torch.randn(30, 30, dtype=torch.float64)
+    assert float(measure(pair[0], mixed)) == pytest.approx(1, abs=1e-9)
+    assert float(measure(mixed, pair[1])) == pytest.approx(GOLDEN[measure.name], abs=1e-6)
+
+
+def test_cca_agrees_with_scikit_learn(pair: tuple[Tensor, Tensor]) -> None:
+    x, y = (z.numpy()[:, :4] for z in pair)
+    a, b = SklearnCCA(n_components=4, max_iter=10_000, tol=1e-12).fit_transform(x, y)
+    theirs = np.mean([np.corrcoef(a[:, i], b[:, i])[0, 1] for i in range(4)])
+    assert float(CCA()(torch.tensor(x), torch.tensor(y))) == pytest.approx(theirs, abs=1e-6)
+
+
+def naive_rbf_cka(x: Tensor, y: Tensor, fraction: float) -> float:
+    def gram(z: Tensor) -> Tensor:
+        distances = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")
+        above = distances[tuple(torch.triu_indices(len(z), len(z), 1))].sort().values
+        width = fraction * (above[(len(above) - 1) // 2] + above[len(above) // 2]) / 2
+        return torch.exp(-(distances**2) / (2 * width**2))
+
+    h = torch.eye(len(x), dtype=x.dtype) - 1 / len(x)
+    k, m = h @ gram(x) @ h, h @ gram(y) @ h
+    return float((k * m).sum() / (k.norm() * m.norm()))
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.5, 3.0])
+def test_rbf_transcription(fraction: float, pair: tuple[Tensor, Tensor]) -> None:
+    found = CKA(RBFKernel(fraction))(*pair)
+    assert float(found) == pytest.approx(naive_rbf_cka(*pair, fraction), abs=1e-9)
+
+
+def test_a_wide_rbf_kernel_is_the_linear_one(pair: tuple[Tensor, Tensor]) -> None:
+    for debiased in (False, True):
+        wide = CKA(RBFKernel(100.0), debiased)(*pair)
+        assert float(wide) == pytest.approx(float(CKA(debiased=debiased)(*pair)), abs=1e-3)
+
+
+def test_procrustes_transcription(pair: tuple[Tensor, Tensor]) -> None:
+    x, y = (torch.nn.functional.pad(z - z.mean(0), (0, 30 - z.shape[1])) for z in pair)
+    u, _, vt = torch.linalg.svd(x.T @ y)
+    x, y = x / x.norm(), y / y.norm()
+    residual = (x @ (u @ vt) - y).norm() ** 2
+    assert float(Procrustes()(*pair)) == pytest.approx(float(1 - residual / 2), abs=1e-10)
+    assert float(Procrustes(angle=True)(x, 5 * x)) == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.parametrize("measure", MEASURES, ids=lambda m: m.name)
-def test_float32_far_from_the_origin(measure: CKA | SVCCA, pair: tuple[Tensor, Tensor]) -> None:
+def test_float32_far_from_the_origin(measure: Measure, pair: tuple[Tensor, Tensor]) -> None:
     x, y = ((z.float() + 100 * z.std()) for z in pair)
     assert float(measure(x, y)) == pytest.approx(GOLDEN[measure.name], abs=1e-5)
 
@@ -109,7 +179,7 @@ def test_debiased_is_not_clamped() -> None:
 
 
 @pytest.mark.parametrize("measure", MEASURES, ids=lambda m: m.name)
-def test_a_constant_layer_is_nan(measure: CKA | SVCCA, pair: tuple[Tensor, Tensor]) -> None:
+def test_a_constant_layer_is_nan(measure: Measure, pair: tuple[Tensor, Tensor]) -> None:
     assert measure(torch.ones(200, 4), pair[1].float()).isnan()
 
 
@@ -118,7 +188,7 @@ def test_svcca_refuses_as_many_directions_as_samples() -> None:
 
 
 @pytest.mark.parametrize("measure", MEASURES, ids=lambda m: m.name)
-def test_half_precision_features(measure: CKA | SVCCA, pair: tuple[Tensor, Tensor]) -> None:
+def test_half_precision_features(measure: Measure, pair: tuple[Tensor, Tensor]) -> None:
     half = measure(pair[0].bfloat16(), pair[1].bfloat16())
     assert float(half) == pytest.approx(GOLDEN[measure.name], abs=0.01)
 
@@ -161,3 +231,7 @@ def test_other_errors_are_named(unchecked: None) -> None:
         CKA(debiased=True)(torch.randn(3, 2), torch.randn(3, 2))
     with pytest.raises(ValueError, match="share in"):
         SVCCA(1.5)
+    with pytest.raises(ValueError, match="expected one of mean, mean_squared, largest"):
+        CCA("median")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="positive number"):
+        RBFKernel(0.0)

@@ -75,7 +75,7 @@ class FittedEKFAC:
     @property
     def mean_eigenvalue(self) -> float:
         """Mean over all eigenvalues of all layers."""
-        total = sum(float(values.double().sum()) for values in self.eigenvalues.values())
+        total = sum(float(values.cpu().double().sum()) for values in self.eigenvalues.values())
         return total / sum(values.numel() for values in self.eigenvalues.values())
 
     def solve(self, gradients: Gradients, damping: float) -> Gradients:
@@ -107,7 +107,7 @@ def _accumulate(sums: dict[str, Tensor], layer: str, rows: Tensor) -> None:
 
 
 def _eigenvectors(factor: Tensor) -> Tensor:
-    return torch.linalg.eigh(factor.double().cpu())[1].to(factor)
+    return torch.linalg.eigh(factor.cpu().double())[1].to(factor.dtype).to(factor.device)
 
 
 def _squares(rows: Rows, inputs: Tensor, outputs: Tensor) -> Tensor:

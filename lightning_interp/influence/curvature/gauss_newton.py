@@ -79,16 +79,16 @@ class FittedGaussNewton:
 
     def solve(self, gradients: Gradients, damping: float) -> Gradients:
         """Return (H + λI)⁻¹ v for gradients `(q, groups, o, i)` of each layer."""
-        flat = torch.cat([gradients[layer].flatten(1) for layer in self.shapes], dim=1).double().cpu()
+        flat = torch.cat([gradients[layer].flatten(1) for layer in self.shapes], dim=1).cpu().double()
         damped = self.matrix + damping * torch.eye(len(self.matrix), dtype=torch.float64)
         solved = torch.linalg.solve(damped, flat.T).T
         parts = solved.split([shape.numel() for shape in self.shapes.values()], dim=1)
         return {
-            layer: part.reshape(-1, *shape).to(gradients[layer])
+            layer: part.reshape(-1, *shape).to(gradients[layer].dtype).to(gradients[layer].device)
             for (layer, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
 
 
 def flatten(rows: dict[str, Rows]) -> Tensor:
     """Return all layers' per-sample gradients side by side, `(n, p)`, float64."""
-    return torch.cat([row.gradients().flatten(1) for row in rows.values()], dim=1).double().cpu()
+    return torch.cat([row.gradients().flatten(1) for row in rows.values()], dim=1).cpu().double()
