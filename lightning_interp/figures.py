@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+from collections.abc import Callable
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -35,11 +36,12 @@ def heat_map(table: SimilarityMap) -> Pixels:
     axes = figure.add_subplot()
     values = np.ma.masked_invalid(table.values.detach().cpu().numpy())
     axes.patch.set(hatch="///", edgecolor="0.7", facecolor="0.9")
-    drawn = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+    top, colours = (np.pi / 2, "viridis_r") if table.distance else (1, "viridis")
+    drawn = axes.imshow(values, vmin=0, vmax=top, cmap=colours, aspect="auto", interpolation="nearest")
     _ticks(axes, table)
     if rows * columns <= MOST_NUMBERED:
-        _numbers(axes, values)
-    figure.colorbar(drawn, ax=axes, label="1: same, 0: unrelated")
+        _numbers(axes, values, light=(lambda v: v < 0.9) if table.distance else (lambda v: v >= 0.6))
+    figure.colorbar(drawn, ax=axes, label="0: same" if table.distance else "1: same, 0: unrelated")
     axes.set_title(f"{table.measure}: {table.title}", fontsize=10)
     figure.text(0.01, 0.01, "\n".join(note), fontsize=7.5, color="0.3", va="bottom")
     figure.tight_layout(rect=(0, (0.17 * len(note) + 0.05) / figure.get_figheight(), 1, 1))
@@ -71,8 +73,8 @@ def _ticks(axes: Axes, table: SimilarityMap) -> None:
     axes.set_ylabel(table.row_title)
 
 
-def _numbers(axes: Axes, values: np.ma.MaskedArray) -> None:
+def _numbers(axes: Axes, values: np.ma.MaskedArray, light: Callable[[float], bool]) -> None:
     for (row, column), value in np.ndenumerate(values.filled(np.nan)):
         shown = "–" if np.isnan(value) else f"{value:.2f}"
-        ink = "white" if np.isnan(value) or value < 0.6 else "black"
-        axes.text(column, row, shown, ha="center", va="center", fontsize=7.5, color=ink if shown != "–" else "0.3")
+        ink = "0.3" if np.isnan(value) else "black" if light(value) else "white"
+        axes.text(column, row, shown, ha="center", va="center", fontsize=7.5, color=ink)

@@ -83,6 +83,7 @@ class SimilarityMap:
         column_title: what the columns are.
         n: number of samples compared.
         note: when not to trust it, in words; empty where nothing is known.
+        distance: whether 0 means the same, as for an angle, instead of 1.
     """
 
     measure: str
@@ -94,6 +95,7 @@ class SimilarityMap:
     column_title: str
     n: int
     note: str = ""
+    distance: bool = False
 
 
 @dataclass(frozen=True, eq=False)

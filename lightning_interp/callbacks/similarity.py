@@ -67,7 +67,8 @@ class RepresentationSimilarity(Callback):
     Args:
         layers: names or glob patterns of submodules; when None, those with weights of their own (norms left out),
             at most 24, evenly thinned.
-        measures: `CKA()`, `SVCCA()`, or any object with a `name` and `between(x, y)`.
+        measures: those of `lightning_interp.similarity` (but PWCCA, which needs the neurons themselves), or any object
+            with a `name` and `between(x, y)` of two representations.
         samples: size of the probe, evenly spread over the validation set.
         probe: a dataset or loader to take the probe from, instead of the validation set.
         task: how to read a batch and call the model.

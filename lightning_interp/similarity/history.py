@@ -78,15 +78,17 @@ def _history(
     to_final: list[list[float]],
 ) -> History:
     layers, columns, note = tuple(final.layers), tuple(epochs), cautions(measure, final)
-    n = next(iter(final.layers.values())).n
+    n, distance = next(iter(final.layers.values())).n, bool(getattr(measure, "angle", False))
 
     def by_epoch(title: str, values: list[list[float]]) -> SimilarityMap:
         table = torch.tensor(values, dtype=torch.float64).T
-        return SimilarityMap(name, title, layers, columns, table, "layer", "epoch (0: before training)", n, note)
+        return SimilarityMap(
+            name, title, layers, columns, table, "layer", "epoch (0: before training)", n, note, distance
+        )
 
     pairs = matrix(measure, list(final.layers.values()))
     return History(
         by_epoch("to the initial state", to_initial),
         by_epoch("to the final state", to_final),
-        SimilarityMap(name, "layers of the final network", layers, layers, pairs, "layer", "layer", n, note),
+        SimilarityMap(name, "layers of the final network", layers, layers, pairs, "layer", "layer", n, note, distance),
     )

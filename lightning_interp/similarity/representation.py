@@ -65,10 +65,10 @@ def centre(features: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     return shifted - shifted.mean(0, keepdim=True, dtype=sums).to(features.dtype)
 
 
-def check_features(features: Tensor, name: str = "features") -> None:
+def check_features(features: Tensor, name: str = "features", fewest: int = 2) -> None:
     """Raise a ValueError that says what a measure needs, if these are not features."""
-    if features.ndim != 2 or features.shape[0] < 2 or features.shape[1] < 1:
-        raise ValueError(f"{name}: expected (n, d) with n ≥ 2 and d ≥ 1, got shape {tuple(features.shape)}")
+    if features.ndim != 2 or features.shape[0] < fewest or features.shape[1] < 1:
+        raise ValueError(f"{name}: expected (n, d) with n ≥ {fewest} and d ≥ 1, got shape {tuple(features.shape)}")
     if not features.is_floating_point():
         raise ValueError(f"{name}: expected floating point numbers, got {features.dtype}")
     if not bool(features.isfinite().all()):

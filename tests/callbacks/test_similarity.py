@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from lightning_interp import RepresentationSimilarity
-from lightning_interp.similarity import CKA
+from lightning_interp.similarity import CCA, CKA, SVCCA, Procrustes, RBFKernel
 from lightning_interp.storage import Folder, open_store
 from tests.models import Net, Shapes, loaders, trainer
 
@@ -141,6 +141,16 @@ def test_the_same_callback_in_a_new_trainer_starts_anew(tmp_path: Path) -> None:
         fit = trainer(tmp_path, max_epochs=1, callbacks=[callback])
         fit.fit(Net(), *loaders())
         assert store_of(fit).steps == [0, 3]
+
+
+def test_all_measures_of_stored_representations(tmp_path: Path) -> None:
+    measures = [CKA(RBFKernel()), CCA(), SVCCA(0.9), Procrustes(), Procrustes(angle=True)]
+    fit = trainer(tmp_path, max_epochs=1, callbacks=[RepresentationSimilarity(["head"], measures)])
+    fit.fit(Net(), *loaders())
+    for measure in measures:
+        same = 0 if measure == Procrustes(angle=True) else 1
+        tag = f"similarity_to_final/{measure.name}/head"
+        assert dict(curve(fit, tag))[3] == pytest.approx(same, abs=1e-3)
 
 
 class Squares:

@@ -1,0 +1,104 @@
+"""What a similarity would be by chance: the value for the same features with their samples shuffled."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_interp.records import Representation
+from lightning_interp.similarity.cka import CKA
+from lightning_interp.similarity.matrix import Measure
+from lightning_interp.similarity.representation import same_samples
+
+
+def cka_null(measure: CKA, x: Representation, y: Representation) -> Float[Tensor, ""]:
+    """Return the exact mean of CKA over all permutations of y's samples.
+
+    tr K tr L / ((n − 1) ‖K‖_F ‖L‖_F) for centred Gram matrices; 0 for the debiased measure, whose numerator is 0 in the
+    mean.
+
+    Reference: Kazi-Aoual et al., Refined Approximations to Permutation Tests for Multivariate Inference, 1995.
+    """
+    same_samples(x, y)
+    if measure.debiased:
+        return torch.zeros((), dtype=x.u.dtype)
+    k, m = (_centred(measure.kernel(r)) for r in (x, y))
+    return k.trace() * m.trace() / ((x.n - 1) * k.norm() * m.norm())
+
+
+def r_squared_null(kx: int, ky: int, n: int) -> float:
+    """Return the mean of R²_CCA (the mean ρ²) of independent features of ranks kx and ky: max(kx, ky) / (n − 1).
+
+    For SVCCA the ranks are the numbers of directions that it keeps.
+    """
+    return max(kx, ky) / (n - 1)
+
+
+def permutation_null(
+    measure: Measure, x: Representation, y: Representation, draws: int = 20, seed: int = 0
+) -> Float[Tensor, " draws"]:
+    """Return a measure's values for random permutations of y's samples, by a generator of its own.
+
+    Args:
+        measure: any with a `between`.
+        x: a prepared layer.
+        y: another.
+        draws: how many permutations.
+        seed: of the permutations.
+    """
+    same_samples(x, y)
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(y.n, generator=generator) for _ in range(draws)]
+    return torch.stack([measure.between(x, dataclasses.replace(y, u=y.u[order])) for order in orders])
+
+
+def cka_standard_error(measure: CKA, x: Representation, y: Representation) -> Float[Tensor, ""]:
+    """Return the jackknife standard error of CKA: how much it varies with the choice of samples.
+
+    √((n − 1)/n Σ_i (θ_i − θ̄)²), θ_i the value without sample i, all n of them from two n × n Gram matrices.
+
+    Reference: Efron & Stein, The Jackknife Estimate of Variance, 1981.
+    """
+    values = cka_without_each(measure, x, y)
+    return ((x.n - 1) / x.n * (values - values.mean()).square().sum()).sqrt()
+
+
+def cka_without_each(measure: CKA, x: Representation, y: Representation) -> Float[Tensor, " n"]:
+    """Return CKA with each of the n samples left out in turn."""
+    same_samples(x, y)
+    k, m = measure.kernel(x), measure.kernel(y)
+    hsic: Callable[[Tensor, Tensor], Tensor] = _hsic1_without_each if measure.debiased else _hsic_without_each
+    return hsic(k, m) / (hsic(k, k) * hsic(m, m)).clamp(min=0).sqrt()
+
+
+def _hsic_without_each(k: Tensor, m: Tensor) -> Tensor:
+    """Return tr(K H L H) of the remaining n − 1 samples, for each sample left out."""
+    n = len(k) - 1
+    trace, cross, totals = _sums_without_each(k, m)
+    return trace - 2 / n * cross + totals / n**2
+
+
+def _hsic1_without_each(k: Tensor, m: Tensor) -> Tensor:
+    """Return n(n − 3) HSIC₁ of the remaining samples, for each sample left out."""
+    n = len(k) - 1
+    trace, cross, totals = _sums_without_each(k - torch.diag(k.diagonal()), m - torch.diag(m.diagonal()))
+    return trace + totals / ((n - 1) * (n - 2)) - 2 / (n - 2) * cross
+
+
+def _sums_without_each(k: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tr(K L), 1ᵀK L 1 and 1ᵀK 1 · 1ᵀL 1 without row and column i, for each i."""
+    product, rows_k, rows_m = k * m, k.sum(1), m.sum(1)
+    diagonal = product.diagonal()
+    trace = product.sum() - 2 * product.sum(1) + diagonal
+    totals = (k.sum() - 2 * rows_k + k.diagonal()) * (m.sum() - 2 * rows_m + m.diagonal())
+    others = (rows_k * rows_m).sum() - m @ rows_k - k @ rows_m + product.sum(1)
+    own = (rows_k - k.diagonal()) * (rows_m - m.diagonal())
+    return trace, others - own, totals
+
+
+def _centred(gram: Tensor) -> Tensor:
+    return gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()

@@ -1,0 +1,156 @@
+"""Null values, standard errors and streams against the slow way."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_interp.similarity import (
+    CCA,
+    CKA,
+    PWCCA,
+    SVCCA,
+    Procrustes,
+    RBFKernel,
+    StreamingCKA,
+    cka_null,
+    cka_standard_error,
+    permutation_null,
+    prepare,
+    r_squared_null,
+)
+from lightning_interp.similarity.null import cka_without_each
+
+
+@pytest.fixture
+def pair() -> tuple[Tensor, Tensor]:
+    r = np.random.RandomState(0)
+    x, a = r.randn(200, 30), r.randn(30, 20)
+    y = x @ a + 0.5 * r.randn(200, 20)
+    return torch.tensor(x), torch.tensor(y)
+
+
+def test_the_null_of_linear_cka_is_golden(pair: tuple[Tensor, Tensor]) -> None:
+    assert float(cka_null(CKA(), *map(prepare, pair))) == pytest.approx(0.085829, abs=1e-6)
+
+
+@pytest.mark.parametrize("measure", [CKA(), CKA(RBFKernel())], ids=lambda m: m.name)
+def test_the_null_is_the_mean_over_all_permutations(measure: CKA) -> None:
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+    values = [float(measure(x, y[list(order)])) for order in itertools.permutations(range(6))]
+    assert float(cka_null(measure, prepare(x), prepare(y))) == pytest.approx(np.mean(values), abs=1e-10)
+
+
+def test_the_debiased_measure_is_zero_by_chance() -> None:
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+    values = [float(CKA(debiased=True)(x, y[list(order)])) for order in itertools.permutations(range(6))]
+    assert np.mean(values) == pytest.approx(0, abs=1e-10)
+    assert float(cka_null(CKA(debiased=True), prepare(x), prepare(y))) == 0
+
+
+def test_r_squared_of_independent_features() -> None:
+    values = [
+        float(CCA("mean_squared")(torch.randn(100, 12, dtype=torch.float64), torch.randn(100, 5, dtype=torch.float64)))
+        for _ in range(200)
+    ]
+    error = np.std(values) / 200**0.5
+    assert np.mean(values) == pytest.approx(r_squared_null(12, 5, 100), abs=4 * error)
+
+
+@pytest.mark.parametrize("measure", [SVCCA(), Procrustes(), CKA()], ids=lambda m: m.name)
+def test_permutations(measure: CKA, pair: tuple[Tensor, Tensor]) -> None:
+    x, y = map(prepare, pair)
+    before = torch.get_rng_state()
+    values = permutation_null(measure, x, y, draws=50)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(values, permutation_null(measure, x, y, draws=50))
+    assert float(values.max()) < float(measure.between(x, y)) - 0.1
+    if measure == CKA():
+        assert float(values.mean()) == pytest.approx(float(cka_null(measure, x, y)), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "measure", [CKA(), CKA(debiased=True), CKA(RBFKernel()), CKA(RBFKernel(), True)], ids=lambda m: m.name
+)
+def test_leaving_out_each_sample(measure: CKA) -> None:
+    x, y = torch.randn(12, 3, dtype=torch.float64), torch.randn(12, 5, dtype=torch.float64)
+    found = cka_without_each(measure, prepare(x), prepare(y))
+    kept = [[j for j in range(12) if j != i] for i in range(12)]
+    if isinstance(measure.kernel, RBFKernel):  # the kernel's width stays that of all samples
+        grams = [measure.kernel(prepare(z)) for z in (x, y)]
+        expected = [_by_gram(measure, *(g[rows][:, rows] for g in grams)) for rows in kept]
+    else:
+        expected = [float(measure(x[rows], y[rows])) for rows in kept]
+    assert found.tolist() == pytest.approx(expected, abs=1e-10)
+
+
+def _by_gram(measure: CKA, k: Tensor, m: Tensor) -> float:
+    n = len(k)
+    if measure.debiased:
+        k, m = k - torch.diag(k.diagonal()), m - torch.diag(m.diagonal())
+
+    def hsic(a: Tensor, b: Tensor) -> Tensor:
+        if not measure.debiased:
+            h = torch.eye(n, dtype=a.dtype) - 1 / n
+            return torch.trace(a @ h @ b @ h)
+        return torch.trace(a @ b) + a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (a @ b).sum()
+
+    return float(hsic(k, m) / (hsic(k, k) * hsic(m, m)).sqrt())
+
+
+def test_the_standard_error_is_that_of_new_samples() -> None:
+    mix = torch.randn(4, 6, dtype=torch.float64)
+
+    def draw() -> tuple[Tensor, Tensor]:
+        x = torch.randn(300, 4, dtype=torch.float64)
+        return x, x @ mix + torch.randn(300, 6, dtype=torch.float64)
+
+    spread = float(torch.stack([CKA()(*draw()) for _ in range(300)]).std())
+    told = np.mean([float(cka_standard_error(CKA(), *map(prepare, draw()))) for _ in range(20)])
+    assert told == pytest.approx(spread, rel=0.2)
+
+
+def test_pwcca_is_golden_and_depends_on_the_basis(pair: tuple[Tensor, Tensor]) -> None:
+    x, y = pair
+    assert float(PWCCA()(x, y)) == pytest.approx(0.994771, abs=1e-6)
+    assert float(PWCCA()(y, x)) == pytest.approx(0.994771, abs=1e-6)
+    padded = torch.cat([y, torch.zeros(200, 10, dtype=torch.float64)], dim=1)
+    assert float(PWCCA()(x, padded)) == pytest.approx(0.990928, abs=1e-6)
+    rotation = torch.linalg.qr(torch.randn(20, 20, dtype=torch.float64))[0]
+    assert abs(float(PWCCA()(x, y @ rotation)) - 0.994771) > 1e-6
+    assert PWCCA()(torch.randn(10, 20), torch.randn(10, 3)).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_stream_equals_the_whole(dtype: torch.dtype, pair: tuple[Tensor, Tensor]) -> None:
+    x, y = ((z + 100).to(dtype) for z in pair)
+    metric = StreamingCKA(30, 20)
+    for a, b in zip(x.split(33), y.split(33), strict=True):
+        metric.update(a, b)
+    assert float(metric.compute()) == pytest.approx(0.657696, abs=1e-6 if dtype is torch.float64 else 1e-5)
+
+
+def test_ranks_are_summed(pair: tuple[Tensor, Tensor]) -> None:
+    x, y = pair
+    ranks = [StreamingCKA(30, 20) for _ in range(2)]
+    for metric, rows in zip(ranks, (slice(0, 50), slice(50, 200)), strict=True):
+        metric.update(x[rows], y[rows])
+    whole = StreamingCKA(30, 20)
+    for name, reduction in ranks[0]._reductions.items():
+        setattr(whole, name, reduction(torch.stack([getattr(metric, name) for metric in ranks])))
+    whole._update_count = 1
+    assert float(whole.compute()) == pytest.approx(0.657696, abs=1e-6)
+
+
+def test_streams_name_what_does_not_fit(unchecked: None) -> None:
+    metric = StreamingCKA(3, 2)
+    with pytest.raises(ValueError, match=r"y: expected shape \(5, 2\), got \(4, 2\)"):
+        metric.update(torch.randn(5, 3), torch.randn(4, 2))
+    with pytest.raises(ValueError, match="finite"):
+        metric.update(torch.full((5, 3), torch.nan), torch.randn(5, 2))
+    with pytest.raises(ValueError, match="width_y"):
+        StreamingCKA(3, 0)
