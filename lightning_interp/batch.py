@@ -111,3 +111,8 @@ def row(batch: Any, place: int) -> Any:
     {'x': tensor(1), 'scale': tensor(2.)}
     """
     return map_tensors(lambda t: t[0] if t.ndim else t, take(batch, place, place + 1))
+
+
+def zeros_and_ones(tensor: Tensor) -> bool:
+    """Say whether every value is 0 or 1."""
+    return bool(((tensor == 0) | (tensor == 1)).all())

@@ -6,12 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from lightning.pytorch.loggers import Logger
-from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
-Pixels = NDArray[np.uint8]
+from lightning_interp.records import Pixels
 
 
 def tag(part: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_interp.batch import tensors
+from lightning_interp.batch import tensors, zeros_and_ones
 
 Kind = Literal["image", "table", "tokens", "other"]
 
@@ -57,7 +57,7 @@ class Display:
             return self._class(int(value)) if _whole(values) else f"{value:.4g}"
         if target.ndim > 1:
             return f"of shape {tuple(target.shape)}"
-        if _zeros_and_ones(values):
+        if zeros_and_ones(values):
             on = [self._class(int(i)) for i in values.nonzero()[:, 0]]
             return ", ".join(on[:4]) + (", …" if len(on) > 4 else "") or "none"
         return "(" + ", ".join(f"{v:.3g}" for v in values[:4].tolist()) + (", …)" if len(values) > 4 else ")")
@@ -146,7 +146,3 @@ def kind_of(value: Any) -> Kind:
 
 def _whole(values: Tensor) -> bool:
     return not values.is_floating_point()
-
-
-def _zeros_and_ones(values: Tensor) -> bool:
-    return bool(((values == 0) | (values == 1)).all())

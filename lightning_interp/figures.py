@@ -10,12 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from PIL import Image
 
-from lightning_interp.records import SimilarityMap
+from lightning_interp.records import Pixels, SimilarityMap
 
-Pixels = NDArray[np.uint8]
 MOST_NUMBERED = 100
 MOST_TICKS = 30
 

@@ -15,9 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from lightning_interp.display import Display, kind_of, main_tensor
-from lightning_interp.records import Shown
-
-Pixels = NDArray[np.uint8]
+from lightning_interp.records import Pixels, Shown
 
 SIDE = 168
 GAP = 8

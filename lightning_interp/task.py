@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lightning_interp.batch import zeros_and_ones
+
 LABEL_KEYS = ("labels", "label", "target", "targets", "y")
+SETTLED_BY = 256
 Problem = Literal["classes", "binary", "multilabel", "regression"]
 
 
@@ -107,9 +110,9 @@ def problem(outputs: Tensor, targets: Tensor) -> Problem:
     discrete = not (targets.is_floating_point() or targets.is_complex())
     one_output = outputs.ndim == 1 or (outputs.ndim == 2 and outputs.shape[1] == 1)
     if one_output and targets.numel() == outputs.shape[0]:
-        return "binary" if _zeros_and_ones(targets) else "regression"
+        return "binary" if zeros_and_ones(targets) else "regression"
     if targets.shape == outputs.shape:
-        return "multilabel" if _zeros_and_ones(targets) else "regression"
+        return "multilabel" if zeros_and_ones(targets) else "regression"
     if discrete and outputs.ndim >= 2 and _is_class_index(outputs, targets):
         return "classes"
     raise ValueError(
@@ -188,7 +191,8 @@ def settled(task: Task, module: nn.Module, batch: Any, more: Iterable[Any]) -> T
         task: returned as it is if it has a kind, or if the shapes say none.
         module: the network, in eval mode.
         batch: a few samples.
-        more: batches, read only where the first targets are all 0 or 1: other values among them mean regression.
+        more: batches of about `SETTLED_BY` samples, read only where the first targets are all 0 or 1: other values
+            among them mean regression.
     """
     try:
         with torch.no_grad():
@@ -197,7 +201,7 @@ def settled(task: Task, module: nn.Module, batch: Any, more: Iterable[Any]) -> T
     except ValueError:
         return task
     unsure = task.kind is None and kind in ("binary", "multilabel") and targets.dtype is not torch.bool
-    if unsure and not all(_zeros_and_ones(task.targets(others)) for others in more):
+    if unsure and not all(zeros_and_ones(task.targets(others)) for others in more):
         kind = "regression"
     return replace(task, kind=kind)
 
@@ -268,10 +272,6 @@ def _is_class_index(outputs: Tensor, targets: Tensor) -> bool:
 
 def _class_indices(outputs: Tensor, targets: Tensor) -> Tensor:
     return targets.reshape(outputs.shape[0], *outputs.shape[2:]).long()
-
-
-def _zeros_and_ones(targets: Tensor) -> bool:
-    return bool(((targets == 0) | (targets == 1)).all())
 
 
 def _shape_of(thing: Any) -> str:

@@ -18,9 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_interp.batch import precise, take
 from lightning_interp.generators import own_generators_kept
 from lightning_interp.samples import Samples
-from lightning_interp.task import Task, settled
-
-SETTLED_BY = 256
+from lightning_interp.task import SETTLED_BY, Task, settled
 
 
 class Source(NamedTuple):

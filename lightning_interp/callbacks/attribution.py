@@ -25,7 +25,7 @@ from lightning_interp.display import Display, kind_of
 from lightning_interp.figures import png
 from lightning_interp.layers import match_layers
 from lightning_interp.probe import Probe, take_probe
-from lightning_interp.records import Explanation
+from lightning_interp.records import Explanation, Pixels
 from lightning_interp.storage import Folder
 from lightning_interp.task import Problem, Task, predicted
 
@@ -145,15 +145,15 @@ class InputAttribution(Callback):
             run.folder.write(f"attribution/{method}-{clean(sample).replace('/', '_')}.png", groups[method][-1])
         write_section(run.folder, "attribution", report.attribution_section(groups, run.probe.source))
 
-    def _log(self, trainer: pl.Trainer, drawn: dict[str, panels.Pixels]) -> None:
+    def _log(self, trainer: pl.Trainer, drawn: dict[str, Pixels]) -> None:
         board = Board(trainer.loggers)
         for name, pixels in drawn.items():
             board.image(f"attribution/{name}", pixels, trainer.global_step)
 
-    def _explain(self, module: pl.LightningModule, moment: str) -> dict[str, panels.Pixels]:
+    def _explain(self, module: pl.LightningModule, moment: str) -> dict[str, Pixels]:
         """Return `method/sample` → panel."""
         run = begun(self._run)
-        drawn: dict[str, panels.Pixels] = {}
+        drawn: dict[str, Pixels] = {}
         ids = list(run.probe.ids)
         for batch in run.probe.batches:
             held = to_device(batch, device_of(module))

@@ -13,7 +13,7 @@ from lightning_interp import panels
 from lightning_interp.callbacks.showing import shown_samples
 from lightning_interp.display import Display, kind_of
 from lightning_interp.figures import png
-from lightning_interp.records import Influence, Shown
+from lightning_interp.records import Influence, Pixels, Shown
 from lightning_interp.samples import Samples
 from lightning_interp.task import Problem, Task, predicted
 
@@ -43,7 +43,7 @@ class Told(NamedTuple):
         summary: Markdown.
     """
 
-    galleries: dict[str, panels.Pixels]
+    galleries: dict[str, Pixels]
     cards: list[dict[str, Any]]
     rows: list[tuple[Shown, float, str, int, int, Shown, float]]
     summary: str
@@ -114,9 +114,7 @@ def _look(model: nn.Module, task: Task, samples: Samples, display: Display) -> l
     return shown
 
 
-def _gallery(
-    query: Shown, loss: float, lists: Sequence[Ranked], held: dict[int, Shown], display: Display
-) -> panels.Pixels:
+def _gallery(query: Shown, loss: float, lists: Sequence[Ranked], held: dict[int, Shown], display: Display) -> Pixels:
     rows = [
         (
             f"{r.heading}: {ABOUT[r.heading]}",

@@ -20,10 +20,9 @@ from lightning_interp.layers import match_layers
 from lightning_interp.progress import Progress, quiet
 from lightning_interp.records import Influence
 from lightning_interp.samples import Samples
-from lightning_interp.task import Task, settled
+from lightning_interp.task import SETTLED_BY, Task, settled
 
 ELEMENTS_AT_ONCE = 2**25
-SETTLED_BY = 256
 DAMPING_SHARE = 0.1
 
 
