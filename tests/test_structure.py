@@ -78,4 +78,5 @@ def test_public_names() -> None:
         "InputAttribution",
         "RepresentationSimilarity",
         "Task",
+        "compare",
     ]

@@ -1,0 +1,111 @@
+"""Runs compared from their folders alone."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from lightning_interp import compare
+from lightning_interp.cli import main
+from lightning_interp.records import Snapshot
+from lightning_interp.similarity import CKA, Procrustes, prepare
+from lightning_interp.storage import Folder, new_store
+
+LAYERS = ("conv", "hidden", "head")
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """Two runs whose layers are each other's rotated, a third unrelated, a fourth on other samples."""
+    generator = torch.Generator().manual_seed(0)
+
+    def features() -> list[torch.Tensor]:
+        return [torch.randn(60, width, generator=generator, dtype=torch.float64) for width in (8, 5, 3)]
+
+    first, other = features(), features()
+    rotated = [2 * x @ torch.linalg.qr(torch.randn(x.shape[1], x.shape[1], dtype=x.dtype))[0] + 1 for x in first]
+    paths = []
+    for name, last, probe in (("a", first, "p"), ("b", rotated, "p"), ("c", other, "p"), ("d", first, "q")):
+        path = tmp_path / name / "version_0"
+        facts = {"n": 60, "source": "validation set", "fingerprint": probe, "ids": list(range(60))}
+        store = new_store(Folder(str(path / "interp" / "similarity")), facts)
+        for epoch, values in ((0, other), (1, last)):
+            layers = {layer: prepare(x) for layer, x in zip(LAYERS, values, strict=True)}
+            store.append(Snapshot(epoch, epoch * 10, layers))
+        paths.append(path)
+    return paths
+
+
+def test_same_up_to_rotation(runs: list[Path]) -> None:
+    found = compare(runs[0], runs[1], measures=[CKA(), Procrustes(angle=True)])
+    assert found.runs == ("a", "b")
+    (table,) = found.maps["CKA"]
+    assert table.values.diagonal().tolist() == pytest.approx([1, 1, 1], abs=1e-6)
+    assert found.same_layers("CKA")["head"] == pytest.approx([1], abs=1e-6)
+    assert found.correspondence("CKA") == 1
+    assert found.correspondence("Procrustes_angle") == 1
+    assert float(table.values[0, 2]) < 0.5
+
+
+def test_several_runs_and_epochs(runs: list[Path]) -> None:
+    found = compare(*runs[:3], measures=[CKA()])
+    assert found.pairs == ((0, 1), (0, 2), (1, 2))
+    values = found.same_layers("CKA")["conv"]
+    assert values[0] == pytest.approx(1, abs=1e-6)
+    assert max(values[1:]) < 0.6
+    start = compare(runs[0], runs[2], measures=[CKA()], epochs=[0, 1])
+    assert start.same_layers("CKA")["conv"] == pytest.approx([1], abs=1e-6)
+
+
+def test_any_of_a_runs_folders_will_do(runs: list[Path]) -> None:
+    for inner in ("interp", "interp/similarity"):
+        assert compare(runs[0], runs[1] / inner).runs == ("a", "b")
+
+
+def test_errors_are_named(runs: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"same samples.*60 of the validation set.*with other values"):
+        compare(runs[0], runs[3])
+    with pytest.raises(ValueError, match="at least two, got 1"):
+        compare(runs[0])
+    with pytest.raises(FileNotFoundError, match="expected a run with snapshots"):
+        compare(runs[0], tmp_path)
+    with pytest.raises(ValueError, match=r"expected one of \[0, 1\].*got 7"):
+        compare(runs[0], runs[1], epochs=7)
+    with pytest.raises(ValueError, match="one for each of 2 runs, got 3"):
+        compare(runs[0], runs[1], epochs=[0, 0, 0])
+
+
+def test_the_command(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["compare", *map(str, runs[:3]), "--measure", "cka", "--measure", "procrustes", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "a & b" in said
+    assert "head     1.000" in said
+    assert "most similar layer has the same name" in said
+    with open(out / "compare.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 3 * 9
+    first = next(r for r in rows if r["layer_a"] == r["layer_b"] == "conv" and r["run_b"] == "b")
+    assert float(first["similarity"]) == pytest.approx(1, abs=1e-5)
+    pictures = sorted(out.glob("*.png"))
+    assert len(pictures) == 6
+    with Image.open(pictures[0]) as image:
+        assert min(image.size) > 200
+    assert list(out.glob("events.out*"))
+
+
+def test_the_command_tells_an_error_in_one_line(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(runs[0]), str(runs[3])]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("lightning-interp: runs: expected snapshots of the same samples")
+    assert said.count("\n") == 1
+
+
+def test_a_run_with_itself_is_numbered(runs: list[Path]) -> None:
+    found = compare(runs[0], runs[0], measures=[CKA()], epochs=[0, 1])
+    assert found.runs == ("1", "2")
+    assert found.same_layers("CKA")["conv"][0] < 0.6
