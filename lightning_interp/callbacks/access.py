@@ -57,9 +57,9 @@ def given_samples(trainer: pl.Trainer, dataset: Any) -> Samples:
     """Return the user's own dataset or loader; a dataset is read with the training loader's batch size and collate."""
     like = next(iter(_flat(trainer.train_dataloader)), None)
     given = Samples.of(dataset, move=mover(trainer))
-    if isinstance(dataset, DataLoader) or not isinstance(like, DataLoader) or like.batch_sampler is None:
+    if isinstance(dataset, DataLoader) or not isinstance(like, DataLoader) or not _indexed(like):
         return given
-    return dataclasses.replace(Samples.of(like, move=given.move), dataset=given.dataset) if _indexed(like) else given
+    return dataclasses.replace(Samples.of(like, move=given.move), dataset=given.dataset)
 
 
 def indexed_training_set(trainer: pl.Trainer) -> Samples:

@@ -193,9 +193,9 @@ def _queries(plan: _Plan, query: Samples) -> _Asked:
 def _score(plan: _Plan, train: Samples, solved: Gradients, n: int, progress: Progress) -> _Scored:
     flat = {layer: grads.flatten(1) for layer, grads in solved.items()}
     mean = {layer: torch.zeros_like(grads[0]) for layer, grads in flat.items()}
-    scores, targets = [], []
+    any_layer, scores, targets = next(iter(flat.values())), [], []
     for trace in plan.watched(train, progress, "scoring training samples"):
-        block = torch.zeros(len(next(iter(flat.values()))), len(trace.losses), device=trace.losses.device)
+        block = any_layer.new_zeros(len(any_layer), len(trace.losses))
         for layer, rows in trace.rows(trace.losses).items():
             for part, few in rows.blocks():
                 grads = few.gradients().flatten(1)

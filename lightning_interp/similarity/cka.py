@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_interp.records import Caution, Representation
-from lightning_interp.similarity.kernel import Kernel, LinearKernel, RBFKernel
+from lightning_interp.similarity.kernel import Kernel, LinearKernel, RBFKernel, centred_gram
 from lightning_interp.similarity.representation import prepare, same_samples
 
 
@@ -68,7 +68,7 @@ class CKA:
         return hsic(x, y), hsic(x, x), hsic(y, y)
 
     def _by_gram(self, x: Representation, y: Representation) -> tuple[Tensor, Tensor, Tensor]:
-        prepare_gram = _u_centred if self.debiased else _centred
+        prepare_gram = _u_centred if self.debiased else centred_gram
         k, m = prepare_gram(self.kernel(x)), prepare_gram(self.kernel(y))
         return (k * m).sum(), (k * k).sum(), (m * m).sum()
 
@@ -89,10 +89,6 @@ def _hsic_unbiased(x: Representation, y: Representation) -> Float[Tensor, ""]:
     trace = _hsic(x, y) - a @ b
     totals = a.sum() * b.sum() / ((n - 1) * (n - 2))
     return trace + totals - 2 / (n - 2) * (a @ b)
-
-
-def _centred(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    return gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
 
 
 def _u_centred(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:

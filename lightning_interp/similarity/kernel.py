@@ -49,9 +49,16 @@ class RBFKernel:
         gram = LinearKernel()(x)
         squares = gram.diagonal()[:, None] + gram.diagonal() - 2 * gram
         pairs = squares[tuple(torch.triu_indices(x.n, x.n, 1))].clamp(min=0).sqrt()
-        width = self.median_fraction * pairs.quantile(0.5) if len(pairs) < 2**24 else self._median(pairs)
+        width = self.median_fraction * _median(pairs)
         return torch.exp(-squares.clamp(min=0) / (2 * width**2))
 
-    def _median(self, pairs: Tensor) -> Tensor:
-        """Return the scaled median of more values than `quantile` takes."""
-        return self.median_fraction * pairs.sort().values[len(pairs) // 2]
+
+def centred_gram(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """Return H K H: the Gram matrix of the kernel's features after centring."""
+    return gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
+
+
+def _median(values: Float[Tensor, " m"]) -> Float[Tensor, ""]:
+    """Return the median, between the two middle values of an even number (torch's own takes the lower)."""
+    ordered, m = values.sort().values, len(values)
+    return (ordered[(m - 1) // 2] + ordered[m // 2]) / 2

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_interp.records import Representation
 from lightning_interp.similarity.cka import CKA
+from lightning_interp.similarity.kernel import centred_gram
 from lightning_interp.similarity.matrix import Measure
 from lightning_interp.similarity.representation import same_samples
 
@@ -26,7 +27,7 @@ def cka_null(measure: CKA, x: Representation, y: Representation) -> Float[Tensor
     same_samples(x, y)
     if measure.debiased:
         return torch.zeros((), dtype=x.u.dtype)
-    k, m = (_centred(measure.kernel(r)) for r in (x, y))
+    k, m = (centred_gram(measure.kernel(r)) for r in (x, y))
     return k.trace() * m.trace() / ((x.n - 1) * k.norm() * m.norm())
 
 
@@ -98,7 +99,3 @@ def _sums_without_each(k: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     others = (rows_k * rows_m).sum() - m @ rows_k - k @ rows_m + product.sum(1)
     own = (rows_k - k.diagonal()) * (rows_m - m.diagonal())
     return trace, others - own, totals
-
-
-def _centred(gram: Tensor) -> Tensor:
-    return gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()

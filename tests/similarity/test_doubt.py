@@ -26,14 +26,6 @@ from lightning_interp.similarity import (
 from lightning_interp.similarity.null import cka_without_each
 
 
-@pytest.fixture
-def pair() -> tuple[Tensor, Tensor]:
-    r = np.random.RandomState(0)
-    x, a = r.randn(200, 30), r.randn(30, 20)
-    y = x @ a + 0.5 * r.randn(200, 20)
-    return torch.tensor(x), torch.tensor(y)
-
-
 def test_the_null_of_linear_cka_is_golden(pair: tuple[Tensor, Tensor]) -> None:
     assert float(cka_null(CKA(), *map(prepare, pair))) == pytest.approx(0.085829, abs=1e-6)
 

@@ -34,14 +34,6 @@ GOLDEN = {
 }
 
 
-@pytest.fixture
-def pair() -> tuple[Tensor, Tensor]:
-    r = np.random.RandomState(0)
-    x, a = r.randn(200, 30), r.randn(30, 20)
-    y = x @ a + 0.5 * r.randn(200, 20)
-    return torch.tensor(x), torch.tensor(y)
-
-
 def naive_cka(x: Tensor, y: Tensor) -> float:
     x, y = x - x.mean(0), y - y.mean(0)
     return float(torch.linalg.norm(y.T @ x) ** 2 / (torch.linalg.norm(x.T @ x) * torch.linalg.norm(y.T @ y)))
