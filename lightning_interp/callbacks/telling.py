@@ -168,7 +168,8 @@ def _summary(found: Influence) -> str:
     left_out = f"; left out: {', '.join(found.left_out)}" if found.left_out else ""
     lines = [
         "A score is the predicted rise of the query's loss if the training sample were left out, in units of the loss."
-        " Positive is helpful, negative harmful. Read the order: away from an optimum the sizes come out too large.",
+        " Positive is helpful, negative harmful."
+        " Read the order: away from an optimum the sizes can be many times too large.",
         f"**Method**: {found.method}, curvature from {found.curvature_n:,} samples, damping λ = {found.damping:.3g}.",
         f"**Training samples scored**: {found.scores.shape[1]:,}.",
         f"**Parameters covered**: {100 * found.coverage:.1f}% ({found.covered_elements:,}){left_out}.",
