@@ -8,12 +8,13 @@ import io
 import sys
 from collections.abc import Sequence
 
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_interp import figures
 from lightning_interp.board import clean
 from lightning_interp.compare import Comparison, compare, table_of
-from lightning_interp.similarity import CCA, CKA, SVCCA, Measure, Procrustes, RBFKernel
+from lightning_interp.similarity import CCA, CKA, PWCCA, SVCCA, Measure, Procrustes, RBFKernel
 from lightning_interp.storage import Folder
 
 MEASURES: dict[str, Measure] = {
@@ -21,6 +22,7 @@ MEASURES: dict[str, Measure] = {
     "cka-debiased": CKA(debiased=True),
     "cka-rbf": CKA(RBFKernel()),
     "cca": CCA(),
+    "pwcca": PWCCA(),
     "r2-cca": CCA("mean_squared"),
     "svcca": SVCCA(),
     "procrustes": Procrustes(),
@@ -79,14 +81,19 @@ def _write(found: Comparison, folder: Folder) -> None:
 def _csv(found: Comparison) -> str:
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(("measure", "run_a", "layer_a", "run_b", "layer_b", "similarity"))
+    columns = ("measure", "run_a", "layer_a", "run_b", "layer_b", "similarity", "by_chance", "standard_error")
+    writer.writerow(columns)
     for measure, tables in found.maps.items():
         for table in tables:
             for i, a in enumerate(table.rows):
                 for j, b in enumerate(table.columns):
-                    value = f"{float(table.values[i, j]):.6f}"
-                    writer.writerow((measure, table.row_title, a, table.column_title, b, value))
+                    numbers = (_number(held, i, j) for held in (table.values, table.chance, table.standard_error))
+                    writer.writerow((measure, table.row_title, a, table.column_title, b, *numbers))
     return buffer.getvalue()
+
+
+def _number(values: Tensor | None, i: int, j: int) -> str:
+    return "" if values is None or values[i, j].isnan() else f"{float(values[i, j]):.6f}"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +10,13 @@ from os import PathLike
 from pathlib import PurePath
 
 import torch
+from torch import Tensor
 
+from lightning_interp.board import tag
 from lightning_interp.records import SimilarityMap, Snapshot
-from lightning_interp.similarity import CKA, SVCCA, Measure, matrix
+from lightning_interp.similarity import CKA, SVCCA, AnyMeasure, matrix
+from lightning_interp.similarity.history import cautions, is_distance, with_doubt
+from lightning_interp.similarity.matrix import needs
 from lightning_interp.storage import Folder, SnapshotStore, open_store
 
 Run = str | PathLike[str]
@@ -62,19 +67,20 @@ class Comparison:
 
 def compare(
     *runs: Run,
-    measures: Sequence[Measure] = (CKA(debiased=True), CKA(), SVCCA()),
+    measures: Sequence[AnyMeasure] = (CKA(debiased=True), CKA(), SVCCA()),
     epochs: int | Sequence[int] | None = None,
 ) -> Comparison:
     """Compare the layers of two or more runs that `RepresentationSimilarity` recorded on the same samples.
 
     Args:
         runs: each a run's log folder, its `interp` folder or its `similarity` folder; local or an fsspec address.
-        measures: `CKA()`, `SVCCA()` or any with a `name` and `between`.
+        measures: `CKA()`, `SVCCA()`, any with a `name` and `between`, or a function of two `(n, d)` tensors.
         epochs: the epoch to take, one for all runs or one for each; the last snapshot when None.
 
     Raises:
         FileNotFoundError: a run has no snapshots.
-        ValueError: fewer than two runs, different samples, or an epoch that a run does not have.
+        ValueError: fewer than two runs, different samples, an epoch that a run does not have, or a measure that
+            needs more than a run kept.
     """
     if len(runs) < 2:
         raise ValueError(f"runs: expected at least two, got {len(runs)}")
@@ -84,21 +90,36 @@ def compare(
     if len(wanted) != len(runs):
         raise ValueError(f"epochs: expected one for each of {len(runs)} runs, got {len(wanted)}")
     snapshots = [_snapshot(store, epoch) for store, epoch in zip(stores, wanted, strict=True)]
+    _enough_kept(runs, snapshots, measures)
     names, pairs = _names(runs), tuple(itertools.combinations(range(len(runs)), 2))
     maps = {
-        measure.name: [_table(measure, snapshots[a], snapshots[b], names[a], names[b]) for a, b in pairs]
+        tag(measure): [_table(measure, snapshots[a], snapshots[b], names[a], names[b]) for a, b in pairs]
         for measure in measures
     }
     return Comparison(names, maps, pairs)
 
 
-def _table(measure: Measure, a: Snapshot, b: Snapshot, row_title: str, column_title: str) -> SimilarityMap:
+def _table(measure: AnyMeasure, a: Snapshot, b: Snapshot, row_title: str, column_title: str) -> SimilarityMap:
+    a, b = (dataclasses.replace(snapshot, layers=dict(snapshot.layers)) for snapshot in (a, b))
     values = matrix(measure, list(a.layers.values()), list(b.layers.values()))
     n = next(iter(a.layers.values())).n
-    distance = bool(getattr(measure, "angle", False))
     title = f"epoch {a.epoch} and epoch {b.epoch}"
     layers = tuple(a.layers), tuple(b.layers)
-    return SimilarityMap(measure.name, title, *layers, values, row_title, column_title, n, distance=distance)
+    note = "; ".join(dict.fromkeys(said for snapshot in (a, b) if (said := cautions(measure, snapshot))))
+    distance = is_distance(measure)
+    table = SimilarityMap(tag(measure), title, *layers, values, row_title, column_title, n, note, distance)
+    return with_doubt(table, measure, a, b)
+
+
+def _enough_kept(runs: Sequence[Run], snapshots: Sequence[Snapshot], measures: Sequence[AnyMeasure]) -> None:
+    """Raise a ValueError where a measure asks for singular vectors, of which half precision leaves too little."""
+    for measure in measures:
+        for run, snapshot in zip(runs, snapshots, strict=True):
+            if needs([measure]) != "gram" and not all(layer.factorable for layer in snapshot.layers.values()):
+                raise ValueError(
+                    f"measures: expected kinds of linear CKA, for which alone {run} kept its layers, got"
+                    f" {tag(measure)}; name it in RepresentationSimilarity(measures=...) when training"
+                )
 
 
 def _open(run: Run) -> SnapshotStore:
@@ -118,6 +139,12 @@ def _same_probe(runs: Sequence[Run], stores: Sequence[SnapshotStore]) -> None:
                 f"runs: expected snapshots of the same samples; {runs[0]} shows {_told(first)}, {run} {_told(probe)},"
                 " with other values; train with the same probe= dataset to compare"
             )
+        for choice in ("maps", "tokens"):
+            if probe.get(choice) != first.get(choice):
+                raise ValueError(
+                    f"runs: expected the same {choice}= in RepresentationSimilarity; {runs[0]} has"
+                    f" {first.get(choice)!r}, {run} {probe.get(choice)!r}"
+                )
 
 
 def _told(probe: dict[str, object]) -> str:
@@ -145,11 +172,37 @@ def _names(runs: Sequence[Run]) -> tuple[str, ...]:
 
 
 def table_of(comparison: Comparison, measure: str) -> list[list[str]]:
-    """Return similarity of each layer in each pair of runs as rows of text, a heading first, a mean last."""
+    """Return the similarity of each layer in each pair of runs as rows of text: a heading, layers, their mean, chance.
+
+    A number is followed by its jackknife standard error where that is known.
+    """
     heading = ["layer", *(f"{comparison.runs[a]} & {comparison.runs[b]}" for a, b in comparison.pairs)]
+    tables = comparison.maps[measure]
     same = comparison.same_layers(measure)
-    rows = [[layer, *(f"{value:.3f}" for value in values)] for layer, values in same.items()]
+    rows = [
+        [layer, *(_cell(t, layer, value) for t, value in zip(tables, values, strict=True))]
+        for layer, values in same.items()
+    ]
     if same:
         means = torch.tensor(list(same.values())).mean(0).tolist()
         rows.append(["mean", *(f"{value:.3f}" for value in means)])
+        rows.append(["by chance", *(_chances(table, list(same)) for table in tables)])
     return [heading, *rows]
+
+
+def _cell(table: SimilarityMap, layer: str, value: float) -> str:
+    error = _at(table, table.standard_error, layer)
+    return f"{value:.3f}" + (f" ± {error:.3f}" if error == error else "")
+
+
+def _chances(table: SimilarityMap, layers: Sequence[str]) -> str:
+    known = [value for layer in layers if (value := _at(table, table.chance, layer)) == value]
+    if not known:
+        return "unknown"
+    low, high = f"{min(known):.3f}", f"{max(known):.3f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _at(table: SimilarityMap, values: Tensor | None, layer: str) -> float:
+    place = table.rows.index(layer), table.columns.index(layer)
+    return float("nan") if values is None else float(values[place])

@@ -12,38 +12,9 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_interp.representation import Representation
+
 Pixels = NDArray[np.uint8]
-
-
-@dataclass(frozen=True, eq=False)
-class Representation:
-    """One layer's centred features as left singular vectors and singular values, X = U S Vᵀ.
-
-    Rotations of the neurons (V) are gone; every measure that is invariant to them can be computed.
-
-    Args:
-        u: `(n, r)`, orthonormal columns.
-        s: `(r,)`, descending, in the features' unit; empty for a constant layer.
-        width: number of neurons d that the features had.
-    """
-
-    u: Float[Tensor, "n r"]
-    s: Float[Tensor, " r"]
-    width: int
-
-    @property
-    def n(self) -> int:
-        """Number of samples."""
-        return self.u.shape[0]
-
-    @property
-    def rank(self) -> int:
-        """Number of singular values above rounding error."""
-        return self.s.shape[0]
-
-    def double(self) -> Representation:
-        """Return the same in float64."""
-        return Representation(self.u.double(), self.s.double(), self.width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +44,22 @@ class Caution(NamedTuple):
     detail: str
 
 
+class Doubt(NamedTuple):
+    """A similarity, and how far to trust it.
+
+    Args:
+        value: the similarity itself.
+        chance: what it would be with the samples of one side shuffled; NaN where it is not known.
+        standard_error: how much it varies with the choice of samples; NaN where it is not known.
+        caution: why not to trust it; None where nothing is known.
+    """
+
+    value: float
+    chance: float
+    standard_error: float
+    caution: Caution | None
+
+
 @dataclass(frozen=True, eq=False)
 class SimilarityMap:
     """A table of similarities with names on both sides, as shown in a heat map.
@@ -88,6 +75,8 @@ class SimilarityMap:
         n: number of samples compared.
         note: when not to trust it, in words; empty where nothing is known.
         distance: whether 0 means the same, as for an angle, instead of 1.
+        chance: what each value would be with one side's samples shuffled, `(rows, columns)`; NaN where not known.
+        standard_error: how much each varies with the choice of samples, `(rows, columns)`; NaN where not known.
     """
 
     measure: str
@@ -100,6 +89,8 @@ class SimilarityMap:
     n: int
     note: str = ""
     distance: bool = False
+    chance: Float[Tensor, "rows columns"] | None = None
+    standard_error: Float[Tensor, "rows columns"] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,9 +39,20 @@ def page(title: str, sections: Sequence[str]) -> str:
     return _TEMPLATES.get_template("page.html.jinja").render(title=title, sections=sections)
 
 
-def similarity_section(maps: Mapping[str, Mapping[str, bytes]], notes: Sequence[str]) -> str:
-    """Return the part on representations: measure → name → heat map as PNG, and notes in words."""
-    pictures = [(measure, [(name, _inline(png)) for name, png in drawn.items()]) for measure, drawn in maps.items()]
+def similarity_section(
+    maps: Mapping[str, Mapping[str, bytes]], tables: Mapping[str, Sequence[Sequence[str]]], notes: Sequence[str]
+) -> str:
+    """Return the part on representations.
+
+    Args:
+        maps: measure → name → heat map as PNG.
+        tables: measure → rows of text, a heading first.
+        notes: in words.
+    """
+    pictures = [
+        (measure, [(name, _inline(png)) for name, png in drawn.items()], tables[measure])
+        for measure, drawn in maps.items()
+    ]
     return _TEMPLATES.get_template("similarity.html.jinja").render(maps=pictures, notes=notes)
 
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import os
 import posixpath
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import fsspec
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
-from lightning_interp.records import Representation, Snapshot
+from lightning_interp.records import Snapshot
+from lightning_interp.representation import Representation
 
-FORMAT = 1
+FORMAT = 2
+LARGEST = 2.0**14
+DTYPES = {"F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,16 @@ class Folder:
                 os.remove(partial)
         return self.file(name)
 
-    def read(self, name: str) -> bytes:
-        """Return a file's content."""
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+        """Return a file's content, or its bytes from `start` to `stop`."""
         system, path = fsspec.core.url_to_fs(self.file(name))
-        return bytes(system.cat_file(path))
+        return bytes(system.cat_file(path, start, stop))
+
+    def remove(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        system, path = fsspec.core.url_to_fs(self.file(name))
+        if system.exists(path):
+            system.rm_file(path)
 
 
 @dataclass(frozen=True)
@@ -92,37 +102,52 @@ class SnapshotStore:
     def append(self, snapshot: Snapshot) -> None:
         """Write a snapshot and list it; one of the same step is replaced."""
         name = f"snapshot-{snapshot.step:09d}.safetensors"
-        self.folder.write(name, save(_tensors(snapshot), {"format": str(FORMAT)}))
+        held, facts = _packed(snapshot)
+        content = save(held, {"format": str(FORMAT)})
+        self.folder.write(name, content)
         others = [e for e in self.manifest["snapshots"] if e["step"] != snapshot.step]
         entry = {
             "file": name,
             "epoch": snapshot.epoch,
             "step": snapshot.step,
-            "layers": {layer: r.width for layer, r in snapshot.layers.items()},
+            "bytes": len(content),
+            "layers": facts,
         }
         self.manifest["snapshots"] = sorted([*others, entry], key=lambda e: e["step"])
         self._write_manifest()
 
     def read(self, step: int) -> Snapshot:
-        """Return the snapshot of one step.
+        """Return the snapshot of one step, whose layers are read when they are asked for, and not kept.
 
         Raises:
             KeyError: there is none.
         """
         for entry in self.manifest["snapshots"]:
             if entry["step"] == step:
-                held = load(self.folder.read(entry["file"]))
-                layers = {
-                    layer: Representation(held[f"{layer}:u"], held[f"{layer}:s"], width)
-                    for layer, width in entry["layers"].items()
-                }
-                return Snapshot(entry["epoch"], entry["step"], layers)
+                return Snapshot(entry["epoch"], step, _StoredLayers(self.folder, entry["file"], entry["layers"]))
         raise KeyError(f"no snapshot of step {step} in {self.folder.path}; there are {self.steps}")
 
     def adopt(self, earlier: Iterable[Snapshot]) -> None:
         """Take over snapshots of the run that this one goes on with."""
         for snapshot in earlier:
             self.append(snapshot)
+
+    def thin(self, most_bytes: float) -> list[int]:
+        """Delete snapshots until the rest fit, so that those left stay evenly spread; the first and the last stay.
+
+        Returns:
+            The steps whose snapshots were deleted.
+        """
+        removed: list[dict[str, Any]] = []
+        entries = self.manifest["snapshots"]
+        while len(entries) > 2 and sum(e["bytes"] for e in entries) > most_bytes:
+            gaps = [after["step"] - before["step"] for before, after in zip(entries, entries[2:], strict=False)]
+            removed.append(entries.pop(1 + gaps.index(min(gaps))))
+        if removed:
+            self._write_manifest()
+            for entry in removed:
+                self.folder.remove(entry["file"])
+        return [entry["step"] for entry in removed]
 
     def _write_manifest(self) -> None:
         self.folder.write("manifest.json", json.dumps(self.manifest, indent=1))
@@ -161,30 +186,70 @@ def new_store(folder: Folder, probe: Mapping[str, Any]) -> SnapshotStore:
 
 def snapshot_state(snapshot: Snapshot) -> dict[str, Any]:
     """Return a snapshot as tensors and plain Python, as a checkpoint may hold it."""
-    return {
-        "epoch": snapshot.epoch,
-        "step": snapshot.step,
-        "widths": {layer: r.width for layer, r in snapshot.layers.items()},
-        "tensors": _tensors(snapshot),
-    }
+    held, facts = _packed(snapshot)
+    return {"epoch": snapshot.epoch, "step": snapshot.step, "layers": facts, "tensors": held}
 
 
 def snapshot_from_state(state: Mapping[str, Any]) -> Snapshot:
     """Return the snapshot that `snapshot_state` described."""
-    held = state["tensors"]
-    layers = {
-        layer: Representation(held[f"{layer}:u"].cpu(), held[f"{layer}:s"].cpu(), width)
-        for layer, width in state["widths"].items()
-    }
+    layers = {layer: _unpacked(state["tensors"][layer].cpu(), facts) for layer, facts in state["layers"].items()}
     return Snapshot(state["epoch"], state["step"], layers)
 
 
-def _tensors(snapshot: Snapshot) -> dict[str, Tensor]:
-    held: dict[str, Tensor] = {}
+class _StoredLayers(Mapping[str, Representation]):
+    """The layers of one safetensors file, in call order; of the file no more is read than the layer asked for."""
+
+    def __init__(self, folder: Folder, file: str, facts: Mapping[str, Mapping[str, Any]]) -> None:
+        self._folder, self._file, self._facts = folder, file, facts
+
+    def __getitem__(self, layer: str) -> Representation:
+        start, header = self._header
+        about = header[layer]
+        first, last = about["data_offsets"]
+        raw = bytearray(self._folder.read(self._file, start + first, start + last))
+        values = torch.frombuffer(raw, dtype=DTYPES[about["dtype"]]).reshape(about["shape"])
+        return _unpacked(values, self._facts[layer])
+
+    @cached_property
+    def _header(self) -> tuple[int, dict[str, Any]]:
+        """Return where the numbers start, and what the file's header says."""
+        start = 8 + int.from_bytes(self._folder.read(self._file, 0, 8), "little")
+        return start, json.loads(self._folder.read(self._file, 8, start))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._facts)
+
+    def __len__(self) -> int:
+        return len(self._facts)
+
+
+def _packed(snapshot: Snapshot) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Return each layer's numbers, and what they are.
+
+    Of a Gram matrix the lower half is kept, in half precision after scaling, which CKA does not see: it stays exact
+    to 1e-5 and takes n (n + 1) bytes.
+    """
+    held, facts = {}, {}
     for layer, r in snapshot.layers.items():
-        held[f"{layer}:u"] = r.u.detach().to("cpu", torch.float32).contiguous()
-        held[f"{layer}:s"] = r.s.detach().to("cpu", torch.float32).contiguous()
-    return held
+        values = r.values.detach().cpu()
+        if r.form == "gram":
+            rows, columns = torch.tril_indices(r.n, r.n)
+            scaled = r.gram.cpu() * (LARGEST / r.gram.abs().max().clamp(min=torch.finfo(torch.float64).tiny)).cpu()
+            values = scaled[rows, columns].half()
+        held[layer] = values.contiguous()
+        facts[layer] = {"form": r.form, "width": r.width, "n": r.n}
+    return held, facts
+
+
+def _unpacked(values: Tensor, facts: Mapping[str, Any]) -> Representation:
+    if facts["form"] == "gram":
+        n = facts["n"]
+        rows, columns = torch.tril_indices(n, n)
+        gram = values.new_empty(n, n)
+        gram[rows, columns] = values
+        gram[columns, rows] = values
+        values = gram
+    return Representation(values, facts["form"], facts["width"])
 
 
 def _is_local(system: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Task: how to read a batch and how to call the model, in four functions that a user may replace."""
+"""Task: how to read a batch and how to call the model, in functions that a user may replace."""
 
 from __future__ import annotations
 
@@ -54,6 +54,16 @@ def read_targets(batch: Any) -> Tensor:
         f"task: expected a batch (x, y) or a mapping with one of {', '.join(LABEL_KEYS)} holding a tensor,"
         f" got {_shape_of(batch)}; pass task=Task(targets=...)"
     )
+
+
+def read_mask(batch: Any) -> Tensor | None:
+    """Return which tokens of a batch count, `(n, tokens)`: a mapping's `attention_mask`; None where there is none.
+
+    >>> read_mask({"input_ids": 1, "attention_mask": torch.tensor([[1, 1, 0]])})
+    tensor([[ True,  True, False]])
+    """
+    found = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return found.bool() if isinstance(found, Tensor) and found.ndim == 2 else None
 
 
 def call_model(module: nn.Module, inputs: Any) -> Tensor:
@@ -124,7 +134,7 @@ def problem(outputs: Tensor, targets: Tensor) -> Problem:
 
 @dataclass(frozen=True)
 class Task:
-    """How to read a batch and call the model. Replace any of the four functions by your own.
+    """How to read a batch and call the model. Replace any of the functions by your own.
 
     Args:
         inputs: batch → what the model is called with.
@@ -132,6 +142,7 @@ class Task:
         outputs: (module, inputs) → outputs, logits `(n, classes)` for a classifier.
         loss: (outputs, targets) → one loss per sample, `(n,)`, in the unit that influence then has.
         kind: "classes", "binary", "multilabel" or "regression"; from shapes and values of the targets when None.
+        mask: batch → which tokens count, `(n, tokens)`, or None where all do.
 
     >>> task = Task(outputs=lambda module, x: module(x)["head_b"])
     """
@@ -141,9 +152,10 @@ class Task:
     outputs: Callable[[nn.Module, Any], Tensor] = call_model
     loss: Callable[[Tensor, Tensor], Tensor] = loss_per_sample
     kind: Problem | None = None
+    mask: Callable[[Any], Tensor | None] = read_mask
 
     def __post_init__(self) -> None:
-        for name in ("inputs", "targets", "outputs", "loss"):
+        for name in ("inputs", "targets", "outputs", "loss", "mask"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"Task({name}=...): expected a function, got {getattr(self, name)!r}")
         if self.kind not in (None, *get_args(Problem)):

@@ -35,7 +35,7 @@ def test_snapshots_come_back_exact_enough_for_every_measure(tmp_path: Path) -> N
     for layer in read.layers:
         assert read.layers[layer].width == taken[0].layers[layer].width
         for measure in (CKA(), CKA(debiased=True), SVCCA(0.9)):
-            stored = measure.between(read.layers[layer].double(), other.layers[layer].double())
+            stored = measure.between(read.layers[layer], other.layers[layer])
             exact = measure.between(taken[0].layers[layer], taken[1].layers[layer])
             assert float(stored) == pytest.approx(float(exact), abs=1e-6)
 
@@ -77,7 +77,7 @@ def test_errors_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a manifest in JSON"):
         open_store(folder)
     folder.write("manifest.json", json.dumps({"format": 99}))
-    with pytest.raises(ValueError, match="expected format 1, got 99"):
+    with pytest.raises(ValueError, match="expected format 2, got 99"):
         open_store(folder)
     with pytest.raises(KeyError, match="no snapshot of step 5"):
         new_store(folder, FACTS).read(5)

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_interp import figures, report
 from lightning_interp.batch import device_of, size, take, to_device
-from lightning_interp.board import Board, clean, tag
+from lightning_interp.board import Board, tag
 from lightning_interp.callbacks.access import Source, given_samples, in_precision, validation_source
 from lightning_interp.callbacks.shell import OnError, Shell, begun, progress_of, run_folder
-from lightning_interp.callbacks.showing import write_section
+from lightning_interp.callbacks.similarity_maps import tell
 from lightning_interp.errors import ArgumentError
 from lightning_interp.layers import default_layers, match_layers
 from lightning_interp.probe import Probe, take_probe
 from lightning_interp.records import Snapshot
-from lightning_interp.similarity import CKA, SVCCA, Measure
-from lightning_interp.similarity.features import output_widths, representations
-from lightning_interp.similarity.history import History, cautions, histories, layerwise
+from lightning_interp.similarity import CKA, SVCCA, AnyMeasure, Maps, Reading, Tokens
+from lightning_interp.similarity.features import Watch, representations, watch
+from lightning_interp.similarity.history import layerwise
+from lightning_interp.similarity.matrix import needs
 from lightning_interp.storage import (
     Folder,
     SnapshotStore,
@@ -35,31 +35,41 @@ from lightning_interp.storage import (
 from lightning_interp.task import Task
 
 FEWEST = 4
+OWNER = "RepresentationSimilarity"
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
-    """What one fit goes by: its folder, its probe, the layers' widths, its history and where it began."""
+    """What one fit goes by: its folder, its probe, what to watch, its history, where it began, what was thinned."""
 
     folder: Folder
     probe: Probe
-    widths: dict[str, list[int]]
+    watched: Watch
     store: SnapshotStore
-    initial: Snapshot
+    initial: dict[str, Any]
+    thinned: int = field(default=0)
 
 
 class RepresentationSimilarity(Callback):
     """Compare each layer's activations on fixed samples with its initial and its final state.
 
-    A snapshot of every layer is taken before the first step and at the end of each epoch, and stored in
-    `<log_dir>/interp/similarity`. Convolutional maps are flattened, `(n, channels · H · W)`.
+    A snapshot of every layer is taken before the first step, at the end of each epoch (or as often as said) and after
+    the last, and stored in `<log_dir>/interp/similarity`, in the smallest form that the measures need. For kinds of
+    linear CKA alone it takes n (n + 1) bytes per layer (0.26 MB for 512 samples), else 4 n² bytes or less.
 
     Logged, with `M` a measure's tag and `L` a layer's name, at `trainer.global_step`:
-        `similarity_to_initial/M/L`: scalar at each epoch's end: now compared with before the first step.
+        `similarity_to_initial/M/L`: scalar at each snapshot: now compared with before the first step.
         `similarity_to_final/M/L`: scalar for every snapshot, after training: then compared with the end.
-        `similarity_maps/M/layer_by_epoch_to_initial`, `similarity_maps/M/layer_by_epoch_to_final`: images after
-            training, one row per layer, one column per snapshot.
+        `similarity_to_final_normalised/M/L`: scalar for every snapshot, after training: (s − s₀) / (1 − s₀) of it, s₀
+            its value before training: the share of its own way to the end that a layer has gone.
+        `similarity_maps/M/layer_by_epoch_to_initial`, `similarity_maps/M/layer_by_epoch_to_final`,
+            `similarity_maps/M/layer_by_epoch_to_final_normalised`: images after training, one row per layer, one
+            column per snapshot.
         `similarity_maps/M/layer_by_layer`: image after training, the final network's layers with each other.
+        `similarity_maps/M/layer_by_layer_to_final`: images after training, all layers of up to three earlier snapshots
+            with all layers of the last, each at its step.
+        `similarity_doubt/M`: text after training: by layer, the similarity of start and end, what it would be by
+            chance, its standard error, and why not to trust it.
         `similarity_notes/probe`: text after training: samples, layers, and which numbers to distrust.
         `interp_seconds/RepresentationSimilarity`: scalar: seconds that this callback took since the last one.
         `interp_errors/RepresentationSimilarity`: text, only where it failed and switched itself off.
@@ -67,10 +77,20 @@ class RepresentationSimilarity(Callback):
     Args:
         layers: names or glob patterns of submodules; when None, those with weights of their own (norms left out),
             at most 24, evenly thinned.
-        measures: those of `lightning_interp.similarity` (but PWCCA, which needs the neurons themselves), or any object
-            with a `name` and `between(x, y)` of two representations.
+        measures: those of `lightning_interp.similarity`, any object with a `name` and `between(x, y)` of two
+            representations, or any function of two `(n, d)` tensors. `PWCCA` and such functions see the neurons
+            themselves: of layers wider than the probe is large only with `store="activations"`, NaN otherwise.
         samples: size of the probe, evenly spread over the validation set.
         probe: a dataset or loader to take the probe from, instead of the validation set.
+        maps: how convolutional maps become features: "flatten" `(n, C · H · W)`, "pool" (the mean over positions), or
+            "positions" (each of up to 16 positions is a row). Another choice than the first is part of `M`.
+        tokens: how sequences do: "mean" over the tokens that `task.mask` keeps, "cls" (the first token), "positions"
+            (each of up to 16 tokens is a row) or "flatten". Another choice than the first is part of `M`.
+        every_n_epochs: snapshots at the end of every so many epochs; each when neither is given.
+        every_n_steps: snapshots after every so many optimizer steps instead.
+        store: "compact", or "activations" for the activations themselves.
+        budget_mb: what the snapshots may take on disk, in 10⁶ bytes; beyond it those between the first and the last
+            are thinned, evenly, and that is said.
         task: how to read a batch and call the model.
         on_error: "warn" switches the callback off on its first failure and lets training go on; "raise" raises.
 
@@ -81,21 +101,38 @@ class RepresentationSimilarity(Callback):
     def __init__(
         self,
         layers: Sequence[str] | None = None,
-        measures: Sequence[Measure] = (CKA(debiased=True), CKA(), SVCCA()),
+        measures: Sequence[AnyMeasure] = (CKA(debiased=True), CKA(), SVCCA()),
         samples: int = 512,
         probe: Any = None,
+        maps: Maps = "flatten",
+        tokens: Tokens = "mean",
+        every_n_epochs: int | None = None,
+        every_n_steps: int | None = None,
+        store: Literal["compact", "activations"] = "compact",
+        budget_mb: float = 1024,
         task: Task = Task(),
         on_error: OnError = "warn",
     ) -> None:
-        _check_arguments(layers, measures, samples)
+        _check_layers(layers)
+        _check_measures(measures)
+        _check_whole("samples", samples, FEWEST)
+        self.every_n_epochs, self.every_n_steps = _often(every_n_epochs, every_n_steps)
+        if store not in ("compact", "activations"):
+            raise ValueError(f'{OWNER}(store=...): expected "compact" or "activations", got {store!r}')
+        if isinstance(budget_mb, bool) or not isinstance(budget_mb, (int, float)) or not budget_mb > 0:
+            raise ValueError(f"{OWNER}(budget_mb=...): expected a positive number, got {budget_mb!r}")
         self.layers = None if layers is None else tuple(layers)
-        self.measures = {tag(measure): measure for measure in measures}
+        self.reading = Reading(maps, tokens)
+        self.measures = {tag(measure) + self.reading.tag: measure for measure in measures}
         self.samples = samples
         self.probe = probe
+        self.form = "features" if store == "activations" else needs(measures, compact=True)
+        self.budget_mb = budget_mb
         self.task = task
         chosen = layers is not None or probe is not None or task != Task()
-        self._shell = Shell("RepresentationSimilarity", on_error, chosen)
+        self._shell = Shell(OWNER, on_error, chosen)
         self._run: _Run | None = None
+        self._last_step = 0
         self._restored: dict[str, Any] = {}
 
     @property
@@ -106,16 +143,26 @@ class RepresentationSimilarity(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the layers' names, now that the model is configured."""
         if self.layers is not None:
-            match_layers(pl_module, self.layers, "RepresentationSimilarity(layers=...)")
+            match_layers(pl_module, self.layers, f"{OWNER}(layers=...)")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the probe and the initial snapshot."""
+        self._last_step = trainer.global_step
         folder = run_folder(trainer)
         self._shell.start(partial(self._start, folder), trainer, pl_module)
 
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Take a snapshot, where so many steps have gone by."""
+        every = self.every_n_steps
+        if every is not None and trainer.global_step // every > self._last_step // every:
+            self._last_step = trainer.global_step
+            self._shell.run(partial(self._look_and_tell, trainer.current_epoch), trainer, pl_module)
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take a snapshot and compare it with the initial one."""
-        self._shell.run(self._epoch, trainer, pl_module)
+        """Take a snapshot and compare it with the initial one, where it is this epoch's turn."""
+        epoch = trainer.current_epoch + 1
+        if self.every_n_epochs is not None and epoch % self.every_n_epochs == 0:
+            self._shell.run(partial(self._look_and_tell, epoch), trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compare every stored snapshot with the last one, and draw the maps."""
@@ -128,7 +175,7 @@ class RepresentationSimilarity(Callback):
         return {
             "folder": self._run.store.folder.path,
             "fingerprint": self._run.probe.fingerprint,
-            "initial": snapshot_state(self._run.initial),
+            "initial": self._run.initial,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -138,151 +185,166 @@ class RepresentationSimilarity(Callback):
     def _start(self, folder: Folder, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         earlier = self._restored or (self.state_dict() if trainer.global_step else {})
         self._run = None
-        if self.probe is not None:
-            source = Source(given_samples(trainer, self.probe), "given dataset")
-        else:
-            source = validation_source(trainer, self._shell.owner)
+        source = (
+            validation_source(trainer, OWNER)
+            if self.probe is None
+            else Source(given_samples(trainer, self.probe), "given probe")
+        )
         probe = take_probe(source.samples, self.samples, source.name, self.task)
         if probe.n < FEWEST:
             raise ArgumentError(f"probe: expected at least {FEWEST} samples to compare, got {probe.n}")
-        widths = self._choose(trainer, module, probe)
-        if differs := _differs(earlier, probe, widths):
+        watched = self._choose(trainer, module, probe)
+        if differs := _differs(earlier, probe, watched):
             self._shell.switch_off(f"its {differs} differ from those of the run that it goes on with")
             return
         if earlier:
-            store, initial = _resumed(folder, probe, trainer.global_step, earlier)
+            store, initial = _resumed(folder, self._facts(probe), trainer.global_step, earlier), earlier["initial"]
         else:
             if trainer.global_step:
-                rank_zero_warn(f"{self._shell.owner}: 'initial' is step {trainer.global_step}, where this run starts")
-            initial = self._look(trainer, module, probe, widths, trainer.current_epoch)
-            store = new_store(folder.folder("similarity"), _facts(probe))
-            store.append(initial)
-        self._run, self._restored = _Run(folder, probe, widths, store, initial), {}
+                rank_zero_warn(f"{OWNER}: 'initial' is step {trainer.global_step}, where this run starts")
+            before = self._look(trainer, module, probe, watched, trainer.current_epoch)
+            store, initial = new_store(folder.folder("similarity"), self._facts(probe)), snapshot_state(before)
+            store.append(before)
+        self._run, self._restored = _Run(folder, probe, watched, store, initial), {}
 
-    def _choose(self, trainer: pl.Trainer, module: pl.LightningModule, probe: Probe) -> dict[str, list[int]]:
-        """Run two samples, and keep those of the layers asked for that give features."""
-        few = take(probe.batches[0], 0, 2)
-        called = output_widths(module, partial(self._forward, trainer, module), few, size(few))
+    def _choose(self, trainer: pl.Trainer, module: pl.LightningModule, probe: Probe) -> Watch:
+        """Run a few samples, and keep those of the layers asked for that give features."""
+        few = take(probe.batches[0], 0, 3)
+        forward = partial(self._forward, trainer, module)
+        found = watch(module, forward, few, size(few), self.reading, self.task.mask)
+        called = found.layouts
         if self.layers is None:
             chosen = default_layers(module, called)
         else:
             chosen = match_layers(module, self.layers)
             if silent := [layer for layer in chosen if layer not in called]:
                 raise ArgumentError(
-                    "RepresentationSimilarity(layers=...): expected layers that forward calls and that give floats"
+                    f"{OWNER}(layers=...): expected layers that forward calls and that give floats"
                     f" with one row per sample, got {', '.join(silent)}"
                 )
         if not chosen:
-            raise ValueError(f"RepresentationSimilarity: {type(module).__name__}'s forward calls no layer to look at")
-        return {layer: widths for layer, widths in called.items() if layer in chosen}
+            raise ValueError(f"{OWNER}: {type(module).__name__}'s forward calls no layer to look at")
+        return found.of(chosen)
 
     def _forward(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
         task = in_precision(trainer, self.task)
         task.outputs(module, task.inputs(to_device(batch, device_of(module))))
 
     def _look(
-        self, trainer: pl.Trainer, module: pl.LightningModule, probe: Probe, widths: dict[str, list[int]], epoch: int
+        self, trainer: pl.Trainer, module: pl.LightningModule, probe: Probe, watched: Watch, epoch: int
     ) -> Snapshot:
         forward = partial(self._forward, trainer, module)
-        layers = representations(module, forward, probe.batches, widths, probe.n)
+        layers = representations(module, forward, probe.batches, watched, probe.n, self.form)
         return Snapshot(epoch, trainer.global_step, layers)
 
-    def _epoch(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _look_and_tell(self, epoch: int, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         run = begun(self._run)
-        now = self._look(trainer, module, run.probe, run.widths, trainer.current_epoch + 1)
-        run.store.append(now)
+        now = self._look(trainer, module, run.probe, run.watched, epoch)
+        self._keep(run, now)
+        compared = layerwise(self.measures, snapshot_from_state(run.initial), now)
         values = {
             f"similarity_to_initial/{name}/{layer}": value
-            for name, measure in self.measures.items()
-            for layer, value in zip(now.layers, layerwise(measure, run.initial, now), strict=True)
+            for name, by_layer in compared.items()
+            for layer, value in by_layer.items()
         }
         Board(trainer.loggers).scalars(values, now.step)
+
+    def _keep(self, run: _Run, snapshot: Snapshot) -> None:
+        """Store a snapshot, and thin the history where it outgrows the budget."""
+        run.store.append(snapshot)
+        removed = run.store.thin(self.budget_mb * 1e6)
+        if removed and not run.thinned:
+            rank_zero_warn(
+                f"{OWNER}: the snapshots outgrow budget_mb={self.budget_mb:g}; from now on those between the first and"
+                " the last are thinned, evenly"
+            )
+        run.thinned += len(removed)
 
     def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         run = begun(self._run)
         if run.store.steps[-1] != trainer.global_step:
-            run.store.append(self._look(trainer, module, run.probe, run.widths, trainer.current_epoch))
-        steps = run.store.steps
-        final = run.store.read(steps[-1])
-        watched = progress_of(trainer)(steps, len(steps), "comparing representations")
-        compared = histories(self.measures, run.initial, final, map(run.store.read, watched))
-        notes = _notes(run.probe, final, self.measures)
-        board = Board(trainer.loggers)
-        drawn: dict[str, dict[str, bytes]] = {}
-        for name, history in compared.items():
-            for layer, values in zip(final.layers, history.to_final.values.tolist(), strict=True):
-                board.history(f"similarity_to_final/{name}/{layer}", steps, values)
-            drawn[name] = _draw(board, run.folder, name, history, final.step)
-        board.text("similarity_notes/probe", "\n\n".join(notes), final.step)
-        write_section(run.folder, "similarity", report.similarity_section(drawn, notes))
+            self._keep(run, self._look(trainer, module, run.probe, run.watched, trainer.current_epoch))
+        notes = [
+            f"Probe: {run.probe.n} samples of the {run.probe.source}, the same at every snapshot.",
+            f"Layers: {', '.join(run.store.read(run.store.steps[-1]).layers)}. {self._told()}",
+        ]
+        if run.thinned:
+            notes.append(f"{run.thinned} snapshots between the first and the last went, to stay in the budget.")
+        tell(self.measures, run.store, run.folder, Board(trainer.loggers), notes, progress_of(trainer))
+
+    def _told(self) -> str:
+        maps = {"flatten": "one feature per channel and position", "pool": "the mean over positions of each channel"}
+        tokens = {"mean": "the mean over tokens", "cls": "the first token", "flatten": "one per token and channel"}
+        each = "each of up to 16 positions is a row"
+        return (
+            f"Features of maps: {maps.get(self.reading.maps, each)};"
+            f" of sequences: {tokens.get(self.reading.tokens, each)}."
+        )
+
+    def _facts(self, probe: Probe) -> dict[str, Any]:
+        return {
+            "n": probe.n,
+            "source": probe.source,
+            "fingerprint": probe.fingerprint,
+            "ids": list(probe.ids),
+            "maps": self.reading.maps,
+            "tokens": self.reading.tokens,
+        }
 
 
-def _differs(earlier: dict[str, Any], probe: Probe, widths: dict[str, list[int]]) -> str:
+def _differs(earlier: dict[str, Any], probe: Probe, watched: Watch) -> str:
     """Say what keeps a run from going on with an earlier one's snapshots; empty if nothing does."""
     if not earlier:
         return ""
     if earlier["fingerprint"] != probe.fingerprint:
         return "probe's samples"
-    layers = {layer.split("#")[0] for layer in earlier["initial"]["widths"]}
-    return "" if layers == set(widths) else "layers"
+    return "" if set(earlier["initial"]["layers"]) == set(map(watched.label, watched.widths())) else "layers"
 
 
-def _resumed(folder: Folder, probe: Probe, step: int, earlier: dict[str, Any]) -> tuple[SnapshotStore, Snapshot]:
+def _resumed(folder: Folder, facts: dict[str, Any], step: int, earlier: dict[str, Any]) -> SnapshotStore:
     """Take over the initial reference, and the history up to the checkpoint's step if it is still there."""
     initial = snapshot_from_state(earlier["initial"])
     before = Folder(earlier["folder"])
     history = open_store(before) if before.exists("manifest.json") else None
-    store = new_store(folder.folder("similarity"), _facts(probe))
+    store = new_store(folder.folder("similarity"), facts)
     store.append(initial)
     if history is None:
-        rank_zero_warn(f"RepresentationSimilarity: the snapshots before step {step} are gone from {before.path}")
+        rank_zero_warn(f"{OWNER}: the snapshots before step {step} are gone from {before.path}")
     else:
         store.adopt(history.read(s) for s in history.steps if initial.step < s <= step)
-    return store, initial
+    return store
 
 
-def _facts(probe: Probe) -> dict[str, Any]:
-    return {"n": probe.n, "source": probe.source, "fingerprint": probe.fingerprint, "ids": list(probe.ids)}
-
-
-def _draw(board: Board, folder: Folder, measure: str, history: History, step: int) -> dict[str, bytes]:
-    """Draw a measure's three maps on the board and into the folder; return them as PNG by name."""
-    tables = {
-        "layer_by_epoch_to_initial": history.to_initial,
-        "layer_by_epoch_to_final": history.to_final,
-        "layer_by_layer": history.layers,
-    }
-    drawn = {}
-    for name, table in tables.items():
-        pixels = figures.heat_map(table)
-        board.image(f"similarity_maps/{measure}/{name}", pixels, step)
-        drawn[name] = figures.png(pixels)
-        folder.write(f"similarity/{clean(measure)}-{name}.png", drawn[name])
-    return drawn
-
-
-def _notes(probe: Probe, final: Snapshot, measures: dict[str, Measure]) -> list[str]:
-    lines = [
-        f"Probe: {probe.n} samples of the {probe.source}, the same at every epoch.",
-        f"Layers: {', '.join(final.layers)}; maps flattened, one feature per channel and position.",
-        "1 means the same up to the measure's invariance, 0 unrelated.",
-    ]
-    return lines + [f"{name}: {said}." for name, measure in measures.items() if (said := cautions(measure, final))]
-
-
-def _check_arguments(layers: Any, measures: Any, samples: Any) -> None:
-    owner = "RepresentationSimilarity"
+def _check_layers(layers: Any) -> None:
     if layers is not None and (isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers)):
-        raise TypeError(f"{owner}(layers=...): expected a list of names or patterns, got {layers!r}")
+        raise TypeError(f"{OWNER}(layers=...): expected a list of names or patterns, got {layers!r}")
     if layers is not None and not list(layers):
-        raise ValueError(f"{owner}(layers=...): expected at least one name or pattern, or None; got none")
+        raise ValueError(f"{OWNER}(layers=...): expected at least one name or pattern, or None; got none")
+
+
+def _check_measures(measures: Any) -> None:
     if not isinstance(measures, (list, tuple)) or not measures:
-        raise TypeError(f"{owner}(measures=...): expected a list of at least one measure, got {measures!r}")
+        raise TypeError(f"{OWNER}(measures=...): expected a list of at least one measure, got {measures!r}")
     for measure in measures:
-        if isinstance(measure, type) or not callable(getattr(measure, "between", None)):
-            raise TypeError(f"{owner}(measures=...): expected measures such as CKA(), got {measure!r}")
+        if isinstance(measure, type) or not (callable(measure) or callable(getattr(measure, "between", None))):
+            raise TypeError(
+                f"{OWNER}(measures=...): expected measures such as CKA() or functions of two tensors, got {measure!r}"
+            )
     names = [tag(measure) for measure in measures]
     if len(set(names)) < len(names):
-        raise ValueError(f"{owner}(measures=...): expected each measure once, got {', '.join(names)}")
-    if not isinstance(samples, int) or isinstance(samples, bool) or samples < FEWEST:
-        raise ValueError(f"{owner}(samples=...): expected a whole number from {FEWEST}, got {samples!r}")
+        raise ValueError(f"{OWNER}(measures=...): expected each measure once, got {', '.join(names)}")
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{OWNER}({name}=...): expected a whole number from {least}, got {value!r}")
+
+
+def _often(epochs: int | None, steps: int | None) -> tuple[int | None, int | None]:
+    """Return every how many epochs and steps; exactly one of the two is given then."""
+    for name, value in (("every_n_epochs", epochs), ("every_n_steps", steps)):
+        if value is not None:
+            _check_whole(name, value, 1)
+    if epochs is not None and steps is not None:
+        raise ValueError(f"{OWNER}(every_n_steps=...): expected it or every_n_epochs=, got both")
+    return (1 if steps is None else None) if epochs is None else epochs, steps

@@ -1,13 +1,21 @@
 """Similarity of feature sets: measures on `(n, d)` tensors, and on layers prepared once."""
 
-from lightning_interp.similarity.cca import CCA, SVCCA
+from lightning_interp.representation import from_gram, prepare
+from lightning_interp.similarity.cca import CCA, SVCCA, CanonicalDirections
 from lightning_interp.similarity.cka import CKA
 from lightning_interp.similarity.kernel import LinearKernel, RBFKernel
-from lightning_interp.similarity.matrix import Measure, matrix
-from lightning_interp.similarity.null import cka_null, cka_standard_error, permutation_null, r_squared_null
+from lightning_interp.similarity.layout import Maps, Reading, Tokens
+from lightning_interp.similarity.matrix import AnyMeasure, Measure, matrix
+from lightning_interp.similarity.null import (
+    chance,
+    cka_null,
+    cka_standard_error,
+    permutation_null,
+    r_squared_null,
+    standard_error,
+)
 from lightning_interp.similarity.procrustes import Procrustes
 from lightning_interp.similarity.pwcca import PWCCA
-from lightning_interp.similarity.representation import from_gram, prepare
 from lightning_interp.similarity.streaming import StreamingCKA
 
 __all__ = [
@@ -15,11 +23,17 @@ __all__ = [
     "CKA",
     "PWCCA",
     "SVCCA",
+    "AnyMeasure",
+    "CanonicalDirections",
     "LinearKernel",
+    "Maps",
     "Measure",
     "Procrustes",
     "RBFKernel",
+    "Reading",
     "StreamingCKA",
+    "Tokens",
+    "chance",
     "cka_null",
     "cka_standard_error",
     "from_gram",
@@ -27,4 +41,5 @@ __all__ = [
     "permutation_null",
     "prepare",
     "r_squared_null",
+    "standard_error",
 ]

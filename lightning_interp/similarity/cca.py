@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_interp.records import Caution, Representation
-from lightning_interp.similarity.representation import prepare, same_samples
+from lightning_interp.records import Caution
+from lightning_interp.representation import Representation, centre, double, prepare, same_samples
 
 Summary = Literal["mean", "mean_squared", "largest"]
+
+
+class CanonicalDirections(NamedTuple):
+    """Where two sets of features agree: pairs of directions, the most correlated first.
+
+    `(X − mean) @ weights_x` are `variates_x`, of unit length, and `variates_x[:, i] @ variates_y[:, i]` is
+    `correlations[i]`; different pairs are uncorrelated.
+
+    Args:
+        correlations: ρ_i, `(k,)`, descending.
+        weights_x: of x's neurons, `(d1, k)`.
+        weights_y: of y's neurons, `(d2, k)`.
+        variates_x: each sample along x's directions, `(n, k)`.
+        variates_y: each sample along y's directions, `(n, k)`.
+    """
+
+    correlations: Float[Tensor, " k"]
+    weights_x: Float[Tensor, "d1 k"]
+    weights_y: Float[Tensor, "d2 k"]
+    variates_x: Float[Tensor, "n k"]
+    variates_y: Float[Tensor, "n k"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +56,8 @@ class CCA:
     def __post_init__(self) -> None:
         _check_summary("CCA", self.summary)
 
+    symmetric: ClassVar[bool] = True
+
     @property
     def name(self) -> str:
         """Tag of the measure."""
@@ -48,9 +71,18 @@ class CCA:
         """Compare two prepared layers."""
         return _summarised(self.summary, canonical_correlations(x, y, x.rank, y.rank))
 
+    def directions(self, x: Float[Tensor, "n d1"], y: Float[Tensor, "n d2"]) -> CanonicalDirections:
+        """Return the canonical directions of two sets of features; with rank ≥ n − 1 they say nothing."""
+        a, b = prepare(x), prepare(y)
+        return _directions(x, y, a, b, a.rank, b.rank)
+
+    def kept(self, x: Representation) -> int:
+        """Return the number of directions of this layer that enter: all."""
+        return x.rank
+
     def caution(self, x: Representation) -> Caution | None:
         """Say when a comparison with this layer should not be trusted."""
-        return _too_few_samples(x, x.rank)
+        return too_few_samples(x, x.rank)
 
 
 @dataclass(frozen=True)
@@ -79,6 +111,8 @@ class SVCCA:
             raise ValueError(f"SVCCA(variance=...): expected a share in (0, 1], got {self.variance}")
         _check_summary("SVCCA", self.summary)
 
+    symmetric: ClassVar[bool] = True
+
     @property
     def name(self) -> str:
         """Tag of the measure."""
@@ -92,6 +126,11 @@ class SVCCA:
         """Compare two prepared layers."""
         return _summarised(self.summary, canonical_correlations(x, y, self.kept(x), self.kept(y)))
 
+    def directions(self, x: Float[Tensor, "n d1"], y: Float[Tensor, "n d2"]) -> CanonicalDirections:
+        """Return the canonical directions within what each side keeps."""
+        a, b = prepare(x), prepare(y)
+        return _directions(x, y, a, b, self.kept(a), self.kept(b))
+
     def kept(self, x: Representation) -> int:
         """Return k, the number of singular directions that this layer keeps."""
         shares = x.s.double().square().cumsum(0)
@@ -99,7 +138,7 @@ class SVCCA:
 
     def caution(self, x: Representation) -> Caution | None:
         """Say when a comparison with this layer should not be trusted."""
-        return _too_few_samples(x, self.kept(x))
+        return too_few_samples(x, self.kept(x))
 
 
 def canonical_correlations(x: Representation, y: Representation, kx: int, ky: int) -> Float[Tensor, " k"]:
@@ -114,13 +153,27 @@ def canonical_correlations(x: Representation, y: Representation, kx: int, ky: in
     return torch.linalg.svdvals(x.u[:, :kx].T @ y.u[:, :ky]).clamp(max=1)
 
 
+def _directions(
+    x: Float[Tensor, "n d1"], y: Float[Tensor, "n d2"], a: Representation, b: Representation, ka: int, kb: int
+) -> CanonicalDirections:
+    same_samples(a, b)
+    left, correlations, right = torch.linalg.svd(a.u[:, :ka].T @ b.u[:, :kb], full_matrices=False)
+    weights_x, weights_y = (
+        double(centre(features)).T @ (r.u[:, :k] / r.s[:k].square() @ mixed)
+        for features, r, k, mixed in ((x, a, ka, left), (y, b, kb, right.T))
+    )
+    variates_x, variates_y = a.u[:, :ka] @ left, b.u[:, :kb] @ right.T
+    return CanonicalDirections(correlations.clamp(max=1), weights_x, weights_y, variates_x, variates_y)
+
+
 def _summarised(summary: Summary, correlations: Float[Tensor, " k"]) -> Float[Tensor, ""]:
     if summary == "largest":
         return correlations[0]
     return (correlations.square() if summary == "mean_squared" else correlations).mean()
 
 
-def _too_few_samples(x: Representation, k: int) -> Caution | None:
+def too_few_samples(x: Representation, k: int) -> Caution | None:
+    """Say when k kept directions are too many for n samples."""
     if k >= x.n - 1:
         return Caution("not defined, keeps n − 1 directions or more", f"k = {k}")
     if x.n < 10 * k:

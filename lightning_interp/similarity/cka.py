@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_interp.records import Caution, Representation
-from lightning_interp.similarity.kernel import Kernel, LinearKernel, RBFKernel, centred_gram
-from lightning_interp.similarity.representation import prepare, same_samples
+from lightning_interp.records import Caution
+from lightning_interp.representation import Form, Representation, prepare, recentred, same_samples
+from lightning_interp.similarity.kernel import Kernel, LinearKernel, RBFKernel
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,13 @@ class CKA:
     debiased: bool = False
 
     @property
+    def needs(self) -> Form:
+        """What a layer must keep: the linear kernel is content with half precision, others see its rounding."""
+        return "gram" if self.kernel == LinearKernel() else "scores"
+
+    symmetric: ClassVar[bool] = True
+
+    @property
     def name(self) -> str:
         """Tag of the measure."""
         return f"CKA{_kernel_name(self.kernel)}{'_debiased' if self.debiased else ''}"
@@ -54,8 +62,7 @@ class CKA:
         same_samples(x, y)
         if self.debiased and x.n < 4:
             raise ValueError(f"CKA(debiased=True): expected at least 4 samples, got {x.n}")
-        xy, xx, yy = self._linear(x, y) if self.kernel == LinearKernel() else self._by_gram(x, y)
-        return xy / (xx * yy).clamp(min=0).sqrt()
+        return self._hsic(x, y) / (self._own(x) * self._own(y)).clamp(min=0).sqrt()
 
     def caution(self, x: Representation) -> Caution | None:
         """Say when a comparison with this layer should not be trusted."""
@@ -63,32 +70,47 @@ class CKA:
             return None
         return Caution("width ≥ n, biased upwards, compare with the debiased values", f"d = {x.width:,}")
 
-    def _linear(self, x: Representation, y: Representation) -> tuple[Tensor, Tensor, Tensor]:
-        hsic = _hsic_unbiased if self.debiased else _hsic
-        return hsic(x, y), hsic(x, x), hsic(y, y)
+    def spread(self, x: Representation) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Return the trace and the Frobenius norm of a layer's centred kernel matrix."""
+        if self.kernel == LinearKernel():
+            return _squares(x).sum(), _hsic(x, x).sqrt()
+        centred = recentred(self.kernel(x))
+        return centred.trace(), centred.norm()
 
-    def _by_gram(self, x: Representation, y: Representation) -> tuple[Tensor, Tensor, Tensor]:
-        prepare_gram = _u_centred if self.debiased else centred_gram
-        k, m = prepare_gram(self.kernel(x)), prepare_gram(self.kernel(y))
-        return (k * m).sum(), (k * k).sum(), (m * m).sum()
+    def _own(self, x: Representation) -> Float[Tensor, ""]:
+        return x.derived((self, "own"), lambda layer: self._hsic(layer, layer))
+
+    def _hsic(self, x: Representation, y: Representation) -> Float[Tensor, ""]:
+        """Return tr(K H L H), or n(n−3) HSIC₁."""
+        if self.kernel == LinearKernel():
+            return _hsic_unbiased(x, y) if self.debiased else _hsic(x, y)
+        return torch.dot(*(z.derived((self, "kernel"), self._centred).flatten() for z in (x, y)))
+
+    def _centred(self, x: Representation) -> Float[Tensor, "n n"]:
+        return _u_centred(self.kernel(x)) if self.debiased else recentred(self.kernel(x))
 
 
 def _hsic(x: Representation, y: Representation) -> Float[Tensor, ""]:
-    """Return tr(K L) = ‖YᵀX‖²_F, from the singular vectors and values."""
-    return (x.s[:, None] * (x.u.T @ y.u) * y.s).square().sum()
+    """Return tr(K L) = ‖YᵀX‖²_F, from what has fewer numbers: the features or the Gram matrices."""
+    if x.slim is not None and y.slim is not None:
+        return (x.slim.T @ y.slim).square().sum()
+    return torch.dot(x.gram.flatten(), y.gram.flatten())
 
 
 def _hsic_unbiased(x: Representation, y: Representation) -> Float[Tensor, ""]:
     """Return n(n−3) HSIC₁ (Song et al. 2012, eq. 5) from Gram matrices with zeroed diagonals.
 
     With a, b the diagonals of the centred Grams K, L: K̃ = K − diag a has row sums −a, so every term of the
-    estimator follows from tr(K L), a and b, without forming an n × n matrix.
+    estimator follows from tr(K L), a and b.
     """
-    n = x.n
-    a, b = (x.u * x.s).square().sum(1), (y.u * y.s).square().sum(1)
-    trace = _hsic(x, y) - a @ b
+    n, a, b = x.n, _squares(x), _squares(y)
     totals = a.sum() * b.sum() / ((n - 1) * (n - 2))
-    return trace + totals - 2 / (n - 2) * (a @ b)
+    return _hsic(x, y) - a @ b + totals - 2 / (n - 2) * (a @ b)
+
+
+def _squares(x: Representation) -> Float[Tensor, " n"]:
+    """Return each sample's squared length after centring."""
+    return x.gram.diagonal() if x.slim is None else x.slim.square().sum(1)
 
 
 def _u_centred(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:

@@ -2,88 +2,139 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_interp.batch import precise
-from lightning_interp.capture import capture
-from lightning_interp.records import Representation
-from lightning_interp.similarity.representation import centre, from_gram, gram, prepare
+from lightning_interp.capture import hooked
+from lightning_interp.representation import Form, Representation, double, symmetric_product
+from lightning_interp.similarity.layout import Layout, Reading, layout_of, rows
 
-BYTES_PER_PASS = 256 * 2**20
+BYTES_PER_PASS = 440 * 2**20
 Forward = Callable[[Any], object]
+Mask = Callable[[Any], Tensor | None]
+
+
+class Call(NamedTuple):
+    """One call of a layer within a forward."""
+
+    layer: str
+    place: int
 
 
 class Columns(NamedTuple):
-    """Columns `start` to `stop` of one call of one layer's flattened output."""
+    """Columns `start` to `stop` of one call's features."""
 
-    layer: str
-    call: int
+    call: Call
     start: int
     stop: int
 
 
-def output_widths(module: nn.Module, forward: Forward, batch: Any, n: int) -> dict[str, list[int]]:
-    """Run one batch and say how many features per sample each submodule gave, call by call.
+@dataclass(frozen=True)
+class Watch:
+    """What to take from a network, found by running a few samples.
+
+    Args:
+        layouts: layer → what each of its calls gives (None where it is no features), in the order of first calls.
+        reading: what to make of maps and sequences.
+        mask: batch → which tokens count, `(n, tokens)`, or None.
+    """
+
+    layouts: Mapping[str, Sequence[Layout | None]]
+    reading: Reading
+    mask: Mask
+
+    def widths(self) -> dict[Call, int]:
+        """Return how many features each call gives."""
+        return {
+            Call(layer, place): layout.width(self.reading)
+            for layer, calls in self.layouts.items()
+            for place, layout in enumerate(calls)
+            if layout is not None
+        }
+
+    def of(self, layers: Sequence[str]) -> Watch:
+        """Return the same for some of the layers."""
+        return Watch({layer: c for layer, c in self.layouts.items() if layer in layers}, self.reading, self.mask)
+
+    def label(self, call: Call) -> str:
+        """Return a call's name: the layer's, with the number of the call where there are several."""
+        return call.layer if len(self.layouts[call.layer]) == 1 else f"{call.layer}#{call.place}"
+
+
+def watch(
+    module: nn.Module, forward: Forward, batch: Any, n: int, reading: Reading = Reading(), mask: Mask = lambda _: None
+) -> Watch:
+    """Run one batch and see what each submodule gives, call by call.
 
     Args:
         module: the network.
         forward: runs it on a batch.
         batch: a batch of `n` samples.
-        n: number of samples; an output that does not start with this dimension is left out.
-
-    Returns:
-        layer → width of each call, in the order of first calls; a call without one row per sample is 0.
+        n: number of samples; an output that has no such dimension is left out.
+        reading: what to make of maps and sequences.
+        mask: batch → which tokens count, `(n, tokens)`, or None.
     """
-    names = [name for name, _ in module.named_modules() if name]
-    with torch.no_grad(), capture(module, names, lambda _, __, out: _width(out, n)) as seen:
+    seen: dict[str, list[Layout | None]] = {}
+
+    def hook(layer: str, part: nn.Module, _: Any, output: Any) -> None:
+        seen.setdefault(layer, []).append(layout_of(part, output, n))
+
+    with torch.no_grad(), hooked(module, [name for name, _ in module.named_modules() if name], hook):
         forward(batch)
-    return {layer: widths for layer, widths in seen.items() if any(widths)}
+    return Watch({layer: calls for layer, calls in seen.items() if any(calls)}, reading, mask)
 
 
 def representations(
     module: nn.Module,
     forward: Forward,
     batches: Sequence[Any],
-    widths: Mapping[str, Sequence[int]],
+    watched: Watch,
     n: int,
+    form: Form = "scores",
     bytes_per_pass: int = BYTES_PER_PASS,
 ) -> dict[str, Representation]:
-    """Prepare each layer's features over all batches, flattened to `(n, d)`.
+    """Take each layer's features over all batches.
 
-    A layer wider than n enters as the Gram matrix of its centred features, summed over blocks of columns;
-    when the features of all layers exceed `bytes_per_pass`, the batches are run again for the next columns,
-    so that memory never grows with the network.
+    Layers of more features than samples become the Gram matrix of their centred features, unless `form` is "features".
+    Where the features of all layers exceed `bytes_per_pass`, the batches are run again for the next columns, so that
+    memory never grows with the network. For a layer of d features, n² d multiplications and additions are the
+    least, half as many products as `X @ X.T` makes.
 
     Args:
         module: the network, in the state to look at.
         forward: runs it on a batch.
         batches: re-iterable, together `n` samples.
-        widths: layers to keep, as `output_widths` gave them.
+        watched: what to take.
         n: number of samples.
+        form: what the measures need of each layer.
         bytes_per_pass: features held at a time.
 
     Returns:
-        layer (or `layer#call` where it is called several times) → representation on the CPU, in the order of `widths`.
+        layer (or `layer#call` where it is called several times) → representation on the CPU, in the order of `watched`.
 
     Raises:
-        ValueError: features are not finite, or a call gave another width than before.
+        ValueError: features are not finite, or a call gave another shape than before.
     """
-    kept: dict[tuple[str, int], Tensor] = {}
-    for columns in _passes(widths, max(1, bytes_per_pass // (4 * n))):
-        for column, block in _run(module, forward, batches, columns, widths, n).items():
-            key, width = (column.layer, column.call), widths[column.layer][column.call]
-            _check(column.layer, block)
-            kept[key] = _add(kept.get(key), block, wide=width > n)
-    return {
-        _label(layer, call, calls): _finish(kept[layer, call], width, wide=width > n)
-        for layer, calls in widths.items()
-        for call, width in enumerate(calls)
-        if width
-    }
+    widths = watched.widths()
+    summed = {call for call, width in widths.items() if width > n and form != "features"}
+    grams: dict[Call, Tensor] = {}
+    made: dict[Call, Representation] = {}
+    for columns in _passes(widths, summed, max(1, bytes_per_pass // (4 * n))):
+        held = _run(module, forward, batches, columns, watched, n, summed)
+        for column in list(held):
+            call, features = column.call, held.pop(column)
+            if call in summed:
+                product = _gram(watched.label(call), features)
+                grams[call] = grams[call].add_(product) if call in grams else product
+            else:
+                made[call] = _whole(watched.label(call), features.cpu())
+    made |= {call: Representation(gram.cpu(), "gram", widths[call]) for call, gram in grams.items()}
+    return {watched.label(call): made[call].reduced(form) for call in widths}
 
 
 def _run(
@@ -91,77 +142,91 @@ def _run(
     forward: Forward,
     batches: Sequence[Any],
     columns: Sequence[Columns],
-    widths: Mapping[str, Sequence[int]],
+    watched: Watch,
     n: int,
+    summed: Set[Call],
 ) -> dict[Columns, Tensor]:
-    """Return the wanted columns of all samples, `(n, columns)` each."""
-    wanted: dict[tuple[str, int], Columns] = {(c.layer, c.call): c for c in columns}
+    """Return the wanted columns of all samples, `(rows, columns)` each; those to be summed less their first row."""
+    wanted = {column.call: column for column in columns}
+    blocks = {column: _Block(n) for column in columns if column.call in summed}
+    parts: dict[Columns, list[Tensor]] = {column: [] for column in columns if column.call not in summed}
+    calls: dict[str, int] = {}
+    mask: Tensor | None = None
 
-    def keep(layer: str, call: int, output: Tensor) -> Tensor | None:
-        column = wanted.get((layer, call))
-        if column is None:
-            return None
-        flat = output.flatten(1)
-        if flat.shape[1] != widths[layer][call]:
-            raise ValueError(f"{layer}: expected {widths[layer][call]} features per sample, got {flat.shape[1]}")
-        return precise(flat[:, column.start : column.stop]).clone()
+    def hook(layer: str, _: nn.Module, __: Any, output: Any) -> None:
+        call = Call(layer, calls.get(layer, 0))
+        calls[layer] = call.place + 1
+        column = wanted.get(call)
+        layout = watched.layouts[layer][call.place] if column else None
+        if column and layout:
+            features = precise(rows(output, layout, watched.reading, mask).detach())
+            if features.shape[1] < column.stop:
+                raise ValueError(f"{layer}: expected {column.stop} features or more, got {features.shape[1]}")
+            if column in blocks:
+                blocks[column].add(features[:, column.start : column.stop])
+            else:
+                parts[column].append(features.clone())
 
-    rows: dict[Columns, Tensor] = {}
-    layers = list(dict.fromkeys(column.layer for column in columns))
-    done = 0
+    layers = list(dict.fromkeys(column.call.layer for column in columns))
     for batch in batches:
-        with torch.no_grad(), capture(module, layers, keep) as seen:
+        mask = watched.mask(batch)
+        calls.clear()
+        with torch.no_grad(), hooked(module, layers, hook):
             forward(batch)
-        for (layer, call), column in wanted.items():
-            part = seen[layer][call]
-            if column not in rows:
-                rows[column] = part.new_empty(n, part.shape[1])
-            rows[column][done : done + len(part)] = part
-        done += len(part)
-    if done != n:
-        raise ValueError(f"batches: expected {n} samples, got {done}")
-    return rows
+    whole = {column: torch.cat(parts.pop(column)) for column in list(parts)}
+    return whole | {column: block.whole() for column, block in blocks.items()}
 
 
-def _passes(widths: Mapping[str, Sequence[int]], columns_per_pass: int) -> list[list[Columns]]:
-    """Pack all layers' columns into passes, one block per call of a layer and pass."""
+class _Block:
+    """Rows of wide features, written batch by batch into memory that is reserved once, less the first row."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.filled = n, 0
+        self.first: Tensor
+        self.rows: Tensor
+
+    def add(self, features: Tensor) -> None:
+        if not self.filled:
+            self.first = features[:1].clone()
+            self.rows = features.new_empty(self.n, features.shape[1])
+        stop = self.filled + len(features)
+        if stop <= self.n:
+            torch.sub(features, self.first, out=self.rows[self.filled : stop])
+        self.filled = stop
+
+    def whole(self) -> Tensor:
+        if self.filled != self.n:
+            raise ValueError(f"batches: expected {self.n} samples, got {self.filled}")
+        return self.rows
+
+
+def _passes(widths: Mapping[Call, int], divisible: Set[Call], columns_per_pass: int) -> list[list[Columns]]:
+    """Pack all calls' columns into passes, at most one block per call and pass."""
     passes: list[list[Columns]] = [[]]
     free = columns_per_pass
-    for layer, calls in widths.items():
-        for call, width in enumerate(calls):
-            start = 0
-            while start < width:
-                if free == 0:
-                    passes.append([])
-                    free = columns_per_pass
-                stop = min(width, start + free)
-                passes[-1].append(Columns(layer, call, start, stop))
-                free -= stop - start
-                start = stop
-    return [columns for columns in passes if columns]
+    for call, width in widths.items():
+        start = 0
+        while start < width:
+            if free <= 0:
+                passes.append([])
+                free = columns_per_pass
+            stop = min(width, start + free) if call in divisible else width
+            passes[-1].append(Columns(call, start, stop))
+            free -= stop - start
+            start = stop
+    return passes
 
 
-def _add(kept: Tensor | None, block: Tensor, wide: bool) -> Tensor:
-    if not wide:
-        return block if kept is None else torch.cat([kept, block], dim=1)
-    product = gram(centre(block))
-    return product if kept is None else kept.add_(product.to(kept.dtype))
+def _gram(label: str, block: Tensor) -> Tensor:
+    """Return the Gram matrix of a block's columns, centred in place."""
+    block.sub_(block.mean(0))
+    product = symmetric_product(double(block) if block.is_cuda else block)
+    if not bool(product.diagonal().isfinite().all()):
+        raise ValueError(f"{label}: activations hold NaN or infinity, or are too large to be squared")
+    return product
 
 
-def _finish(kept: Tensor, width: int, wide: bool) -> Representation:
-    """Decompose on the CPU: in float64, which not every device has, and where stored snapshots are compared."""
-    return from_gram(kept.cpu(), width) if wide else prepare(kept.cpu())
-
-
-def _check(layer: str, block: Tensor) -> None:
-    if not bool(block.isfinite().all()):
-        raise ValueError(f"{layer}: activations hold NaN or infinity")
-
-
-def _label(layer: str, call: int, calls: Sequence[int]) -> str:
-    return f"{layer}#{call}" if len(calls) > 1 else layer
-
-
-def _width(output: Tensor, n: int) -> int:
-    rows = not output.is_nested and output.ndim >= 2 and output.shape[0] == n and output.is_floating_point()
-    return output[0].numel() if rows else 0
+def _whole(label: str, features: Tensor) -> Representation:
+    if not bool(features.isfinite().all()):
+        raise ValueError(f"{label}: activations hold NaN or infinity")
+    return Representation(features, "features", features.shape[1])

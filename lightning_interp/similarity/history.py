@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from lightning_interp.records import Caution, Representation, SimilarityMap, Snapshot
-from lightning_interp.similarity.matrix import Measure, matrix
+from lightning_interp.progress import Progress, quiet
+from lightning_interp.records import Caution, Doubt, SimilarityMap, Snapshot
+from lightning_interp.representation import Representation
+from lightning_interp.similarity.matrix import AnyMeasure, matrix, similarity
+from lightning_interp.similarity.null import chance, is_exact, standard_error
 
 MOST_NAMED = 6
+EPOCHS = "epoch (0: before training)"
 
 
 class History(NamedTuple):
@@ -19,50 +26,126 @@ class History(NamedTuple):
     Args:
         to_initial: layer × snapshot, each compared with the first.
         to_final: layer × snapshot, each compared with the last.
-        layers: layer × layer of the last.
+        normalised: (s − s₀) / (1 − s₀) of `to_final`, s₀ its value before training: how much of the way to its end
+            each layer has gone, 0 at the first snapshot and 1 at the last.
     """
 
     to_initial: SimilarityMap
     to_final: SimilarityMap
-    layers: SimilarityMap
+    normalised: SimilarityMap
 
 
 def histories(
-    measures: dict[str, Measure], initial: Snapshot, final: Snapshot, snapshots: Iterable[Snapshot]
+    measures: Mapping[str, AnyMeasure],
+    snapshots: Sequence[Snapshot],
+    progress: Progress = quiet,
 ) -> dict[str, History]:
     """Compare every snapshot with the first and the last, by every measure.
 
+    Layer by layer, so that of a stored history no more than three representations are in memory.
+
     Args:
         measures: tag → measure.
-        initial: the first snapshot.
-        final: the last snapshot.
-        snapshots: all of them in order of time; read once, one at a time.
+        snapshots: all of them in order of time.
+        progress: shows how far it is.
     """
-    rows: dict[str, tuple[list[list[float]], list[list[float]]]] = {name: ([], []) for name in measures}
-    epochs = []
-    for then in snapshots:
-        epochs.append(str(then.epoch))
+    initial, final = snapshots[0], snapshots[-1]
+    layers = list(final.layers)
+    found = {name: torch.full((2, len(layers), len(snapshots)), torch.nan, dtype=torch.float64) for name in measures}
+    for row, layer in enumerate(progress(layers, len(layers), "comparing representations")):
+        first, last = initial.layers[layer], final.layers[layer]
+        for column, snapshot in enumerate(snapshots):
+            then = {initial.step: first, final.step: last}.get(snapshot.step) or snapshot.layers[layer]
+            for name, measure in measures.items():
+                found[name][0, row, column] = similarity(measure, first, then)
+                found[name][1, row, column] = similarity(measure, then, last)
+    return {name: _history(name, measures[name], snapshots, *values) for name, values in found.items()}
+
+
+def layerwise(measures: Mapping[str, AnyMeasure], a: Snapshot, b: Snapshot) -> dict[str, dict[str, float]]:
+    """Compare each layer in one snapshot with the same layer in another: measure → layer → similarity."""
+    found: dict[str, dict[str, float]] = {name: {} for name in measures}
+    for layer in b.layers:
+        x, y = replace(a.layers[layer]), replace(b.layers[layer])  # what they derive is given up with them
         for name, measure in measures.items():
-            rows[name][0].append(layerwise(measure, initial, then))
-            rows[name][1].append(layerwise(measure, then, final))
-    return {name: _history(name, measure, final, epochs, *rows[name]) for name, measure in measures.items()}
+            found[name][layer] = float(similarity(measure, x, y))
+    return found
 
 
-def layerwise(measure: Measure, a: Snapshot, b: Snapshot) -> list[float]:
-    """Compare each layer in one snapshot with the same layer in another."""
-    return [float(measure.between(a.layers[layer].double(), b.layers[layer].double())) for layer in b.layers]
+def layer_by_layer(name: str, measure: AnyMeasure, then: Snapshot, final: Snapshot) -> SimilarityMap:
+    """Compare all layers of one snapshot with all layers of the last."""
+    rows, columns = dict(then.layers), dict(final.layers)
+    same = then.step == final.step
+    values = matrix(measure, list(columns.values() if same else rows.values()), None if same else [*columns.values()])
+    title = "layers of the final network" if same else f"layers at epoch {then.epoch} and at the end"
+    row_title = "layer" if same else f"layer at epoch {then.epoch}"
+    return SimilarityMap(
+        name,
+        title,
+        tuple(rows),
+        tuple(columns),
+        values,
+        row_title,
+        "layer" if same else "layer at the end",
+        next(iter(columns.values())).n,
+        cautions(measure, final),
+        is_distance(measure),
+    )
 
 
-def cautions(measure: Measure, snapshot: Snapshot) -> str:
+def with_doubt(table: SimilarityMap, measure: AnyMeasure, a: Snapshot, b: Snapshot) -> SimilarityMap:
+    """Return the map of two snapshots' layers with what each value would be by chance, and its standard error.
+
+    Where chance is known only from permutations, it is worked out for layers of the same name alone.
+    """
+    rows, columns = dict(a.layers), dict(b.layers)
+    chances = torch.full_like(table.values, torch.nan)
+    errors = chances.clone()
+    for i, (row, x) in enumerate(rows.items()):
+        for j, (column, y) in enumerate(columns.items()):
+            if row == column or is_exact(measure):
+                chances[i, j] = chance(measure, x, y)
+            errors[i, j] = standard_error(measure, x, y)
+    return replace(table, chance=chances, standard_error=errors)
+
+
+def doubts(measure: AnyMeasure, a: Snapshot, b: Snapshot) -> dict[str, Doubt]:
+    """Return how far to trust each layer's similarity between two snapshots of the same samples."""
+    found = {}
+    for layer in b.layers:
+        x, y = a.layers[layer], b.layers[layer]
+        value = float(similarity(measure, x, y))
+        found[layer] = Doubt(value, chance(measure, x, y), standard_error(measure, x, y), _caution(measure, y))
+    return found
+
+
+def normalised(values: Float[Tensor, "layer snapshot"], distance: bool = False) -> Float[Tensor, "layer snapshot"]:
+    """Return (s − s₀) / (1 − s₀), s₀ each row's first value: 0 at the start, 1 at the end; NaN where nothing moved."""
+    end = 0.0 if distance else 1.0
+    start = values[:, :1]
+    still = (end - start).abs() < 1e-6
+    return torch.where(still, torch.nan, (values - start) / torch.where(still, 1.0, end - start))
+
+
+def cautions(measure: AnyMeasure, snapshot: Snapshot) -> str:
     """Return when not to trust a measure, with the layers it concerns; empty where nothing is known."""
-    say: Callable[[Representation], Caution | None] | None = getattr(measure, "caution", None)
-    if say is None:
-        return ""
     found: dict[str, list[str]] = {}
-    for layer, representation in snapshot.layers.items():
-        if warning := say(representation):
+    for layer in snapshot.layers:
+        if warning := _caution(measure, snapshot.layers[layer]):
             found.setdefault(warning.reason, []).append(f"{layer} ({warning.detail})")
     return "; ".join(f"{_named(layers, snapshot)}: {reason}" for reason, layers in found.items())
+
+
+def is_distance(measure: AnyMeasure) -> bool:
+    """Say whether 0 means the same, as for an angle."""
+    return bool(getattr(measure, "angle", False))
+
+
+def _caution(measure: AnyMeasure, layer: Representation) -> Caution | None:
+    if not hasattr(measure, "between") and layer.features is None:
+        return Caution('not defined without the neurons, which store="activations" keeps', f"d = {layer.width:,}")
+    say: Callable[[Representation], Caution | None] | None = getattr(measure, "caution", None)
+    return None if say is None else say(layer)
 
 
 def _named(layers: Sequence[str], snapshot: Snapshot) -> str:
@@ -70,25 +153,25 @@ def _named(layers: Sequence[str], snapshot: Snapshot) -> str:
 
 
 def _history(
-    name: str,
-    measure: Measure,
-    final: Snapshot,
-    epochs: Sequence[str],
-    to_initial: list[list[float]],
-    to_final: list[list[float]],
+    name: str, measure: AnyMeasure, snapshots: Sequence[Snapshot], to_initial: Tensor, to_final: Tensor
 ) -> History:
-    layers, columns, note = tuple(final.layers), tuple(epochs), cautions(measure, final)
-    n, distance = next(iter(final.layers.values())).n, bool(getattr(measure, "angle", False))
+    final = snapshots[-1]
+    layers, columns = tuple(final.layers), moments(snapshots)
+    n, note, distance = next(iter(final.layers.values())).n, cautions(measure, final), is_distance(measure)
 
-    def by_epoch(title: str, values: list[list[float]]) -> SimilarityMap:
-        table = torch.tensor(values, dtype=torch.float64).T
-        return SimilarityMap(
-            name, title, layers, columns, table, "layer", "epoch (0: before training)", n, note, distance
-        )
+    def by_epoch(title: str, values: Tensor, distance: bool) -> SimilarityMap:
+        return SimilarityMap(name, title, layers, columns, values, "layer", EPOCHS, n, note, distance)
 
-    pairs = matrix(measure, list(final.layers.values()))
+    way = normalised(to_final, distance)
     return History(
-        by_epoch("to the initial state", to_initial),
-        by_epoch("to the final state", to_final),
-        SimilarityMap(name, "layers of the final network", layers, layers, pairs, "layer", "layer", n, note, distance),
+        by_epoch("to the initial state", to_initial, distance),
+        by_epoch("to the final state", to_final, distance),
+        by_epoch("share of the way to the final state", way, distance=False),
     )
+
+
+def moments(snapshots: Sequence[Snapshot]) -> tuple[str, ...]:
+    """Return each snapshot's epoch; with the step where an epoch has several."""
+    epochs = [snapshot.epoch for snapshot in snapshots]
+    several = len(set(epochs)) < len(epochs)
+    return tuple(f"{s.epoch} · {s.step}" if several else str(s.epoch) for s in snapshots)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_interp.records import Representation
+from lightning_interp.representation import Representation
 
 
 @runtime_checkable
@@ -26,8 +26,7 @@ class LinearKernel:
 
     def __call__(self, x: Representation) -> Float[Tensor, "n n"]:
         """Return the Gram matrix."""
-        scaled = x.u * x.s
-        return scaled @ scaled.T
+        return x.gram
 
 
 @dataclass(frozen=True)
@@ -46,16 +45,11 @@ class RBFKernel:
 
     def __call__(self, x: Representation) -> Float[Tensor, "n n"]:
         """Return the Gram matrix; NaN where more than half of all pairs coincide, so that there is no scale."""
-        gram = LinearKernel()(x)
+        gram = x.gram
         squares = gram.diagonal()[:, None] + gram.diagonal() - 2 * gram
         pairs = squares[tuple(torch.triu_indices(x.n, x.n, 1))].clamp(min=0).sqrt()
         width = self.median_fraction * _median(pairs)
         return torch.exp(-squares.clamp(min=0) / (2 * width**2))
-
-
-def centred_gram(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """Return H K H: the Gram matrix of the kernel's features after centring."""
-    return gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
 
 
 def _median(values: Float[Tensor, " m"]) -> Float[Tensor, ""]:

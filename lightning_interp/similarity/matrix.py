@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_interp.records import Representation
-from lightning_interp.similarity.representation import prepare
+from lightning_interp.representation import FORMS, Form, Representation, prepare
 
 
 @runtime_checkable
 class Measure(Protocol):
-    """A similarity of two prepared layers; `CKA` and `SVCCA` are such."""
+    """A similarity of two prepared layers; `CKA` and `SVCCA` are such.
+
+    It may say what a layer must keep (`needs`: "gram", "scores" or "features"; "scores" where it does not), that both
+    orders give the same (`symmetric`), and when not to trust it (`caution(layer)`).
+    """
 
     @property
     def name(self) -> str:
@@ -25,32 +28,71 @@ class Measure(Protocol):
         """Return a scalar tensor."""
 
 
+AnyMeasure = Measure | Callable[[Tensor, Tensor], Tensor]
+
+
+def needs(measures: Sequence[AnyMeasure], compact: bool = False) -> Form:
+    """Return the least that layers must keep for all measures; a plain callable on two tensors needs the features.
+
+    Args:
+        measures: what will be asked.
+        compact: keep no more than an n × n matrix of a layer, whatever is asked: layers wider than that lose their
+            neurons' identity, which few measures see.
+    """
+    most = max(map(_asked, measures), key=FORMS.index)
+    return "scores" if compact and most == "features" else most
+
+
+def _asked(measure: AnyMeasure) -> Form:
+    asked: Form = getattr(measure, "needs", "scores" if hasattr(measure, "between") else "features")
+    return asked
+
+
+def similarity(measure: AnyMeasure, x: Representation, y: Representation) -> Tensor:
+    """Compare two layers by any measure; NaN where they did not keep what it needs, or their rows differ."""
+    if x.n != y.n:
+        return torch.tensor(torch.nan)
+    if hasattr(measure, "between"):
+        return measure.between(x, y)
+    if x.features is None or y.features is None:
+        return torch.tensor(torch.nan)
+    return measure(x.features, y.features)
+
+
 def matrix(
-    measure: Measure,
+    measure: AnyMeasure,
     xs: Sequence[Representation | Tensor],
     ys: Sequence[Representation | Tensor] | None = None,
 ) -> Float[Tensor, "x y"]:
     """Compare each of `xs` with each of `ys` (with each other when None).
 
     Args:
-        measure: `CKA()`, `SVCCA()` or any with a `between`.
+        measure: `CKA()`, `SVCCA()`, any with a `between`, or a function of two `(n, d)` tensors.
         xs: prepared layers or features `(n, d)`.
         ys: the same.
+
+    Returns:
+        One row per x, one column per y; NaN where a measure is not defined.
+
+    Raises:
+        ValueError: features are of different numbers of samples.
 
     >>> x = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
     >>> from lightning_interp.similarity.cka import CKA
     >>> matrix(CKA(), [x, 3 * x]).round(decimals=6).tolist()
     [[1.0, 1.0], [1.0, 1.0]]
     """
+    if len(sizes := {len(x) for x in (*xs, *(ys or ())) if isinstance(x, Tensor)}) > 1:
+        raise ValueError(f"xs, ys: expected features of the same samples, got {sorted(sizes)} of them")
     left = [_prepared(x) for x in xs]
     right = left if ys is None else [_prepared(y) for y in ys]
+    symmetric = ys is None and getattr(measure, "symmetric", False)
     values = torch.empty(len(left), len(right), dtype=torch.float64)
     for i, x in enumerate(left):
         for j, y in enumerate(right):
-            known = ys is None and j < i
-            values[i, j] = values[j, i] if known else measure.between(x, y)
+            values[i, j] = values[j, i] if symmetric and j < i else similarity(measure, x, y)
     return values
 
 
 def _prepared(x: Representation | Tensor) -> Representation:
-    return prepare(x) if isinstance(x, Tensor) else x.double()
+    return prepare(x) if isinstance(x, Tensor) else x

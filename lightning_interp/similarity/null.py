@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_interp.records import Representation
+from lightning_interp.representation import Representation, same_samples
+from lightning_interp.similarity.cca import CCA, SVCCA
 from lightning_interp.similarity.cka import CKA
-from lightning_interp.similarity.kernel import centred_gram
-from lightning_interp.similarity.matrix import Measure
-from lightning_interp.similarity.representation import same_samples
+from lightning_interp.similarity.matrix import AnyMeasure, similarity
+
+
+def is_exact(measure: AnyMeasure) -> bool:
+    """Say whether a measure's value by chance is known in closed form."""
+    return isinstance(measure, CKA) or (isinstance(measure, (CCA, SVCCA)) and measure.summary == "mean_squared")
+
+
+def chance(measure: AnyMeasure, x: Representation, y: Representation, draws: int = 3) -> float:
+    """Return what a measure would give by chance: its mean where one layer's samples are shuffled.
+
+    Exact for CKA and for R²_CCA, plain or after SVCCA's reduction; for the rest the mean of a few permutations.
+    """
+    if x.n != y.n:
+        return float("nan")
+    if isinstance(measure, CKA):
+        return float(cka_null(measure, x, y))
+    if isinstance(measure, (CCA, SVCCA)) and measure.summary == "mean_squared":
+        kx, ky = measure.kept(x), measure.kept(y)
+        return r_squared_null(kx, ky, x.n) if min(kx, ky) > 0 and max(kx, ky) < x.n - 1 else float("nan")
+    return float(permutation_null(measure, x, y, draws).mean())
+
+
+def standard_error(measure: AnyMeasure, x: Representation, y: Representation) -> float:
+    """Return the jackknife standard error over samples, for kinds of CKA; NaN for the rest."""
+    return float(cka_standard_error(measure, x, y)) if isinstance(measure, CKA) and x.n == y.n else float("nan")
 
 
 def cka_null(measure: CKA, x: Representation, y: Representation) -> Float[Tensor, ""]:
@@ -26,9 +49,9 @@ def cka_null(measure: CKA, x: Representation, y: Representation) -> Float[Tensor
     """
     same_samples(x, y)
     if measure.debiased:
-        return torch.zeros((), dtype=x.u.dtype)
-    k, m = (centred_gram(measure.kernel(r)) for r in (x, y))
-    return k.trace() * m.trace() / ((x.n - 1) * k.norm() * m.norm())
+        return torch.zeros((), dtype=torch.float64)
+    (total_x, size_x), (total_y, size_y) = (measure.spread(r) for r in (x, y))
+    return total_x * total_y / ((x.n - 1) * size_x * size_y)
 
 
 def r_squared_null(kx: int, ky: int, n: int) -> float:
@@ -40,12 +63,12 @@ def r_squared_null(kx: int, ky: int, n: int) -> float:
 
 
 def permutation_null(
-    measure: Measure, x: Representation, y: Representation, draws: int = 20, seed: int = 0
+    measure: AnyMeasure, x: Representation, y: Representation, draws: int = 20, seed: int = 0
 ) -> Float[Tensor, " draws"]:
     """Return a measure's values for random permutations of y's samples, by a generator of its own.
 
     Args:
-        measure: any with a `between`.
+        measure: any.
         x: a prepared layer.
         y: another.
         draws: how many permutations.
@@ -54,7 +77,7 @@ def permutation_null(
     same_samples(x, y)
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(y.n, generator=generator) for _ in range(draws)]
-    return torch.stack([measure.between(x, dataclasses.replace(y, u=y.u[order])) for order in orders])
+    return torch.stack([similarity(measure, x, y.shuffled(order)) for order in orders])
 
 
 def cka_standard_error(measure: CKA, x: Representation, y: Representation) -> Float[Tensor, ""]:

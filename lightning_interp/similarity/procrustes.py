@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_interp.records import Representation
-from lightning_interp.similarity.representation import prepare, same_samples
+from lightning_interp.representation import Representation, prepare, same_samples
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Procrustes:
     """
 
     angle: bool = False
+
+    symmetric: ClassVar[bool] = True
 
     @property
     def name(self) -> str:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_interp.similarity.representation import check_features
+from lightning_interp.representation import check_features
 
 
 class StreamingCKA(Metric):

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_interp.similarity import CKA, prepare
-from lightning_interp.similarity.features import output_widths, representations
+from lightning_interp.similarity.features import representations, watch
+from lightning_interp.similarity.layout import Reading
+
+FLAT = Reading(tokens="flatten")
 
 
 class Twice(nn.Module):
@@ -36,16 +39,17 @@ def batches(n: int = 20) -> list[Tensor]:
 
 
 def test_widths(net: Twice) -> None:
-    found = output_widths(net, net, torch.randn(5, 2, 2, 4), 5)
-    assert found == {"conv": [16, 16], "act": [16, 16], "gru": [8]}
+    found = watch(net, net, torch.randn(5, 2, 2, 4), 5, FLAT)
+    widths = {found.label(call): width for call, width in found.widths().items()}
+    assert widths == {"conv#0": 16, "conv#1": 16, "act#0": 16, "act#1": 16, "gru": 8}
 
 
 @pytest.mark.parametrize("columns_per_pass", [3, 17, 10_000])
 @pytest.mark.parametrize("n", [10, 40])
 def test_equals_all_at_once(net: Twice, columns_per_pass: int, n: int) -> None:
     data = batches(n)
-    widths = output_widths(net, net, data[0], 6)
-    found = representations(net, net, data, widths, n, bytes_per_pass=columns_per_pass * 4 * n)
+    watched = watch(net, net, data[0], 6, FLAT)
+    found = representations(net, net, data, watched, n, bytes_per_pass=columns_per_pass * 4 * n)
     whole = torch.cat(data)
     first = net.conv(whole)
     second = net.conv(first.relu())
@@ -67,5 +71,5 @@ def test_equals_all_at_once(net: Twice, columns_per_pass: int, n: int) -> None:
 def test_not_a_number_is_named(net: Twice) -> None:
     nn.init.constant_(net.conv.bias, torch.nan)
     data = batches()
-    with pytest.raises(ValueError, match="conv: activations hold NaN"):
-        representations(net, net, data, {"conv": [16, 16]}, 20)
+    with pytest.raises(ValueError, match="conv#0: activations hold NaN"):
+        representations(net, net, data, watch(net, net, data[0], 6).of(["conv"]), 20)
