@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lightning_interp.products import symmetric_product
+
 Form = Literal["gram", "scores", "features"]
 FORMS: tuple[Form, ...] = get_args(Form)
-LEAF = 32
 T = TypeVar("T")
 
 
@@ -166,15 +167,6 @@ def gram(centred: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
     return symmetric_product(double(centred) if exact else centred)
 
 
-def symmetric_product(x: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
-    """Return X Xᵀ, only its lower half computed where that saves time: on the CPU."""
-    if x.device.type != "cpu":
-        return x @ x.T
-    product = x.new_empty(len(x), len(x))
-    _lower(x, product)
-    return product.tril_().add_(product.tril(-1).T)
-
-
 def recentred(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """Return H K H in float64: the Gram matrix of the same features after centring."""
     gram = double(gram)
@@ -200,17 +192,6 @@ def same_samples(x: Representation, y: Representation) -> None:
     """Raise a ValueError unless both were taken from the same number of samples."""
     if x.n != y.n:
         raise ValueError(f"y: expected {x.n} samples as x has, got {y.n}")
-
-
-def _lower(x: Float[Tensor, "n d"], product: Float[Tensor, "n n"]) -> None:
-    """Fill the blocks on and below the diagonal: halves of halves, so that what is computed nears one half."""
-    half = len(x) // 2
-    if half < LEAF:
-        torch.mm(x, x.T, out=product)
-        return
-    _lower(x[:half], product[:half, :half])
-    _lower(x[half:], product[half:, half:])
-    torch.mm(x[half:], x[:half].T, out=product[half:, :half])
 
 
 def _decomposed(centred: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor]:

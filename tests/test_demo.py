@@ -30,7 +30,7 @@ def test_the_demo_learns_and_says_where_to_look(tmp_path: Path) -> None:
         assert path.stat().st_size > 10_000
     interp = told[0].parent
     assert len(list(interp.glob("similarity/snapshot-*.safetensors"))) == 7
-    assert len(list(interp.glob("similarity/*.png"))) == 9
+    assert len(list(interp.glob("similarity/*.png"))) == 21
     assert len(list(interp.glob("attribution/*.png"))) == 16
     assert len(list(interp.glob("influence/query-*.png"))) == 6
     head = told[1].read_text().splitlines()[1].split(",")

@@ -127,7 +127,7 @@ def test_a_failure_switches_the_callback_off_and_training_goes_on(
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("broken on purpose")
 
-    work = {RepresentationSimilarity: "_epoch", InputAttribution: "_draw", DataInfluence: "_end"}[kind]
+    work = {RepresentationSimilarity: "_look_and_tell", InputAttribution: "_draw", DataInfluence: "_end"}[kind]
     monkeypatch.setattr(kind, work, fail)
     fit = trainer(tmp_path, callbacks=[make(kind, on_error="warn")])
     with pytest.warns(UserWarning, match=rf"(?s){kind.__name__} is off.*broken on purpose") as caught:
