@@ -31,11 +31,13 @@ class Representation:
         values: the numbers.
         form: what they are.
         width: number of neurons d.
+        sketch: where the Gram matrix is an estimate from a random sketch, its number of columns; else 0.
     """
 
     values: Float[Tensor, "n k"]
     form: Form
     width: int
+    sketch: int = 0
     _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -50,8 +52,8 @@ class Representation:
 
     @property
     def factorable(self) -> bool:
-        """Whether singular vectors can be had; not from a Gram matrix in half precision."""
-        return self.values.dtype != torch.float16 or self.form != "gram"
+        """Whether singular vectors can be had: not from a Gram matrix in half precision, nor from a sketch's."""
+        return self.form != "gram" or (self.values.dtype != torch.float16 and not self.sketch)
 
     @cached_property
     def gram(self) -> Float[Tensor, "n n"]:
@@ -86,7 +88,7 @@ class Representation:
         if self.form == form or (self.form == "features" and (form == "features" or self.width <= longest)):
             return self
         if form == "gram":
-            return Representation(self._gram, "gram", self.width)
+            return Representation(self._gram, "gram", self.width, self.sketch)
         return Representation((self.u * self.s).float(), "scores", self.width)
 
     def shuffled(self, order: Int[Tensor, " n"]) -> Representation:
@@ -111,8 +113,8 @@ class Representation:
     def _factors(self) -> tuple[Float[Tensor, "n r"], Float[Tensor, " r"]]:
         if not self.factorable:
             raise ValueError(
-                "representation: expected one that gives singular vectors, got a Gram matrix in half precision, which"
-                " is all that a run keeps whose measures are kinds of CKA"
+                "representation: expected one that gives singular vectors, got a Gram matrix in half precision or of a"
+                " sketch, which is all that a run keeps whose measures are kinds of linear CKA"
             )
         if self.form == "scores":
             scores = double(self.values)

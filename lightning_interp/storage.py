@@ -237,7 +237,7 @@ def _packed(snapshot: Snapshot) -> tuple[dict[str, Tensor], dict[str, dict[str, 
             scaled = r.gram.cpu() * (LARGEST / r.gram.abs().max().clamp(min=torch.finfo(torch.float64).tiny)).cpu()
             values = scaled[rows, columns].half()
         held[layer] = values.contiguous()
-        facts[layer] = {"form": r.form, "width": r.width, "n": r.n}
+        facts[layer] = {"form": r.form, "width": r.width, "sketch": r.sketch, "n": r.n}
     return held, facts
 
 
@@ -249,7 +249,7 @@ def _unpacked(values: Tensor, facts: Mapping[str, Any]) -> Representation:
         gram[rows, columns] = values
         gram[columns, rows] = values
         values = gram
-    return Representation(values, facts["form"], facts["width"])
+    return Representation(values, facts["form"], facts["width"], facts["sketch"])
 
 
 def _is_local(system: Any) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_interp.records import Caution
 from lightning_interp.representation import Form, Representation, prepare, recentred, same_samples
 from lightning_interp.similarity.kernel import Kernel, LinearKernel, RBFKernel
+from lightning_interp.similarity.sketch import squared_norm
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,13 @@ class CKA:
     def spread(self, x: Representation) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Return the trace and the Frobenius norm of a layer's centred kernel matrix."""
         if self.kernel == LinearKernel():
-            return _squares(x).sum(), _hsic(x, x).sqrt()
+            total = _squares(x).sum()
+            return total, _without_noise(x, _hsic(x, x)).sqrt()
         centred = recentred(self.kernel(x))
         return centred.trace(), centred.norm()
 
     def _own(self, x: Representation) -> Float[Tensor, ""]:
-        return x.derived((self, "own"), lambda layer: self._hsic(layer, layer))
+        return x.derived((self, "own"), lambda layer: _without_noise(layer, self._hsic(layer, layer)))
 
     def _hsic(self, x: Representation, y: Representation) -> Float[Tensor, ""]:
         """Return tr(K H L H), or n(n−3) HSIC₁."""
@@ -106,6 +108,11 @@ def _hsic_unbiased(x: Representation, y: Representation) -> Float[Tensor, ""]:
     n, a, b = x.n, _squares(x), _squares(y)
     totals = a.sum() * b.sum() / ((n - 1) * (n - 2))
     return _hsic(x, y) - a @ b + totals - 2 / (n - 2) * (a @ b)
+
+
+def _without_noise(x: Representation, own: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """Take off what a sketch adds to a layer's product with itself."""
+    return squared_norm(own, _squares(x).sum(), x.width, x.sketch) if x.sketch else own
 
 
 def _squares(x: Representation) -> Float[Tensor, " n"]:
