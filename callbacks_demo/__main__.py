@@ -1,8 +1,12 @@
-"""The main job: train a small network on real digits with all three callbacks, and say where to look."""
+"""The main job: train a small network on real digits with all three callbacks, and say where to look.
+
+`python -m callbacks_demo correspondence` and `python -m callbacks_demo bottom_up` run experiments instead.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +17,12 @@ import torch
 from callbacks_demo.mnist import Digits, SmallCNN
 from lightning_interp import DataInfluence, InputAttribution, RepresentationSimilarity
 
+EXPERIMENTS = ("correspondence", "bottom_up")
+
 
 def main(arguments: Sequence[str] | None = None) -> L.Trainer:
     """Train, write everything below `--folder`, and print where it is."""
-    parser = argparse.ArgumentParser(prog="python -m callbacks_demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m callbacks_demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--folder", type=Path, default=Path("."), help="where lightning_logs is made")
     options = parser.parse_args(arguments)
@@ -57,4 +63,7 @@ The scores as a table:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] and sys.argv[1] in EXPERIMENTS:
+        importlib.import_module(f"callbacks_demo.{sys.argv[1]}").main(sys.argv[2:])
+    else:
+        main()

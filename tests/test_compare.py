@@ -13,7 +13,7 @@ from PIL import Image
 from lightning_interp import compare
 from lightning_interp.cli import main
 from lightning_interp.records import Snapshot
-from lightning_interp.similarity import CKA, Procrustes, prepare
+from lightning_interp.similarity import CKA, SVCCA, Procrustes, prepare
 from lightning_interp.storage import Folder, new_store
 
 LAYERS = ("conv", "hidden", "head")
@@ -110,3 +110,39 @@ def test_a_run_with_itself_is_numbered(runs: list[Path]) -> None:
     found = compare(runs[0], runs[0], measures=[CKA()], epochs=[0, 1])
     assert found.runs == ("1", "2")
     assert found.same_layers("CKA")["conv"][0] < 0.6
+
+
+def test_each_number_has_its_doubt(runs: list[Path], tmp_path: Path) -> None:
+    measures = [CKA(), CKA(debiased=True), SVCCA(0.9), SVCCA(0.9, "mean_squared")]
+    found = compare(runs[0], runs[2], measures=measures)
+    for measure in measures:
+        (table,) = found.maps[measure.name]
+        assert table.chance is not None
+        assert table.standard_error is not None
+        everywhere = measure not in (SVCCA(0.9),)
+        assert bool(table.chance.diagonal().isfinite().all())
+        assert bool(table.chance.isfinite().all()) is everywhere
+        assert bool(table.standard_error.isfinite().all()) is isinstance(measure, CKA)
+    unrelated = found.maps["CKA"][0]
+    assert float((unrelated.values - unrelated.chance).abs().max()) < 0.1, "runs a and c share nothing"
+    assert main(["compare", str(runs[0]), str(runs[2]), "--measure", "svcca", "--out", str(tmp_path / "out")]) == 0
+    with open(tmp_path / "out" / "compare.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert all(bool(row["by_chance"]) == (row["layer_a"] == row["layer_b"]) for row in rows)
+
+
+def test_what_a_run_did_not_keep_is_not_compared(tmp_path: Path) -> None:
+    def run(name: str, reading: str) -> Path:
+        facts = {"n": 60, "source": "test", "fingerprint": "p", "ids": list(range(60)), "maps": reading}
+        store = new_store(Folder(str(tmp_path / name)), facts)
+        store.append(Snapshot(0, 0, {"conv": prepare(torch.randn(60, 400)).reduced("gram")}))
+        return tmp_path / name
+
+    a, b, c = run("a", "flatten"), run("b", "flatten"), run("c", "pool")
+    assert compare(a, b, measures=[CKA()]).maps["CKA"][0].values.isfinite().all()
+    with pytest.raises(
+        ValueError, match=r"expected kinds of linear CKA, for which alone .* got SVCCA_0.99; name it in"
+    ):
+        compare(a, b)
+    with pytest.raises(ValueError, match="expected the same maps= in RepresentationSimilarity"):
+        compare(a, c, measures=[CKA()])

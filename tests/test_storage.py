@@ -92,3 +92,70 @@ def test_a_state_survives_a_checkpoint(tmp_path: Path) -> None:
     for layer, representation in taken.layers.items():
         assert again.layers[layer].width == representation.width
         assert torch.allclose(again.layers[layer].s.double(), representation.s.double(), rtol=1e-6)
+
+
+def gram_snapshot(step: int) -> Snapshot:
+    generator = torch.Generator().manual_seed(step)
+    layers = {f"layer{i}": prepare(torch.randn(64, 300 + i, generator=generator)).reduced("gram") for i in range(3)}
+    return Snapshot(step, step, layers)
+
+
+def test_gram_matrices_take_two_bytes_a_pair_and_serve_cka(tmp_path: Path) -> None:
+    store = new_store(Folder(str(tmp_path)), FACTS)
+    first, second = gram_snapshot(1), gram_snapshot(2)
+    for one in (first, second):
+        store.append(one)
+    assert store.manifest["snapshots"][0]["bytes"] < 3 * 64 * 65 + 1000
+    read, other = store.read(1), store.read(2)
+    for layer in read.layers:
+        for measure in (CKA(), CKA(debiased=True)):
+            stored = float(measure.between(read.layers[layer], other.layers[layer]))
+            exact = float(measure.between(first.layers[layer], second.layers[layer]))
+            assert stored == pytest.approx(exact, abs=1e-5)
+            own = float(measure.between(read.layers[layer], read.layers[layer]))
+            assert own == pytest.approx(1, abs=1e-9)
+        with pytest.raises(ValueError, match="half precision"):
+            SVCCA().between(read.layers[layer], other.layers[layer])
+
+
+def test_a_constant_layer_is_stored(tmp_path: Path) -> None:
+    store = new_store(Folder(str(tmp_path)), FACTS)
+    store.append(Snapshot(0, 0, {"dead": prepare(torch.ones(40, 300)).reduced("gram")}))
+    dead = store.read(0).layers["dead"]
+    assert CKA().between(dead, dead).isnan()
+
+
+def test_layers_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = new_store(Folder(str(tmp_path)), FACTS)
+    store.append(snapshot(0))
+    size = store.manifest["snapshots"][0]["bytes"]
+    fetched: list[int] = []
+    read = Folder.read
+
+    def counted(self: Folder, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+        content = read(self, name, start, stop)
+        fetched.append(len(content))
+        return content
+
+    monkeypatch.setattr(Folder, "read", counted)
+    held = store.read(0)
+    assert list(held.layers) == ["block.0#1", "block.1#1", "block.2#1"]
+    assert held.layers["block.0#1"].width == 3
+    assert sum(fetched) < size / 10
+
+
+def test_thinning_keeps_the_ends_and_stays_even(tmp_path: Path) -> None:
+    store = new_store(Folder(str(tmp_path)), FACTS)
+    for step in range(0, 100, 10):
+        store.append(snapshot(step, step))
+    each = store.manifest["snapshots"][0]["bytes"]
+    assert store.thin(20 * each) == []
+    assert len(store.thin(5.5 * each)) == 5
+    assert store.steps[0] == 0
+    assert store.steps[-1] == 90
+    gaps = [b - a for a, b in zip(store.steps, store.steps[1:], strict=False)]
+    assert max(gaps) <= 2 * min(gaps) + 10
+    assert open_store(Folder(str(tmp_path))).steps == store.steps
+    assert len(list(tmp_path.glob("*.safetensors"))) == 5
+    store.thin(0)
+    assert store.steps == [0, 90]

@@ -17,11 +17,14 @@ from lightning_interp.similarity import (
     Procrustes,
     RBFKernel,
     StreamingCKA,
+    chance,
     cka_null,
     cka_standard_error,
+    from_gram,
     permutation_null,
     prepare,
     r_squared_null,
+    standard_error,
 )
 from lightning_interp.similarity.null import cka_without_each
 
@@ -146,3 +149,27 @@ def test_streams_name_what_does_not_fit(unchecked: None) -> None:
         metric.update(torch.full((5, 3), torch.nan), torch.randn(5, 2))
     with pytest.raises(ValueError, match="width_y"):
         StreamingCKA(3, 0)
+
+
+def test_chance_is_exact_where_it_can_be(pair: tuple[Tensor, Tensor]) -> None:
+    x, y = map(prepare, pair)
+    assert chance(CKA(), x, y) == pytest.approx(0.085829, abs=1e-6)
+    assert chance(CCA("mean_squared"), x, y) == pytest.approx(30 / 199, abs=1e-9)
+    assert chance(SVCCA(0.5, "mean_squared"), x, y) == pytest.approx(
+        max(SVCCA(0.5).kept(z) for z in (x, y)) / 199, abs=1e-9
+    )
+    assert chance(Procrustes(), x, y) == pytest.approx(float(permutation_null(Procrustes(), x, y, 60).mean()), abs=0.02)
+    assert np.isnan(chance(CKA(), x, prepare(torch.randn(50, 3))))
+    assert np.isnan(standard_error(SVCCA(), x, y))
+    assert standard_error(CKA(), x, y) == pytest.approx(float(cka_standard_error(CKA(), x, y)))
+
+
+def test_chance_from_narrow_features_equals_that_from_gram_matrices() -> None:
+    x, y = prepare(torch.randn(200, 6, dtype=torch.float64)), prepare(torch.randn(200, 9, dtype=torch.float64))
+    assert x.slim is not None
+    wide = [from_gram(z.gram, z.width) for z in (x, y)]
+    assert chance(CKA(), x, y) == pytest.approx(chance(CKA(), *wide), abs=1e-12)
+    for debiased in (False, True):
+        measure = CKA(debiased=debiased)
+        assert float(measure.between(x, y)) == pytest.approx(float(measure.between(*wide)), abs=1e-12)
+        assert float(measure.between(x, y)) == pytest.approx(float(measure.between(x, wide[1])), abs=1e-12)

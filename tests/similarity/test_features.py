@@ -73,3 +73,21 @@ def test_not_a_number_is_named(net: Twice) -> None:
     data = batches()
     with pytest.raises(ValueError, match="conv#0: activations hold NaN"):
         representations(net, net, data, watch(net, net, data[0], 6).of(["conv"]), 20)
+
+
+def test_a_first_batch_unlike_the_rest_costs_no_digits() -> None:
+    """All batches but the first are 1,000 standard deviations away from it."""
+    net = nn.Sequential(nn.Identity())
+    features = torch.randn(60, 300)
+    features[6:] += 1000
+    watched = watch(net, net, features[:3], 3, FLAT)
+    (found,) = representations(net, net, list(features.split(6)), watched, 60, "gram").values()
+    centred = features.double() - features.double().mean(0)
+    exact = centred @ centred.T
+    assert torch.allclose(found.gram, exact, atol=2e-6 * float(exact.abs().max()))
+
+
+def test_a_wrong_number_of_samples_is_named(net: Twice) -> None:
+    data = batches()
+    with pytest.raises(ValueError, match="expected 12 samples, got 20"):
+        representations(net, net, data, watch(net, net, data[0], 6, FLAT), 12, "gram")
