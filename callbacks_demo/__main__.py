@@ -22,7 +22,7 @@ EXPERIMENTS = ("correspondence", "bottom_up")
 
 def main(arguments: Sequence[str] | None = None) -> L.Trainer:
     """Train, write everything below `--folder`, and print where it is."""
-    parser = argparse.ArgumentParser(prog="python -m callbacks_demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m callbacks_demo", description=__doc__)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--folder", type=Path, default=Path("."), help="where lightning_logs is made")
     options = parser.parse_args(arguments)
