@@ -39,7 +39,8 @@ def heat_map(table: SimilarityMap) -> Pixels:
     _ticks(axes, table)
     if rows * columns <= MOST_NUMBERED:
         _numbers(axes, values, light=(lambda v: v < 0.9) if table.distance else (lambda v: v >= 0.6))
-    figure.colorbar(drawn, ax=axes, label="0: same" if table.distance else "1: same, 0: unrelated")
+    meaning = table.legend or ("0: same" if table.distance else "1: same, 0: unrelated")
+    figure.colorbar(drawn, ax=axes, label=meaning)
     axes.set_title(f"{table.measure}: {table.title}", fontsize=10)
     figure.text(0.01, 0.01, "\n".join(note), fontsize=7.5, color="0.3", va="bottom")
     figure.tight_layout(rect=(0, (0.17 * len(note) + 0.05) / figure.get_figheight(), 1, 1))

@@ -77,6 +77,7 @@ class SimilarityMap:
         distance: whether 0 means the same, as for an angle, instead of 1.
         chance: what each value would be with one side's samples shuffled, `(rows, columns)`; NaN where not known.
         standard_error: how much each varies with the choice of samples, `(rows, columns)`; NaN where not known.
+        legend: what 0 and 1 mean, where they do not mean unrelated and the same.
     """
 
     measure: str
@@ -91,6 +92,7 @@ class SimilarityMap:
     distance: bool = False
     chance: Float[Tensor, "rows columns"] | None = None
     standard_error: Float[Tensor, "rows columns"] | None = None
+    legend: str = ""
 
 
 @dataclass(frozen=True, eq=False)

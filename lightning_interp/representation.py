@@ -120,13 +120,15 @@ class Representation:
             scores = double(self.values)
             lengths = scores.norm(dim=0)
             return scores / lengths, lengths
-        if self.form == "features" and 2 * self.width <= self.n:
-            return _decomposed(centre(self.values))
-        # Rounding is that of the precision in which the Gram matrix was summed.
         half = self.values.dtype in (torch.float16, torch.bfloat16)
-        summed = torch.float32 if half else self.values.dtype
+        eps = torch.finfo(torch.float32 if half else self.values.dtype).eps
+        # Rounding of n features moves singular values by about √n eps of the largest, rounding of a sum of their
+        # products moves eigenvalues by eps of the largest.
+        rounding = self.n**0.5 * eps
+        if self.form == "features" and 2 * self.width <= self.n:
+            return _decomposed(centre(self.values), rounding)
         exact = self.form == "features" and (self.width <= self.n or self.values.is_cuda)
-        return _eigen(self.gram, torch.finfo(torch.float64 if exact else summed).eps)
+        return _eigen(self.gram, rounding**2 if exact else eps)
 
 
 def prepare(features: Float[Tensor, "n d"]) -> Representation:
@@ -196,9 +198,9 @@ def same_samples(x: Representation, y: Representation) -> None:
         raise ValueError(f"y: expected {x.n} samples as x has, got {y.n}")
 
 
-def _decomposed(centred: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor]:
+def _decomposed(centred: Float[Tensor, "n d"], rounding: float) -> tuple[Tensor, Tensor]:
     u, s, _ = torch.linalg.svd(double(centred), full_matrices=False)
-    keep = s > max(centred.shape) * torch.finfo(centred.dtype).eps * s[0]
+    keep = s > rounding * s[0]
     return u[:, keep], s[keep]
 
 

@@ -61,7 +61,8 @@ class RepresentationSimilarity(Callback):
         `similarity_to_initial/M/L`: scalar at each snapshot: now compared with before the first step.
         `similarity_to_final/M/L`: scalar for every snapshot, after training: then compared with the end.
         `similarity_to_final_normalised/M/L`: scalar for every snapshot, after training: (s − s₀) / (1 − s₀) of it, s₀
-            its value before training: the share of its own way to the end that a layer has gone.
+            its value before training: the share of its own way to the end that a layer has gone (NaN if that way is
+            shorter than 0.01).
         `similarity_maps/M/layer_by_epoch_to_initial`, `similarity_maps/M/layer_by_epoch_to_final`,
             `similarity_maps/M/layer_by_epoch_to_final_normalised`: images after training, one row per layer, one
             column per snapshot.

@@ -65,7 +65,10 @@ def doubt_table(found: Mapping[str, Doubt]) -> list[list[str]]:
 
 def _by_chance(found: Mapping[str, Doubt]) -> str:
     known = [doubt.chance for doubt in found.values() if doubt.chance == doubt.chance]
-    return f"By chance a layer scores {min(known):.2f} to {max(known):.2f}. " if known else ""
+    if not known:
+        return ""
+    low, high = f"{min(known):.2f}", f"{max(known):.2f}"
+    return f"By chance a layer scores {low}. " if low == high else f"By chance a layer scores {low} to {high}. "
 
 
 def _said(doubt: Doubt) -> str:
@@ -103,7 +106,10 @@ def _maps(
         kind = "layer_by_layer_to_final"
         table = layer_by_layer(name, measure, then, final)
         maps.append((f"{name}/{kind}", then.step, f"{kind}-{then.step:09d}", table))
-    return [(tag, step, file, replace(table, note=f"{note}{table.note}")) for tag, step, file, table in maps]
+    return [
+        (tag, step, file, table if table.legend else replace(table, note=f"{note}{table.note}"))
+        for tag, step, file, table in maps
+    ]
 
 
 def _frames(snapshots: Sequence[Snapshot]) -> list[Snapshot]:

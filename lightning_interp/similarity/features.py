@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_interp.batch import precise
 from lightning_interp.capture import hooked
-from lightning_interp.products import symmetric_product
-from lightning_interp.representation import Form, Representation, double
+from lightning_interp.representation import Form, Representation
+from lightning_interp.similarity.gram import Block, centred_gram
 from lightning_interp.similarity.layout import Layout, Reading, layout_of, rows
 from lightning_interp.similarity.sketch import Sketch
 
@@ -133,51 +132,72 @@ def representations(
     sketches = {
         call: Sketch(sketch, watched.label(call), seed) for call in summed if sketch and widths[call] > 2 * sketch
     }
-    held_widths = {call: sketches[call].size if call in sketches else width for call, width in widths.items()}
+    plan = _Plan(watched, n, widths, summed, sketches)
     grams: dict[Call, Tensor] = {}
     made: dict[Call, Representation] = {}
-    for columns in _passes(held_widths, summed, max(1, bytes_per_pass // (4 * n))):
-        held = _run(module, forward, batches, columns, watched, n, summed, sketches)
+    for columns in _passes(plan, max(1, bytes_per_pass // (4 * n))):
+        held = _run(module, forward, batches, columns, plan)
         for column in list(held):
             call, features = column.call, held.pop(column)
             if call in summed:
-                product = _gram(watched.label(call), features)
+                product = centred_gram(watched.label(call), features)
                 grams[call] = grams[call].add_(product) if call in grams else product
             else:
-                made[call] = _whole(watched.label(call), features.cpu())
+                made[call] = plan.whole(call, features.cpu())
     for call, kept in grams.items():
         made[call] = Representation(kept.cpu(), "gram", widths[call], sketches[call].size if call in sketches else 0)
     return {watched.label(call): made[call].reduced(form) for call in widths}
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What is taken of n samples: each call's width, which are summed to Gram matrices, which are sketched before."""
+
+    watched: Watch
+    n: int
+    widths: Mapping[Call, int]
+    summed: Set[Call]
+    sketches: Mapping[Call, Sketch]
+
+    def held(self, call: Call) -> int:
+        """Return how many columns of a call are held."""
+        return self.sketches[call].size if call in self.sketches else self.widths[call]
+
+    def features(self, call: Call, output: Any, mask: Tensor | None) -> Tensor:
+        """Return a call's features of one batch."""
+        layout = self.watched.layouts[call.layer][call.place]
+        assert layout is not None
+        features = precise(rows(output, layout, self.watched.reading, mask).detach())
+        if features.shape[1] != self.widths[call]:
+            raise ValueError(f"{call.layer}: expected {self.widths[call]} features, got {features.shape[1]}")
+        return self.sketches[call](features) if call in self.sketches else features
+
+    def whole(self, call: Call, features: Tensor) -> Representation:
+        """Return a call's features of all samples."""
+        label = self.watched.label(call)
+        layout = self.watched.layouts[call.layer][call.place]
+        if layout and not layout.many_rows(self.watched.reading) and len(features) != self.n:
+            raise ValueError(f"{label}: expected {self.n} samples, got {len(features)}")
+        if not bool(features.isfinite().all()):
+            raise ValueError(f"{label}: activations hold NaN or infinity")
+        return Representation(features, "features", features.shape[1])
+
+
 def _run(
-    module: nn.Module,
-    forward: Forward,
-    batches: Sequence[Any],
-    columns: Sequence[Columns],
-    watched: Watch,
-    n: int,
-    summed: Set[Call],
-    sketches: Mapping[Call, Sketch],
+    module: nn.Module, forward: Forward, batches: Sequence[Any], columns: Sequence[Columns], plan: _Plan
 ) -> dict[Columns, Tensor]:
     """Return the wanted columns of all samples, `(rows, columns)` each; to be summed: less the first batch's mean."""
     wanted = {column.call: column for column in columns}
-    blocks = {column: _Block(n) for column in columns if column.call in summed}
-    parts: dict[Columns, list[Tensor]] = {column: [] for column in columns if column.call not in summed}
+    blocks = {column: Block(plan.n) for column in columns if column.call in plan.summed}
+    parts: dict[Columns, list[Tensor]] = {column: [] for column in columns if column.call not in plan.summed}
     calls: dict[str, int] = {}
     mask: Tensor | None = None
 
     def hook(layer: str, _: nn.Module, __: Any, output: Any) -> None:
         call = Call(layer, calls.get(layer, 0))
         calls[layer] = call.place + 1
-        column = wanted.get(call)
-        layout = watched.layouts[layer][call.place] if column else None
-        if column and layout:
-            features = precise(rows(output, layout, watched.reading, mask).detach())
-            if call in sketches:
-                features = sketches[call](features)
-            if features.shape[1] < column.stop:
-                raise ValueError(f"{layer}: expected {column.stop} features or more, got {features.shape[1]}")
+        if column := wanted.get(call):
+            features = plan.features(call, output, mask)
             if column in blocks:
                 blocks[column].add(features[:, column.start : column.stop])
             else:
@@ -185,7 +205,7 @@ def _run(
 
     layers = list(dict.fromkeys(column.call.layer for column in columns))
     for batch in batches:
-        mask = watched.mask(batch)
+        mask = plan.watched.mask(batch)
         calls.clear()
         with torch.no_grad(), hooked(module, layers, hook):
             forward(batch)
@@ -193,74 +213,18 @@ def _run(
     return whole | {column: block.whole() for column, block in blocks.items()}
 
 
-class _Block:
-    """Rows of wide features, written batch by batch into memory that is reserved once, less the first batch's mean."""
-
-    def __init__(self, n: int) -> None:
-        self.n, self.filled = n, 0
-        self.shift: Tensor
-        self.rows: Tensor
-
-    def add(self, features: Tensor) -> None:
-        if not self.filled:
-            self.shift = features.mean(0)
-            self.rows = _reserved(self.n, features)
-        stop = self.filled + len(features)
-        if stop <= self.n:
-            torch.sub(features, self.shift, out=self.rows[self.filled : stop])
-        self.filled = stop
-
-    def whole(self) -> Tensor:
-        if self.filled != self.n:
-            raise ValueError(f"batches: expected {self.n} samples, got {self.filled}")
-        return self.rows
-
-
-def _reserved(n: int, like: Tensor) -> Tensor:
-    """Return memory for n rows; on the CPU NumPy's, which asks for huge pages: a quarter of the time to touch first."""
-    if like.device.type != "cpu":
-        return like.new_empty(n, like.shape[1])
-    return torch.from_numpy(np.empty((n, like.shape[1]), str(like.dtype).removeprefix("torch.")))
-
-
-def _passes(widths: Mapping[Call, int], divisible: Set[Call], columns_per_pass: int) -> list[list[Columns]]:
+def _passes(plan: _Plan, columns_per_pass: int) -> list[list[Columns]]:
     """Pack all calls' columns into passes, at most one block per call and pass."""
     passes: list[list[Columns]] = [[]]
     free = columns_per_pass
-    for call, width in widths.items():
-        start = 0
+    for call in plan.widths:
+        start, width = 0, plan.held(call)
         while start < width:
             if free <= 0:
                 passes.append([])
                 free = columns_per_pass
-            stop = min(width, start + free) if call in divisible else width
+            stop = min(width, start + free) if call in plan.summed else width
             passes[-1].append(Columns(call, start, stop))
             free -= stop - start
             start = stop
     return passes
-
-
-def _gram(label: str, block: Tensor) -> Tensor:
-    """Return the Gram matrix of a block's centred columns.
-
-    The block lacks the mean of its first batch. What is left of the mean is taken off the product, which costs no digit
-    where it is small, as it is unless the first batch was unlike the rest; then it is taken off the block before.
-    """
-    product = _product(block)
-    spread = product.diagonal().mean()
-    if not bool(spread.isfinite()):
-        raise ValueError(f"{label}: activations hold NaN or infinity, or are too large to be squared")
-    if product.mean() > spread / 2:
-        product = _product(block.sub_(block.mean(0)))
-    rows = product.mean(0) - product.mean() / 2
-    return product.sub_(rows + rows[:, None])
-
-
-def _product(block: Tensor) -> Tensor:
-    return symmetric_product(double(block) if block.is_cuda else block)
-
-
-def _whole(label: str, features: Tensor) -> Representation:
-    if not bool(features.isfinite().all()):
-        raise ValueError(f"{label}: activations hold NaN or infinity")
-    return Representation(features, "features", features.shape[1])

@@ -17,6 +17,7 @@ from lightning_interp.similarity.matrix import AnyMeasure, matrix, similarity
 from lightning_interp.similarity.null import chance, is_exact, standard_error
 
 MOST_NAMED = 6
+STILL = 0.01
 EPOCHS = "epoch (0: before training)"
 
 
@@ -120,10 +121,13 @@ def doubts(measure: AnyMeasure, a: Snapshot, b: Snapshot) -> dict[str, Doubt]:
 
 
 def normalised(values: Float[Tensor, "layer snapshot"], distance: bool = False) -> Float[Tensor, "layer snapshot"]:
-    """Return (s − s₀) / (1 − s₀), s₀ each row's first value: 0 at the start, 1 at the end; NaN where nothing moved."""
+    """Return (s − s₀) / (1 − s₀), s₀ each row's first value: 0 at the start, 1 at the end.
+
+    NaN where 1 − s₀ is below 0.01: of a layer that goes no way at all there is no share.
+    """
     end = 0.0 if distance else 1.0
     start = values[:, :1]
-    still = (end - start).abs() < 1e-6
+    still = (end - start).abs() < STILL
     return torch.where(still, torch.nan, (values - start) / torch.where(still, 1.0, end - start))
 
 
@@ -166,7 +170,11 @@ def _history(
     return History(
         by_epoch("to the initial state", to_initial, distance),
         by_epoch("to the final state", to_final, distance),
-        by_epoch("share of the way to the final state", way, distance=False),
+        replace(
+            by_epoch("share of the way to the final state", way, distance=False),
+            note=f"Left out: layers that end where they began, within {STILL:g}. {note}",
+            legend="0: as at the start, 1: at its end",
+        ),
     )
 
 

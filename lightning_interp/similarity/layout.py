@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from lightning_interp.batch import tensors
+from lightning_interp.batch import precise, tensors
 
 Maps = Literal["flatten", "pool", "positions"]
 Tokens = Literal["mean", "cls", "positions", "flatten"]
@@ -66,6 +66,10 @@ class Layout(NamedTuple):
             return torch.Size(self.shape).numel()
         return self.shape[-1] if self.channels_last else self.shape[0]
 
+    def many_rows(self, reading: Reading) -> bool:
+        """Say whether a sample becomes several rows."""
+        return self.kind != "vector" and getattr(reading, _argument(self.kind)) == "positions"
+
 
 def layout_of(part: nn.Module, output: Any, n: int) -> Layout | None:
     """Say how a layer's output is laid out; None where it holds no floats with one row per sample.
@@ -110,7 +114,7 @@ def rows(output: Any, layout: Layout, reading: Reading, mask: Bool[Tensor, "n to
     choice = getattr(reading, _argument(layout.kind))
     if choice == "flatten":
         return tensor.flatten(1)
-    tokens = tensor if layout.channels_last else tensor.movedim(1, -1)
+    tokens = precise(tensor if layout.channels_last else tensor.movedim(1, -1))
     if layout.kind == "map":
         if choice == "pool":
             return tokens.flatten(1, -2).mean(1)
@@ -138,8 +142,8 @@ def _of_tokens(tokens: Tensor, choice: str, mask: Tensor) -> Tensor:
     if choice == "cls":
         return tokens[:, 0]
     if choice == "mean":
-        weights = mask / mask.sum(1, keepdim=True).clamp(min=1)
-        return torch.einsum("ntd,nt->nd", tokens, weights.to(tokens.dtype))
+        kept = mask[..., None]
+        return (tokens * kept).sum(1) / kept.sum(1).clamp(min=1)
     picked = [kept.nonzero().flatten()[_spread(int(kept.sum()), PLACES)] for kept in mask]
     return torch.cat([sample[places] for sample, places in zip(tokens, picked, strict=True)])
 

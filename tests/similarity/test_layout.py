@@ -84,3 +84,11 @@ def test_the_choice_is_in_the_tag(unchecked: None) -> None:
     with pytest.raises(ValueError, match="maps: expected one of flatten, pool, positions, got 'average'"):
         Reading("average")  # type: ignore[arg-type]
     assert Layout("map", True, False, (3, 8, 8)).width(Reading("pool")) == 3
+
+
+def test_means_of_half_precision_outputs_are_taken_in_float32() -> None:
+    x = (torch.randn(3, 500, 4) + 30).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = read(nn.Linear(4, 4), x, 3)
+    assert found.dtype is torch.float32
+    assert torch.allclose(found, x.float().mean(1), atol=1e-4)

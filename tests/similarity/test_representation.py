@@ -113,3 +113,20 @@ def test_canonical_directions(pair: tuple[Tensor, Tensor]) -> None:
     reduced = SVCCA(0.9).directions(x, y)
     assert len(reduced.correlations) == min(SVCCA(0.9).kept(prepare(z)) for z in pair)
     assert float(reduced.correlations.mean()) == pytest.approx(float(SVCCA(0.9)(x, y)), abs=1e-9)
+
+
+@pytest.mark.parametrize("width", [60, 180, 900])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_rank_is_that_of_what_was_computed(width: int, dtype: torch.dtype) -> None:
+    """A product of 20 directions, rounded like a layer's output, has 20 and no direction of rounding."""
+    x = torch.randn(200, 20, dtype=dtype) @ torch.randn(20, width, dtype=dtype) + 3
+    assert prepare(x).rank == 20
+
+
+def test_weak_directions_of_float32_features_count() -> None:
+    """A direction of a hundred-thousandth of the strongest is far above rounding, and CCA sees it."""
+    x = torch.randn(600, 30, dtype=torch.float64)
+    x *= torch.logspace(0, -5, 30, dtype=torch.float64)
+    y = x @ torch.randn(30, 12, dtype=torch.float64) + 0.1 * torch.randn(600, 12, dtype=torch.float64)
+    assert prepare(x.float()).rank == 30
+    assert float(CCA()(x.float(), y.float())) == pytest.approx(float(CCA()(x, y)), abs=1e-4)
