@@ -91,18 +91,18 @@ def compare(
         raise ValueError(f"epochs: expected one for each of {len(runs)} runs, got {len(wanted)}")
     snapshots = [_snapshot(store, epoch) for store, epoch in zip(stores, wanted, strict=True)]
     _enough_kept(runs, snapshots, measures)
+    n = stores[0].manifest["probe"]["n"]
     names, pairs = _names(runs), tuple(itertools.combinations(range(len(runs)), 2))
     maps = {
-        tag(measure): [_table(measure, snapshots[a], snapshots[b], names[a], names[b]) for a, b in pairs]
+        tag(measure): [_table(measure, snapshots[a], snapshots[b], names[a], names[b], n) for a, b in pairs]
         for measure in measures
     }
     return Comparison(names, maps, pairs)
 
 
-def _table(measure: AnyMeasure, a: Snapshot, b: Snapshot, row_title: str, column_title: str) -> SimilarityMap:
+def _table(measure: AnyMeasure, a: Snapshot, b: Snapshot, row_title: str, column_title: str, n: int) -> SimilarityMap:
     a, b = (dataclasses.replace(snapshot, layers=dict(snapshot.layers)) for snapshot in (a, b))
     values = matrix(measure, list(a.layers.values()), list(b.layers.values()))
-    n = next(iter(a.layers.values())).n
     title = f"epoch {a.epoch} and epoch {b.epoch}"
     layers = tuple(a.layers), tuple(b.layers)
     note = "; ".join(dict.fromkeys(said for snapshot in (a, b) if (said := cautions(measure, snapshot))))

@@ -38,15 +38,17 @@ def tell(
         progress: shows how far it is.
     """
     snapshots = [store.read(step) for step in store.steps]
-    final = snapshots[-1]
+    final, n = snapshots[-1], int(store.manifest["probe"]["n"])
     compared = histories(measures, snapshots, progress)
     drawn: dict[str, dict[str, bytes]] = {}
     tables: dict[str, list[list[str]]] = {}
     for name, history in compared.items():
         _curves(board, name, store.steps, history)
-        found = doubts(measures[name], snapshots[0], final)
-        maps = _maps(name, measures[name], snapshots, history, _by_chance(found))
-        drawn[name] = {file: _draw(board, folder, tag, step, file, table) for tag, step, file, table in maps}
+        found = doubts(measures[name], snapshots[0], final, n)
+        drawn[name] = {
+            file: _draw(board, folder, where, step, file, _noted(table, n, found))
+            for where, step, file, table in _maps(name, measures[name], snapshots, history)
+        }
         tables[name] = doubt_table(found)
         board.text(f"similarity_doubt/{clean(name)}", _markdown(tables[name]), final.step)
     said = [*notes, "1 means the same up to the measure's invariance, 0 unrelated."]
@@ -63,12 +65,14 @@ def doubt_table(found: Mapping[str, Doubt]) -> list[list[str]]:
     ]
 
 
-def _by_chance(found: Mapping[str, Doubt]) -> str:
+def _noted(table: SimilarityMap, n: int, found: Mapping[str, Doubt]) -> SimilarityMap:
+    """Return the map with the number of samples, and what its values would be by chance."""
     known = [doubt.chance for doubt in found.values() if doubt.chance == doubt.chance]
-    if not known:
-        return ""
+    if not known or table.legend:
+        return replace(table, n=n)
     low, high = f"{min(known):.2f}", f"{max(known):.2f}"
-    return f"By chance a layer scores {low}. " if low == high else f"By chance a layer scores {low} to {high}. "
+    said = f"By chance a layer scores {low if low == high else f'{low} to {high}'}. {table.note}"
+    return replace(table, n=n, note=said)
 
 
 def _said(doubt: Doubt) -> str:
@@ -91,9 +95,9 @@ def _curves(board: Board, name: str, steps: Sequence[int], history: History) -> 
 
 
 def _maps(
-    name: str, measure: AnyMeasure, snapshots: Sequence[Snapshot], history: History, note: str
+    name: str, measure: AnyMeasure, snapshots: Sequence[Snapshot], history: History
 ) -> list[tuple[str, int, str, SimilarityMap]]:
-    """Return the maps of a measure as (tag, step, file, map)."""
+    """Return the maps of a measure as (where on the board, step, file, map)."""
     final = snapshots[-1]
     by_epoch = {
         "layer_by_epoch_to_initial": history.to_initial,
@@ -106,10 +110,7 @@ def _maps(
         kind = "layer_by_layer_to_final"
         table = layer_by_layer(name, measure, then, final)
         maps.append((f"{name}/{kind}", then.step, f"{kind}-{then.step:09d}", table))
-    return [
-        (tag, step, file, table if table.legend else replace(table, note=f"{note}{table.note}"))
-        for tag, step, file, table in maps
-    ]
+    return maps
 
 
 def _frames(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
@@ -118,9 +119,9 @@ def _frames(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
     return [snapshots[place] for place in sorted(set(places.tolist())) if place < len(snapshots) - 1]
 
 
-def _draw(board: Board, folder: Folder, tag: str, step: int, file: str, table: SimilarityMap) -> bytes:
+def _draw(board: Board, folder: Folder, where: str, step: int, file: str, table: SimilarityMap) -> bytes:
     pixels = figures.heat_map(table)
-    board.image(f"similarity_maps/{tag}", pixels, step)
+    board.image(f"similarity_maps/{where}", pixels, step)
     drawn = figures.png(pixels)
     folder.write(f"similarity/{clean(table.measure)}-{file}.png", drawn)
     return drawn

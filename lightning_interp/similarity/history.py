@@ -18,7 +18,6 @@ from lightning_interp.similarity.null import chance, is_exact, standard_error
 
 MOST_NAMED = 6
 STILL = 0.01
-EPOCHS = "epoch (0: before training)"
 
 
 class History(NamedTuple):
@@ -97,26 +96,28 @@ def layer_by_layer(name: str, measure: AnyMeasure, then: Snapshot, final: Snapsh
 def with_doubt(table: SimilarityMap, measure: AnyMeasure, a: Snapshot, b: Snapshot) -> SimilarityMap:
     """Return the map of two snapshots' layers with what each value would be by chance, and its standard error.
 
-    Where chance is known only from permutations, it is worked out for layers of the same name alone.
+    Where chance is known only from permutations, it is worked out for layers of the same name alone. Rows that are
+    several to a sample are not independent of each other: both are NaN.
     """
     rows, columns = dict(a.layers), dict(b.layers)
     chances = torch.full_like(table.values, torch.nan)
     errors = chances.clone()
     for i, (row, x) in enumerate(rows.items()):
         for j, (column, y) in enumerate(columns.items()):
-            if row == column or is_exact(measure):
-                chances[i, j] = chance(measure, x, y)
-            errors[i, j] = standard_error(measure, x, y)
+            if x.n == y.n == table.n:
+                errors[i, j] = standard_error(measure, x, y)
+                chances[i, j] = chance(measure, x, y) if row == column or is_exact(measure) else torch.nan
     return replace(table, chance=chances, standard_error=errors)
 
 
-def doubts(measure: AnyMeasure, a: Snapshot, b: Snapshot) -> dict[str, Doubt]:
-    """Return how far to trust each layer's similarity between two snapshots of the same samples."""
-    found = {}
+def doubts(measure: AnyMeasure, a: Snapshot, b: Snapshot, n: int) -> dict[str, Doubt]:
+    """Return how far to trust each layer's similarity between two snapshots of the same `n` samples."""
+    found, nan = {}, float("nan")
     for layer in b.layers:
         x, y = a.layers[layer], b.layers[layer]
         value = float(similarity(measure, x, y))
-        found[layer] = Doubt(value, chance(measure, x, y), standard_error(measure, x, y), _caution(measure, y))
+        by_chance, error = (chance(measure, x, y), standard_error(measure, x, y)) if x.n == y.n == n else (nan, nan)
+        found[layer] = Doubt(value, by_chance, error, _caution(measure, y))
     return found
 
 
@@ -160,11 +161,11 @@ def _history(
     name: str, measure: AnyMeasure, snapshots: Sequence[Snapshot], to_initial: Tensor, to_final: Tensor
 ) -> History:
     final = snapshots[-1]
-    layers, columns = tuple(final.layers), moments(snapshots)
+    layers, (by, columns) = tuple(final.layers), _moments(snapshots)
     n, note, distance = next(iter(final.layers.values())).n, cautions(measure, final), is_distance(measure)
 
     def by_epoch(title: str, values: Tensor, distance: bool) -> SimilarityMap:
-        return SimilarityMap(name, title, layers, columns, values, "layer", EPOCHS, n, note, distance)
+        return SimilarityMap(name, title, layers, columns, values, "layer", by, n, note, distance)
 
     way = normalised(to_final, distance)
     return History(
@@ -178,8 +179,9 @@ def _history(
     )
 
 
-def moments(snapshots: Sequence[Snapshot]) -> tuple[str, ...]:
-    """Return each snapshot's epoch; with the step where an epoch has several."""
+def _moments(snapshots: Sequence[Snapshot]) -> tuple[str, tuple[str, ...]]:
+    """Return what snapshots are named by, and each one's name: its epoch, and the step where an epoch has several."""
     epochs = [snapshot.epoch for snapshot in snapshots]
-    several = len(set(epochs)) < len(epochs)
-    return tuple(f"{s.epoch} · {s.step}" if several else str(s.epoch) for s in snapshots)
+    if len(set(epochs)) == len(epochs):
+        return "epoch (0: before training)", tuple(map(str, epochs))
+    return "epoch · step", tuple(f"{snapshot.epoch} · {snapshot.step}" for snapshot in snapshots)
