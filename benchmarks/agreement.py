@@ -259,7 +259,8 @@ def simtorch_procrustes(net: nn.Module, loader: Batches) -> float:
 
 
 def streaming(net: nn.Module, loader: Batches) -> float:
-    metric = StreamingCKA(*(net.get_parameter(f"{layer}.table").shape[1] for layer in ("x", "y")))
+    width_x, width_y = (net.get_parameter(f"{layer}.table").shape[1] for layer in ("x", "y"))
+    metric = StreamingCKA(width_x, width_y)
     for index, _ in loader:
         with capture(net, ["x", "y"], lambda _, __, output: output.clone()) as seen:
             net(index)

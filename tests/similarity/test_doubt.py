@@ -173,3 +173,16 @@ def test_chance_from_narrow_features_equals_that_from_gram_matrices() -> None:
         measure = CKA(debiased=debiased)
         assert float(measure.between(x, y)) == pytest.approx(float(measure.between(*wide)), abs=1e-12)
         assert float(measure.between(x, y)) == pytest.approx(float(measure.between(x, wide[1])), abs=1e-12)
+
+
+@pytest.mark.parametrize(("offset", "digits"), [(0, 1e-12), (100, 1e-8)])  # fourth powers of the offset cancel
+def test_a_debiased_stream_equals_the_whole(offset: float, digits: float, pair: tuple[Tensor, Tensor]) -> None:
+    x, y = (z + offset for z in pair)
+    metric = StreamingCKA(30, 20, debiased=True)
+    for a, b in zip(x.split(7), y.split(7), strict=True):
+        metric.update(a, b)
+    assert float(metric.compute()) == pytest.approx(float(CKA(debiased=True)(*pair)), abs=digits)
+    few = StreamingCKA(2, 2, debiased=True)
+    few.update(torch.randn(3, 2), torch.randn(3, 2))
+    with pytest.raises(ValueError, match="at least 4 samples, got 3"):
+        few.compute()
