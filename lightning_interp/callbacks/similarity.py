@@ -15,6 +15,16 @@ from lightning_interp.batch import device_of, size, take, to_device
 from lightning_interp.board import Board, tag
 from lightning_interp.callbacks.access import Source, given_samples, in_precision, validation_source
 from lightning_interp.callbacks.shell import OnError, Shell, begun, progress_of, run_folder
+from lightning_interp.callbacks.similarity_arguments import (
+    FEWEST,
+    OWNER,
+    check_layers,
+    check_measures,
+    check_storage,
+    check_whole,
+    checked_sketch,
+    how_often,
+)
 from lightning_interp.callbacks.similarity_maps import tell
 from lightning_interp.errors import ArgumentError
 from lightning_interp.layers import default_layers, match_layers
@@ -33,9 +43,6 @@ from lightning_interp.storage import (
     snapshot_state,
 )
 from lightning_interp.task import Task
-
-FEWEST = 4
-OWNER = "RepresentationSimilarity"
 
 
 @dataclass
@@ -117,15 +124,12 @@ class RepresentationSimilarity(Callback):
         task: Task = Task(),
         on_error: OnError = "warn",
     ) -> None:
-        _check_layers(layers)
-        _check_measures(measures)
-        _check_whole("samples", samples, FEWEST)
-        self.every_n_epochs, self.every_n_steps = _often(every_n_epochs, every_n_steps)
-        if store not in ("compact", "activations"):
-            raise ValueError(f'{OWNER}(store=...): expected "compact" or "activations", got {store!r}')
-        if isinstance(budget_mb, bool) or not isinstance(budget_mb, (int, float)) or not budget_mb > 0:
-            raise ValueError(f"{OWNER}(budget_mb=...): expected a positive number, got {budget_mb!r}")
-        self.sketch = _check_sketch(sketch, measures, store)
+        check_layers(layers)
+        check_measures(measures)
+        check_whole("samples", samples, FEWEST)
+        self.every_n_epochs, self.every_n_steps = how_often(every_n_epochs, every_n_steps)
+        check_storage(store, budget_mb)
+        self.sketch = checked_sketch(sketch, measures, store)
         self.layers = None if layers is None else tuple(layers)
         self.reading = Reading(maps, tokens)
         self.measures = {tag(measure) + self.reading.tag: measure for measure in measures}
@@ -323,49 +327,3 @@ def _resumed(folder: Folder, facts: dict[str, Any], step: int, earlier: dict[str
     else:
         store.adopt(history.read(s) for s in history.steps if initial.step < s <= step)
     return store
-
-
-def _check_layers(layers: Any) -> None:
-    if layers is not None and (isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers)):
-        raise TypeError(f"{OWNER}(layers=...): expected a list of names or patterns, got {layers!r}")
-    if layers is not None and not list(layers):
-        raise ValueError(f"{OWNER}(layers=...): expected at least one name or pattern, or None; got none")
-
-
-def _check_measures(measures: Any) -> None:
-    if not isinstance(measures, (list, tuple)) or not measures:
-        raise TypeError(f"{OWNER}(measures=...): expected a list of at least one measure, got {measures!r}")
-    for measure in measures:
-        if isinstance(measure, type) or not (callable(measure) or callable(getattr(measure, "between", None))):
-            raise TypeError(
-                f"{OWNER}(measures=...): expected measures such as CKA() or functions of two tensors, got {measure!r}"
-            )
-    names = [tag(measure) for measure in measures]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{OWNER}(measures=...): expected each measure once, got {', '.join(names)}")
-
-
-def _check_sketch(sketch: int | None, measures: Sequence[AnyMeasure], store: str) -> int | None:
-    if sketch is not None:
-        _check_whole("sketch", sketch, 64)
-        if needs(measures) != "gram" or store != "compact":
-            raise ValueError(
-                f'{OWNER}(sketch=...): expected kinds of linear CKA as measures, and store="compact", got'
-                f" {', '.join(map(tag, measures))} and store={store!r}"
-            )
-    return sketch
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{OWNER}({name}=...): expected a whole number from {least}, got {value!r}")
-
-
-def _often(epochs: int | None, steps: int | None) -> tuple[int | None, int | None]:
-    """Return every how many epochs and steps; exactly one of the two is given then."""
-    for name, value in (("every_n_epochs", epochs), ("every_n_steps", steps)):
-        if value is not None:
-            _check_whole(name, value, 1)
-    if epochs is not None and steps is not None:
-        raise ValueError(f"{OWNER}(every_n_steps=...): expected it or every_n_epochs=, got both")
-    return (1 if steps is None else None) if epochs is None else epochs, steps

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_interp import DataInfluence, InputAttribution, RepresentationSimilarity, Task
+from lightning_interp.similarity import CKA
 from lightning_interp.storage import Folder, open_store
 from tests.models import Net, Shapes, loaders, trainer
 
@@ -178,6 +179,13 @@ def test_bad_configuration_fails_before_the_first_batch(callback: L.Callback, sa
         (lambda: RepresentationSimilarity(measures=["CKA"]), "measures such as CKA"),
         (lambda: RepresentationSimilarity(measures=[]), "at least one measure"),
         (lambda: RepresentationSimilarity(samples=2), "whole number from 4, got 2"),
+        (lambda: RepresentationSimilarity(maps="average"), "maps: expected one of flatten, pool, positions"),
+        (lambda: RepresentationSimilarity(tokens="last"), "tokens: expected one of mean, cls, positions, flatten"),
+        (lambda: RepresentationSimilarity(every_n_steps=0), r"every_n_steps=...\): expected a whole number from 1"),
+        (lambda: RepresentationSimilarity(every_n_epochs=1, every_n_steps=9), "or every_n_epochs=, got both"),
+        (lambda: RepresentationSimilarity(store="all"), '"compact" or "activations", got .all'),
+        (lambda: RepresentationSimilarity(budget_mb=0), "expected a positive number, got 0"),
+        (lambda: RepresentationSimilarity(measures=[CKA()], sketch=3), "sketch=.*whole number from 64, got 3"),
         (lambda: RepresentationSimilarity(on_error="ignore"), '"warn" or "raise"'),
         (lambda: InputAttribution(methods=["GradCAM"]), "attributors such as Saliency"),
         (lambda: InputAttribution(samples=0), "whole number from 1, got 0"),
@@ -187,7 +195,7 @@ def test_bad_configuration_fails_before_the_first_batch(callback: L.Callback, sa
         (lambda: DataInfluence(budget_seconds=-1), "seconds above 0"),
     ],
 )
-def test_arguments_are_checked_at_once(make_it: Any, says: str) -> None:
+def test_arguments_are_checked_at_once(make_it: Any, says: str, unchecked: None) -> None:
     with pytest.raises((ValueError, TypeError), match=says):
         make_it()
 
