@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.nets import ResNet20, digits, trained
 from lightning_interp.records import Snapshot
 from lightning_interp.representation import Form, Representation
-from lightning_interp.similarity import CKA, SVCCA, AnyMeasure, Measure, Procrustes, Reading, matrix
+from lightning_interp.similarity import CKA, SVCCA, AnyMeasure, Measure, Procrustes, matrix
 from lightning_interp.similarity.features import Watch, representations, watch
 from lightning_interp.similarity.history import histories
 from lightning_interp.storage import Folder, new_store
@@ -51,7 +51,7 @@ def captured(net: nn.Module, images: Tensor, batch: int, form: Form, **options: 
 
 
 def watched(net: nn.Module, images: Tensor) -> Watch:
-    return watch(net, net, images[:3], 3, Reading()).of(LAYERS)
+    return watch(net, net, [images[:3], images[:2]]).of(LAYERS)
 
 
 def ours(net: nn.Module, images: Tensor, **options: Any) -> Tensor:

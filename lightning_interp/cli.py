@@ -63,8 +63,12 @@ def _print(measure: str, found: Comparison) -> None:
     print(f"\n{measure} of each layer with the layer of the same name (n = {found.maps[measure][0].n} samples)")
     for row in rows:
         print("  " + "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for note in dict.fromkeys(table.note for table in found.maps[measure] if table.note):
+        print(f"  {note}")
     share = found.correspondence(measure)
-    print(f"  most similar layer has the same name: {share:.0%}" if share == share else "  no layers to match")
+    print(
+        f"  most similar layer has the same name: {share:.0%}" if share == share else "  no layer with a value to match"
+    )
 
 
 def _write(found: Comparison, folder: Folder) -> None:

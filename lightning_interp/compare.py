@@ -48,20 +48,24 @@ class Comparison:
     def correspondence(self, measure: str) -> float:
         """Return how often a layer's most similar layer in another run is the layer of the same name.
 
-        Over all layers, pairs and both directions, in [0, 1]; NaN where runs share no layer, or a value is not defined.
+        Over all layers, pairs and both directions, in [0, 1]; layers whose own value is not defined are left out, NaN
+        where no layer is left.
 
         Reference: the sanity check of Kornblith et al. 2019, section 6.1.
         """
         hits: list[bool] = []
         for table in self.maps[measure]:
-            if table.values.isnan().any():
-                return float("nan")
             for rows, columns, values in (
                 (table.rows, table.columns, table.values),
                 (table.columns, table.rows, table.values.T),
             ):
-                best = values.argmin(1) if table.distance else values.argmax(1)
-                hits += [columns[int(best[i])] == row for i, row in enumerate(rows) if row in columns]
+                known = values.nan_to_num(nan=torch.inf if table.distance else -torch.inf)
+                best = known.argmin(1) if table.distance else known.argmax(1)
+                hits += [
+                    columns[int(best[i])] == row
+                    for i, row in enumerate(rows)
+                    if row in columns and not values[i, columns.index(row)].isnan()
+                ]
         return sum(hits) / len(hits) if hits else float("nan")
 
 
@@ -80,7 +84,7 @@ def compare(
     Raises:
         FileNotFoundError: a run has no snapshots.
         ValueError: fewer than two runs, different samples, an epoch that a run does not have, or a measure that
-            needs more than a run kept.
+            needs singular vectors where a run kept none. Where neurons are needed and were not kept, the value is NaN.
     """
     if len(runs) < 2:
         raise ValueError(f"runs: expected at least two, got {len(runs)}")

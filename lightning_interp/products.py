@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,13 +12,16 @@ LEAF = 64
 def symmetric_product(x: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
     """Return X Xᵀ, only the blocks on and below the diagonal computed where that saves time: on the CPU.
 
-    Whatever `torch.set_float32_matmul_precision` says, float32 on the CPU stays float32.
+    Where `torch.set_float32_matmul_precision` allows less than float32, the product is one of float64.
     """
     if x.device.type != "cpu":
         return x @ x.T
-    product = x.new_empty(len(x), len(x))
-    with torch.no_grad(), _full_precision():
-        _lower(x, product)
+    if x.dtype is torch.float32 and _rounds():
+        return symmetric_product(x.double()).float()
+    product = x.new_zeros(len(x), len(x))
+    if x.numel():
+        with torch.no_grad():
+            _lower(x, product)
     return product.tril_().add_(product.tril(-1).T)
 
 
@@ -57,21 +57,8 @@ def _onednn() -> torch._ops.OpOverloadPacket | None:
 _ONEDNN = _onednn()
 
 
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """Keep float32 products from being rounded to bfloat16 or TensorFloat-32."""
+def _rounds() -> bool:
+    """Say whether float32 products may be rounded to bfloat16 or TensorFloat-32, as the user allowed."""
     setting = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9 and newer
-    if setting is None:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    precision = setting.fp32_precision
-    setting.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = precision
+    allowed = torch.get_float32_matmul_precision() if setting is None else setting.fp32_precision
+    return allowed not in ("highest", "ieee", "none")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar, get_args
 
@@ -32,12 +32,14 @@ class Representation:
         form: what they are.
         width: number of neurons d.
         sketch: where the Gram matrix is an estimate from a random sketch, its number of columns; else 0.
+        signs: which random signs the sketch was made with.
     """
 
     values: Float[Tensor, "n k"]
     form: Form
     width: int
     sketch: int = 0
+    signs: int = 0
     _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -88,14 +90,18 @@ class Representation:
         if self.form == form or (self.form == "features" and (form == "features" or self.width <= longest)):
             return self
         if form == "gram":
-            return Representation(self._gram, "gram", self.width, self.sketch)
+            return Representation(self._gram, "gram", self.width, self.sketch, self.signs)
         return Representation((self.u * self.s).float(), "scores", self.width)
 
     def shuffled(self, order: Int[Tensor, " n"]) -> Representation:
         """Return the same layer with its samples in another order."""
+        if not self.factorable:
+            return replace(self, values=self.values[order][:, order])
+        shuffled = Representation((self.u * self.s)[order], "scores", self.width)
         if self.form == "features":
-            return Representation(self.values[order], "features", self.width)
-        return Representation((self.u * self.s)[order], "scores", self.width)
+            shuffled = Representation(self.values[order], "features", self.width)
+        shuffled.__dict__["_factors"] = self.u[order], self.s  # known already
+        return shuffled
 
     def derived(self, key: Hashable, make: Callable[[Representation], T]) -> T:
         """Return what a measure makes of this layer alone, made once and kept under `key`."""
@@ -122,13 +128,13 @@ class Representation:
             return scores / lengths, lengths
         half = self.values.dtype in (torch.float16, torch.bfloat16)
         eps = torch.finfo(torch.float32 if half else self.values.dtype).eps
-        # Rounding of n features moves singular values by about √n eps of the largest, rounding of a sum of their
-        # products moves eigenvalues by eps of the largest.
+        # Rounding of n features moves singular values by less than √n eps of the largest; rounding of a sum of their
+        # products moves eigenvalues by up to three eps of the largest.
         rounding = self.n**0.5 * eps
         if self.form == "features" and 2 * self.width <= self.n:
             return _decomposed(centre(self.values), rounding)
         exact = self.form == "features" and (self.width <= self.n or self.values.is_cuda)
-        return _eigen(self.gram, rounding**2 if exact else eps)
+        return _eigen(self.gram, rounding**2 if exact else 10 * eps)
 
 
 def prepare(features: Float[Tensor, "n d"]) -> Representation:
@@ -165,7 +171,8 @@ def centre(features: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
 def gram(centred: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
     """Return X Xᵀ: in float64 where d ≤ n, and on CUDA, whose float32 products may be of TensorFloat-32.
 
-    Wider layers keep their own precision: exact to 1e-9 for CKA and 1e-7 for SVCCA from float32.
+    Wider layers keep their own precision: from float32 exact to 1e-9 for CKA and 1e-7 for SVCCA, unless single samples
+    are hundreds of times longer than the rest.
     """
     exact = centred.shape[1] <= centred.shape[0] or centred.device.type == "cuda"
     return symmetric_product(double(centred) if exact else centred)

@@ -75,6 +75,11 @@ class Folder:
         system, path = fsspec.core.url_to_fs(self.file(name))
         return bytes(system.cat_file(path, start, stop))
 
+    def names(self, pattern: str) -> list[str]:
+        """Return the names of the files in this folder that a glob pattern matches."""
+        system, path = fsspec.core.url_to_fs(self.file(pattern))
+        return [posixpath.basename(found) for found in system.glob(path)]
+
     def remove(self, name: str) -> None:
         """Delete a file, if it is there."""
         system, path = fsspec.core.url_to_fs(self.file(name))
@@ -98,6 +103,18 @@ class SnapshotStore:
     def steps(self) -> list[int]:
         """Optimizer steps at which snapshots were taken, ascending."""
         return [entry["step"] for entry in self.manifest["snapshots"]]
+
+    @property
+    def thinned(self) -> int:
+        """Number of snapshots that were deleted to stay within a budget."""
+        return int(self.manifest.get("thinned", 0))
+
+    def tidy(self) -> None:
+        """Delete snapshots in the folder that are not listed, of an earlier run in the same place."""
+        listed = {entry["file"] for entry in self.manifest["snapshots"]}
+        for name in self.folder.names("snapshot-*.safetensors"):
+            if name not in listed:
+                self.folder.remove(name)
 
     def append(self, snapshot: Snapshot) -> None:
         """Write a snapshot and list it; one of the same step is replaced."""
@@ -132,6 +149,13 @@ class SnapshotStore:
         for snapshot in earlier:
             self.append(snapshot)
 
+    def forget_after(self, step: int) -> None:
+        """Delete the snapshots of later steps: a run that goes on from an earlier checkpoint takes them anew."""
+        entries = self.manifest["snapshots"]
+        self.manifest["snapshots"] = [entry for entry in entries if entry["step"] <= step]
+        self._write_manifest()
+        self.tidy()
+
     def thin(self, most_bytes: float) -> list[int]:
         """Delete snapshots until the rest fit, so that those left stay evenly spread; the first and the last stay.
 
@@ -144,6 +168,7 @@ class SnapshotStore:
             gaps = [after["step"] - before["step"] for before, after in zip(entries, entries[2:], strict=False)]
             removed.append(entries.pop(1 + gaps.index(min(gaps))))
         if removed:
+            self.manifest["thinned"] = self.thinned + len(removed)
             self._write_manifest()
             for entry in removed:
                 self.folder.remove(entry["file"])
@@ -206,8 +231,10 @@ class _StoredLayers(Mapping[str, Representation]):
         start, header = self._header
         about = header[layer]
         first, last = about["data_offsets"]
-        raw = bytearray(self._folder.read(self._file, start + first, start + last))
-        values = torch.frombuffer(raw, dtype=DTYPES[about["dtype"]]).reshape(about["shape"])
+        values = torch.empty(about["shape"], dtype=DTYPES[about["dtype"]])
+        if values.numel():
+            raw = bytearray(self._folder.read(self._file, start + first, start + last))
+            values = torch.frombuffer(raw, dtype=values.dtype).reshape(about["shape"])
         return _unpacked(values, self._facts[layer])
 
     @cached_property
@@ -227,7 +254,7 @@ def _packed(snapshot: Snapshot) -> tuple[dict[str, Tensor], dict[str, dict[str, 
     """Return each layer's numbers, and what they are.
 
     Of a Gram matrix the lower half is kept, in half precision after scaling, which CKA does not see: it stays exact
-    to 1e-5 and takes n (n + 1) bytes.
+    to 1e-5, unless single samples are hundreds of times longer than the rest, and takes n (n + 1) bytes.
     """
     held, facts = {}, {}
     for layer, r in snapshot.layers.items():
@@ -237,7 +264,7 @@ def _packed(snapshot: Snapshot) -> tuple[dict[str, Tensor], dict[str, dict[str, 
             scaled = r.gram.cpu() * (LARGEST / r.gram.abs().max().clamp(min=torch.finfo(torch.float64).tiny)).cpu()
             values = scaled[rows, columns].half()
         held[layer] = values.contiguous()
-        facts[layer] = {"form": r.form, "width": r.width, "sketch": r.sketch, "n": r.n}
+        facts[layer] = {"form": r.form, "width": r.width, "sketch": r.sketch, "signs": r.signs, "n": r.n}
     return held, facts
 
 
@@ -249,7 +276,7 @@ def _unpacked(values: Tensor, facts: Mapping[str, Any]) -> Representation:
         gram[rows, columns] = values
         gram[columns, rows] = values
         values = gram
-    return Representation(values, facts["form"], facts["width"], facts["sketch"])
+    return Representation(values, facts["form"], facts["width"], facts["sketch"], facts["signs"])
 
 
 def _is_local(system: Any) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_interp import DataInfluence, InputAttribution, RepresentationSimilarity
 from lightning_interp.influence import InfluenceFunction
 from lightning_interp.representation import Representation
-from lightning_interp.similarity import CKA, PWCCA, SVCCA, Procrustes, RBFKernel, Reading, matrix
+from lightning_interp.similarity import CKA, PWCCA, SVCCA, Procrustes, RBFKernel, matrix
 from lightning_interp.similarity.features import representations, watch
 from lightning_interp.storage import Folder, open_store
 from tests.models import Net, Shapes, loaders, trainer
@@ -34,7 +34,7 @@ def test_a_capture_equals_that_on_the_cpu_whatever_precision_is_set(precision: s
 
     def taken(device: str) -> list[Representation]:
         module, batches = net.to(device), images.to(device).split(16)
-        watched = watch(module, module, batches[0][:3], 3, Reading()).of(["conv1", "conv2", "head"])
+        watched = watch(module, module, [batches[0][:3], batches[0][:2]]).of(["conv1", "conv2", "head"])
         return list(representations(module, module, batches, watched, 60, "gram").values())
 
     torch.set_float32_matmul_precision(precision)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ from lightning_interp.records import Snapshot
 from lightning_interp.similarity import CKA, SVCCA, AnyMeasure, Maps, Reading, Tokens
 from lightning_interp.similarity.features import Watch, representations, watch
 from lightning_interp.similarity.history import layerwise
-from lightning_interp.similarity.matrix import needs
+from lightning_interp.similarity.matrix import needs, similarity
 from lightning_interp.storage import (
     Folder,
     SnapshotStore,
@@ -45,16 +45,15 @@ from lightning_interp.storage import (
 from lightning_interp.task import Task
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Run:
-    """What one fit goes by: its folder, its probe, what to watch, its history, where it began, what was thinned."""
+    """What one fit goes by: its folder, its probe, what to watch, its history and where it began."""
 
     folder: Folder
     probe: Probe
     watched: Watch
     store: SnapshotStore
     initial: dict[str, Any]
-    thinned: int = field(default=0)
 
 
 class RepresentationSimilarity(Callback):
@@ -201,7 +200,8 @@ class RepresentationSimilarity(Callback):
         )
         probe = take_probe(source.samples, self.samples, source.name, self.task)
         if probe.n < FEWEST:
-            raise ArgumentError(f"probe: expected at least {FEWEST} samples to compare, got {probe.n}")
+            kind = ValueError if self.probe is None else ArgumentError
+            raise kind(f"probe: expected at least {FEWEST} samples to compare, got {probe.n} of the {source.name}")
         watched = self._choose(trainer, module, probe)
         if differs := _differs(earlier, probe, watched):
             self._shell.switch_off(f"its {differs} differ from those of the run that it goes on with")
@@ -211,16 +211,18 @@ class RepresentationSimilarity(Callback):
         else:
             if trainer.global_step:
                 rank_zero_warn(f"{OWNER}: 'initial' is step {trainer.global_step}, where this run starts")
-            before = self._look(trainer, module, probe, watched, trainer.current_epoch)
+            before = self._look(trainer, module, probe, watched, folder, trainer.current_epoch)
             store, initial = new_store(folder.folder("similarity"), self._facts(probe)), snapshot_state(before)
             store.append(before)
+        store.tidy()
+        self._try(snapshot_from_state(initial))
         self._run, self._restored = _Run(folder, probe, watched, store, initial), {}
 
     def _choose(self, trainer: pl.Trainer, module: pl.LightningModule, probe: Probe) -> Watch:
         """Run a few samples, and keep those of the layers asked for that give features."""
-        few = take(probe.batches[0], 0, 3)
-        forward = partial(self._forward, trainer, module)
-        found = watch(module, forward, few, size(few), self.reading, self.task.mask)
+        most = min(3, size(probe.batches[0]))
+        few = [take(probe.batches[0], 0, count) for count in (most, max(1, most - 1))]
+        found = watch(module, partial(self._forward, trainer, module), few, self.reading, self.task.mask)
         called = found.layouts
         if self.layers is None:
             chosen = default_layers(module, called)
@@ -235,23 +237,38 @@ class RepresentationSimilarity(Callback):
             raise ValueError(f"{OWNER}: {type(module).__name__}'s forward calls no layer to look at")
         return found.of(chosen)
 
+    def _try(self, snapshot: Snapshot) -> None:
+        """Compare the narrowest layer with itself by every measure: one that fails does so before the first batch."""
+        layer = min(snapshot.layers.values(), key=lambda held: held.width)
+        for name, measure in self.measures.items():
+            try:
+                similarity(measure, layer, layer)
+            except Exception as error:
+                raise ArgumentError(f"{OWNER}(measures=...): {name} failed on a layer and itself: {error}") from error
+
     def _forward(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
         task = in_precision(trainer, self.task)
         task.outputs(module, task.inputs(to_device(batch, device_of(module))))
 
     def _look(
-        self, trainer: pl.Trainer, module: pl.LightningModule, probe: Probe, watched: Watch, epoch: int
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        probe: Probe,
+        watched: Watch,
+        folder: Folder,
+        epoch: int,
     ) -> Snapshot:
         forward = partial(self._forward, trainer, module)
-        seed = trainer.global_step
+        key = f"{folder.path}/{trainer.global_step}"
         layers = representations(
-            module, forward, probe.batches, watched, probe.n, self.form, sketch=self.sketch, seed=seed
+            module, forward, probe.batches, watched, probe.n, self.form, sketch=self.sketch, key=key
         )
         return Snapshot(epoch, trainer.global_step, layers)
 
     def _look_and_tell(self, epoch: int, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         run = begun(self._run)
-        now = self._look(trainer, module, run.probe, run.watched, epoch)
+        now = self._look(trainer, module, run.probe, run.watched, run.folder, epoch)
         self._keep(run, now)
         compared = layerwise(self.measures, snapshot_from_state(run.initial), now)
         values = {
@@ -264,26 +281,25 @@ class RepresentationSimilarity(Callback):
     def _keep(self, run: _Run, snapshot: Snapshot) -> None:
         """Store a snapshot, and thin the history where it outgrows the budget."""
         run.store.append(snapshot)
-        removed = run.store.thin(self.budget_mb * 1e6)
-        if removed and not run.thinned:
+        before = run.store.thinned
+        if run.store.thin(self.budget_mb * 1e6) and not before:
             rank_zero_warn(
                 f"{OWNER}: the snapshots outgrow budget_mb={self.budget_mb:g}; from now on those between the first and"
                 " the last are thinned, evenly"
             )
-        run.thinned += len(removed)
 
     def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         run = begun(self._run)
         if run.store.steps[-1] != trainer.global_step:
-            self._keep(run, self._look(trainer, module, run.probe, run.watched, trainer.current_epoch))
+            self._keep(run, self._look(trainer, module, run.probe, run.watched, run.folder, trainer.current_epoch))
         notes = [
             f"Probe: {run.probe.n} samples of the {run.probe.source}, the same at every snapshot.",
             f"Layers: {', '.join(run.store.read(run.store.steps[-1]).layers)}. {self._told()}",
         ]
         if self.sketch:
             notes.append(f"Wide layers reduced to {self.sketch:,} features by random signs: CKA is an estimate.")
-        if run.thinned:
-            notes.append(f"{run.thinned} snapshots between the first and the last went, to stay in the budget.")
+        if run.store.thinned:
+            notes.append(f"{run.store.thinned} snapshots between the first and the last went, to stay in the budget.")
         tell(self.measures, run.store, run.folder, Board(trainer.loggers), notes, progress_of(trainer))
 
     def _told(self) -> str:
@@ -320,6 +336,9 @@ def _resumed(folder: Folder, facts: dict[str, Any], step: int, earlier: dict[str
     initial = snapshot_from_state(earlier["initial"])
     before = Folder(earlier["folder"])
     history = open_store(before) if before.exists("manifest.json") else None
+    if history is not None and before == folder.folder("similarity"):
+        history.forget_after(step)
+        return history
     store = new_store(folder.folder("similarity"), facts)
     store.append(initial)
     if history is None:

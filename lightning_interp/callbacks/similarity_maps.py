@@ -71,7 +71,7 @@ def _noted(table: SimilarityMap, n: int, found: Mapping[str, Doubt]) -> Similari
     if not known or table.legend:
         return replace(table, n=n)
     low, high = f"{min(known):.2f}", f"{max(known):.2f}"
-    said = f"By chance a layer scores {low if low == high else f'{low} to {high}'}. {table.note}"
+    said = f"By chance a layer's start and end score {low if low == high else f'{low} to {high}'}. {table.note}"
     return replace(table, n=n, note=said)
 
 

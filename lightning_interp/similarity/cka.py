@@ -63,10 +63,15 @@ class CKA:
         same_samples(x, y)
         if self.debiased and x.n < 4:
             raise ValueError(f"CKA(debiased=True): expected at least 4 samples, got {x.n}")
-        return self._hsic(x, y) / (self._own(x) * self._own(y)).clamp(min=0).sqrt()
+        same_signs = x.sketch and (x.sketch, x.signs) == (y.sketch, y.signs)  # one snapshot: the noise is one, too
+        norms = self._own(x) * self._own(y)
+        product = self._own(x) if same_signs else self._hsic(x, y)
+        return product / torch.where(norms > 0, norms, torch.nan).sqrt()
 
     def caution(self, x: Representation) -> Caution | None:
         """Say when a comparison with this layer should not be trusted."""
+        if x.sketch:
+            return Caution("an estimate from a sketch, off by about 1/√k or less", f"k = {x.sketch:,}")
         if self.debiased or x.width < x.n:
             return None
         return Caution("width ≥ n, biased upwards, compare with the debiased values", f"d = {x.width:,}")

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_interp.batch import precise
+from lightning_interp.batch import precise, size
 from lightning_interp.capture import hooked
 from lightning_interp.representation import Form, Representation
-from lightning_interp.similarity.gram import Block, centred_gram
-from lightning_interp.similarity.layout import Layout, Reading, layout_of, rows
+from lightning_interp.similarity.gram import Block, centred_gram, check_rows
+from lightning_interp.similarity.layout import Layout, Reading, layout_of, rows, settled
 from lightning_interp.similarity.sketch import Sketch
 
 BYTES_PER_PASS = 440 * 2**20
@@ -59,6 +59,11 @@ class Watch:
             if layout is not None
         }
 
+    def many(self, call: Call) -> bool:
+        """Say whether a sample becomes several rows of this call."""
+        layout = self.layouts[call.layer][call.place]
+        return layout is not None and layout.many_rows(self.reading)
+
     def of(self, layers: Sequence[str]) -> Watch:
         """Return the same for some of the layers."""
         return Watch({layer: c for layer, c in self.layouts.items() if layer in layers}, self.reading, self.mask)
@@ -69,26 +74,39 @@ class Watch:
 
 
 def watch(
-    module: nn.Module, forward: Forward, batch: Any, n: int, reading: Reading = Reading(), mask: Mask = lambda _: None
+    module: nn.Module,
+    forward: Forward,
+    batches: Sequence[Any],
+    reading: Reading = Reading(),
+    mask: Mask = lambda _: None,
 ) -> Watch:
-    """Run one batch and see what each submodule gives, call by call.
+    """Run a few samples and see what each submodule gives, call by call.
 
     Args:
         module: the network.
         forward: runs it on a batch.
-        batch: a batch of `n` samples.
-        n: number of samples; an output that has no such dimension is left out.
+        batches: two, of different numbers of samples: the dimension that differs is that of the samples; an output
+            without one is left out.
         reading: what to make of maps and sequences.
         mask: batch → which tokens count, `(n, tokens)`, or None.
     """
-    seen: dict[str, list[Layout | None]] = {}
+    seen: list[dict[str, list[Layout | None]]] = []
+    names = [name for name, _ in module.named_modules() if name]
+    for batch in batches:
+        found: dict[str, list[Layout | None]] = {}
 
-    def hook(layer: str, part: nn.Module, _: Any, output: Any) -> None:
-        seen.setdefault(layer, []).append(layout_of(part, output, n))
+        def hook(layer: str, part: nn.Module, _: Any, output: Any, n: int = size(batch), found: Any = found) -> None:
+            found.setdefault(layer, []).append(layout_of(part, output, n))
 
-    with torch.no_grad(), hooked(module, [name for name, _ in module.named_modules() if name], hook):
-        forward(batch)
-    return Watch({layer: calls for layer, calls in seen.items() if any(calls)}, reading, mask)
+        with torch.no_grad(), hooked(module, names, hook):
+            forward(batch)
+        seen.append(found)
+    first, second = seen
+    layouts = {layer: list(map(settled, calls, second.get(layer, []))) for layer, calls in first.items()}
+    wide = {
+        layer: [call if call and call.width(reading) else None for call in calls] for layer, calls in layouts.items()
+    }
+    return Watch({layer: calls for layer, calls in wide.items() if any(calls)}, reading, mask)
 
 
 def representations(
@@ -100,14 +118,14 @@ def representations(
     form: Form = "scores",
     bytes_per_pass: int = BYTES_PER_PASS,
     sketch: int | None = None,
-    seed: int = 0,
+    key: str = "",
 ) -> dict[str, Representation]:
     """Take each layer's features over all batches.
 
     Layers of more features than samples become the Gram matrix of their centred features, unless `form` is "features".
     Where the features of all layers exceed `bytes_per_pass`, the batches are run again for the next columns, so that
-    memory never grows with the network. For a layer of d features, n² d multiplications and additions are the
-    least, half as many products as `X @ X.T` makes.
+    memory does not grow with the network, but for "features", which are kept. For a layer of d features, n² d
+    multiplications and additions are the least, half as many products as `X @ X.T` makes.
 
     Args:
         module: the network, in the state to look at.
@@ -119,7 +137,7 @@ def representations(
         bytes_per_pass: features held at a time.
         sketch: reduce layers of more than twice as many features to this number by random signs first: an estimate
             for linear CKA, at a fraction of the cost and in one pass.
-        seed: of the signs; another for each moment.
+        key: what the signs depend on beside the layer: the run and the moment.
 
     Returns:
         layer (or `layer#call` where it is called several times) → representation on the CPU, in the order of `watched`.
@@ -128,9 +146,9 @@ def representations(
         ValueError: features are not finite, or a call gave another shape than before.
     """
     widths = watched.widths()
-    summed = {call for call, width in widths.items() if width > n and form != "features"}
+    summed = {call for call, width in widths.items() if width > n and form != "features" and not watched.many(call)}
     sketches = {
-        call: Sketch(sketch, watched.label(call), seed) for call in summed if sketch and widths[call] > 2 * sketch
+        call: Sketch(sketch, f"{key}/{watched.label(call)}") for call in summed if sketch and widths[call] > 2 * sketch
     }
     plan = _Plan(watched, n, widths, summed, sketches)
     grams: dict[Call, Tensor] = {}
@@ -145,7 +163,8 @@ def representations(
             else:
                 made[call] = plan.whole(call, features.cpu())
     for call, kept in grams.items():
-        made[call] = Representation(kept.cpu(), "gram", widths[call], sketches[call].size if call in sketches else 0)
+        size, signs = (sketches[call].size, sketches[call].signs) if call in sketches else (0, 0)
+        made[call] = Representation(kept.cpu(), "gram", widths[call], size, signs)
     return {watched.label(call): made[call].reduced(form) for call in widths}
 
 
@@ -175,9 +194,8 @@ class _Plan:
     def whole(self, call: Call, features: Tensor) -> Representation:
         """Return a call's features of all samples."""
         label = self.watched.label(call)
-        layout = self.watched.layouts[call.layer][call.place]
-        if layout and not layout.many_rows(self.watched.reading) and len(features) != self.n:
-            raise ValueError(f"{label}: expected {self.n} samples, got {len(features)}")
+        if not self.watched.many(call):
+            check_rows(label, self.n, len(features))
         if not bool(features.isfinite().all()):
             raise ValueError(f"{label}: activations hold NaN or infinity")
         return Representation(features, "features", features.shape[1])
@@ -209,8 +227,10 @@ def _run(
         calls.clear()
         with torch.no_grad(), hooked(module, layers, hook):
             forward(batch)
+    for column, kept in parts.items():
+        check_rows(plan.watched.label(column.call), len(batches), len(kept), "batches")
     whole = {column: torch.cat(parts.pop(column)) for column in list(parts)}
-    return whole | {column: block.whole() for column, block in blocks.items()}
+    return whole | {column: block.whole(plan.watched.label(column.call)) for column, block in blocks.items()}
 
 
 def _passes(plan: _Plan, columns_per_pass: int) -> list[list[Columns]]:

@@ -29,15 +29,23 @@ class Block:
             torch.sub(features, self.shift, out=self.rows[self.filled : stop])
         self.filled = stop
 
-    def whole(self) -> Float[Tensor, "n d"]:
+    def whole(self, label: str) -> Float[Tensor, "n d"]:
         """Return all rows.
 
         Raises:
-            ValueError: more or fewer were written than reserved.
+            ValueError: more or fewer were written than reserved; `label` is named.
         """
-        if self.filled != self.n:
-            raise ValueError(f"batches: expected {self.n} samples, got {self.filled}")
+        check_rows(label, self.n, self.filled)
         return self.rows
+
+
+def check_rows(label: str, expected: int, got: int, what: str = "samples") -> None:
+    """Raise a ValueError where a layer was not called as often as when it was first looked at."""
+    if got != expected:
+        raise ValueError(
+            f"{label}: expected {expected} {what}, got {got}; a layer that is not called equally often on all batches"
+            " must be left out of layers="
+        )
 
 
 def centred_gram(label: str, block: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:

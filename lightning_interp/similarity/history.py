@@ -121,13 +121,12 @@ def doubts(measure: AnyMeasure, a: Snapshot, b: Snapshot, n: int) -> dict[str, D
     return found
 
 
-def normalised(values: Float[Tensor, "layer snapshot"], distance: bool = False) -> Float[Tensor, "layer snapshot"]:
-    """Return (s − s₀) / (1 − s₀), s₀ each row's first value: 0 at the start, 1 at the end.
+def normalised(values: Float[Tensor, "layer snapshot"]) -> Float[Tensor, "layer snapshot"]:
+    """Return (s − s₀) / (s₁ − s₀), s₀ and s₁ each row's first and last value: 0 at the start, 1 at the end.
 
-    NaN where 1 − s₀ is below 0.01: of a layer that goes no way at all there is no share.
+    s₁ is 1 for a similarity to the end. NaN where s₁ − s₀ is below 0.01: of a layer that goes no way there is no share.
     """
-    end = 0.0 if distance else 1.0
-    start = values[:, :1]
+    start, end = values[:, :1], values[:, -1:]
     still = (end - start).abs() < STILL
     return torch.where(still, torch.nan, (values - start) / torch.where(still, 1.0, end - start))
 
@@ -143,7 +142,7 @@ def cautions(measure: AnyMeasure, snapshot: Snapshot) -> str:
 
 def is_distance(measure: AnyMeasure) -> bool:
     """Say whether 0 means the same, as for an angle."""
-    return bool(getattr(measure, "angle", False))
+    return bool(getattr(measure, "distance", False))
 
 
 def _caution(measure: AnyMeasure, layer: Representation) -> Caution | None:
@@ -167,7 +166,7 @@ def _history(
     def by_epoch(title: str, values: Tensor, distance: bool) -> SimilarityMap:
         return SimilarityMap(name, title, layers, columns, values, "layer", by, n, note, distance)
 
-    way = normalised(to_final, distance)
+    way = normalised(to_final)
     return History(
         by_epoch("to the initial state", to_initial, distance),
         by_epoch("to the final state", to_final, distance),

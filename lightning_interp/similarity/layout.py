@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -61,7 +62,7 @@ class Layout(NamedTuple):
     shape: tuple[int, ...]
 
     def width(self, reading: Reading) -> int:
-        """Return the number of features d; 0 where it depends on the batch's padding."""
+        """Return the number of features d."""
         if self.kind == "vector" or getattr(reading, _argument(self.kind)) == "flatten":
             return torch.Size(self.shape).numel()
         return self.shape[-1] if self.channels_last else self.shape[0]
@@ -93,8 +94,19 @@ def layout_of(part: nn.Module, output: Any, n: int) -> Layout | None:
     shape = tuple(tensor.shape[1:] if batch_first else (tensor.shape[0], *tensor.shape[2:]))
     if tensor.ndim == 2:
         return Layout("vector", True, True, shape)
-    last = _channels_last(part, tensor.ndim)
+    last = _channels_last(part, tensor.shape if batch_first else (tensor.shape[1], tensor.shape[0], *tensor.shape[2:]))
     return Layout("tokens" if tensor.ndim == 3 and last else "map", batch_first, last, shape)
+
+
+def settled(first: Layout | None, second: Layout | None) -> Layout | None:
+    """Return the layout of a call that was seen with two numbers of samples; None where none fits both.
+
+    A sequence may happen to be as long as there are samples, and then its first dimension is taken for the samples; the
+    other look knows better.
+    """
+    if first is None or second is None or first.kind != second.kind:
+        return None
+    return second if first.batch_first else first
 
 
 def rows(output: Any, layout: Layout, reading: Reading, mask: Bool[Tensor, "n tokens"] | None) -> Float[Tensor, "r d"]:
@@ -166,14 +178,25 @@ def _argument(kind: Kind) -> str:
     return "maps" if kind == "map" else "tokens"
 
 
-def _channels_last(part: nn.Module, dimensions: int) -> bool:
-    """Say where the channels are, by the last layer inside that fixes it; else maps have them first, sequences last."""
+def _channels_last(part: nn.Module, shape: Sequence[int]) -> bool:
+    """Say where the channels are, by the last layer inside that gives as many; else maps have them first."""
     for inner in reversed(list(part.modules())):
-        name = type(inner).__name__
-        if isinstance(inner, (nn.Linear, nn.LayerNorm, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)) or (
-            "RMSNorm" in name
-        ):
-            return True
-        if any(dimension in name for dimension in ("1d", "2d", "3d")) and "Dropout" not in name:
-            return False
-    return dimensions == 3
+        if (channels := _channels(inner)) is not None:
+            first, last = shape[1] == channels, shape[-1] == channels
+            if first != last:
+                return last
+            if first:
+                return not any(dimension in type(inner).__name__ for dimension in ("1d", "2d", "3d"))
+    return len(shape) == 3 and not any(dimension in type(part).__name__ for dimension in ("1d", "2d", "3d"))
+
+
+def _channels(part: nn.Module) -> int | None:
+    """Return how many channels a layer gives; None where it does not say."""
+    shape = getattr(part, "normalized_shape", None)
+    if shape:
+        return int(tuple(shape)[-1])
+    if isinstance(part, nn.RNNBase):
+        return (part.proj_size or part.hidden_size) * (2 if part.bidirectional else 1)
+    names = ("out_features", "out_channels", "num_features", "num_channels", "embedding_dim", "embed_dim")
+    found = next((getattr(part, name) for name in names if hasattr(part, name)), None)
+    return found if isinstance(found, int) else None

@@ -17,7 +17,8 @@ class Measure(Protocol):
     """A similarity of two prepared layers; `CKA` and `SVCCA` are such.
 
     It may say what a layer must keep (`needs`: "gram", "scores" or "features"; "scores" where it does not), that both
-    orders give the same (`symmetric`), and when not to trust it (`caution(layer)`).
+    orders give the same (`symmetric`), that 0 means the same (`distance`), and when not to trust it
+    (`caution(layer)`).
     """
 
     @property
@@ -49,14 +50,22 @@ def _asked(measure: AnyMeasure) -> Form:
 
 
 def similarity(measure: AnyMeasure, x: Representation, y: Representation) -> Tensor:
-    """Compare two layers by any measure; NaN where they did not keep what it needs, or their rows differ."""
+    """Compare two layers by any measure; NaN where they did not keep what it needs, or rows differ.
+
+    A function of the user's that refuses layers of different widths gives NaN for them, too.
+    """
     if x.n != y.n:
         return torch.tensor(torch.nan)
     if hasattr(measure, "between"):
-        return measure.between(x, y)
+        return torch.as_tensor(measure.between(x, y))
     if x.features is None or y.features is None:
         return torch.tensor(torch.nan)
-    return measure(x.features, y.features)
+    try:
+        return torch.as_tensor(measure(x.features, y.features))
+    except (RuntimeError, ValueError):
+        if x.width == y.width:
+            raise
+        return torch.tensor(torch.nan)
 
 
 def matrix(

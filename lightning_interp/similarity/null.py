@@ -13,6 +13,8 @@ from lightning_interp.similarity.cca import CCA, SVCCA
 from lightning_interp.similarity.cka import CKA
 from lightning_interp.similarity.matrix import AnyMeasure, similarity
 
+FEWEST = 8
+
 
 def is_exact(measure: AnyMeasure) -> bool:
     """Say whether a measure's value by chance is known in closed form."""
@@ -35,8 +37,12 @@ def chance(measure: AnyMeasure, x: Representation, y: Representation, draws: int
 
 
 def standard_error(measure: AnyMeasure, x: Representation, y: Representation) -> float:
-    """Return the jackknife standard error over samples, for kinds of CKA; NaN for the rest."""
-    return float(cka_standard_error(measure, x, y)) if isinstance(measure, CKA) and x.n == y.n else float("nan")
+    """Return the jackknife standard error over samples, for kinds of CKA.
+
+    NaN for the rest, for sketches, whose own error is another, and for fewer than 8 samples.
+    """
+    known = isinstance(measure, CKA) and x.n == y.n >= FEWEST and not (x.sketch or y.sketch)
+    return float(cka_standard_error(measure, x, y)) if isinstance(measure, CKA) and known else float("nan")
 
 
 def cka_null(measure: CKA, x: Representation, y: Representation) -> Float[Tensor, ""]:
@@ -83,7 +89,8 @@ def permutation_null(
 def cka_standard_error(measure: CKA, x: Representation, y: Representation) -> Float[Tensor, ""]:
     """Return the jackknife standard error of CKA: how much it varies with the choice of samples.
 
-    √((n − 1)/n Σ_i (θ_i − θ̄)²), θ_i the value without sample i, all n of them from two n × n Gram matrices.
+    √((n − 1)/n Σ_i (θ_i − θ̄)²), θ_i the value without sample i, all n of them from two n × n Gram matrices; a kernel's
+    width stays that of all samples.
 
     Reference: Efron & Stein, The Jackknife Estimate of Variance, 1981.
     """

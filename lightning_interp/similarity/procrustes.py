@@ -32,6 +32,11 @@ class Procrustes:
     symmetric: ClassVar[bool] = True
 
     @property
+    def distance(self) -> bool:
+        """Whether 0 means the same."""
+        return self.angle
+
+    @property
     def name(self) -> str:
         """Tag of the measure."""
         return "Procrustes_angle" if self.angle else "Procrustes_similarity"

@@ -21,24 +21,24 @@ class Sketch:
 
     Args:
         size: number of buckets k.
-        layer: its name, of which the signs depend.
-        seed: another moment of the same layer takes another, or the noise of both would be the same.
+        key: what is sketched: run, moment and layer; two that are compared must differ in it, or their noise is one.
     """
 
-    def __init__(self, size: int, layer: str, seed: int) -> None:
+    def __init__(self, size: int, key: str) -> None:
         self.size = size
-        self._generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{layer}".encode()))
-        self._signs: Tensor | None = None
+        self.signs = zlib.crc32(key.encode())
+        self._generator = torch.Generator().manual_seed(self.signs)
+        self._drawn: Tensor | None = None
 
     def __call__(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
         """Return the sketch of some samples; all calls use the same signs."""
-        if self._signs is None:
+        if self._drawn is None:
             drawn = torch.randint(0, 2, (features.shape[1],), generator=self._generator)
-            self._signs = (2 * drawn - 1).to(features)
-        sketched = features[:, : self.size] * self._signs[: self.size]
+            self._drawn = (2 * drawn - 1).to(features)
+        sketched = features[:, : self.size] * self._drawn[: self.size]
         for start in range(self.size, features.shape[1], self.size):
             columns = slice(start, start + self.size)
-            part, signs = features[:, columns], self._signs[columns]
+            part, signs = features[:, columns], self._drawn[columns]
             sketched[:, : part.shape[1]].addcmul_(part, signs)
         return sketched
 

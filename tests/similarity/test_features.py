@@ -39,7 +39,7 @@ def batches(n: int = 20) -> list[Tensor]:
 
 
 def test_widths(net: Twice) -> None:
-    found = watch(net, net, torch.randn(5, 2, 2, 4), 5, FLAT)
+    found = watch(net, net, [torch.randn(5, 2, 2, 4), torch.randn(4, 2, 2, 4)], FLAT)
     widths = {found.label(call): width for call, width in found.widths().items()}
     assert widths == {"conv#0": 16, "conv#1": 16, "act#0": 16, "act#1": 16, "gru": 8}
 
@@ -48,7 +48,7 @@ def test_widths(net: Twice) -> None:
 @pytest.mark.parametrize("n", [10, 40])
 def test_equals_all_at_once(net: Twice, columns_per_pass: int, n: int) -> None:
     data = batches(n)
-    watched = watch(net, net, data[0], 6, FLAT)
+    watched = watch(net, net, [data[0], data[0][:5]], FLAT)
     found = representations(net, net, data, watched, n, bytes_per_pass=columns_per_pass * 4 * n)
     whole = torch.cat(data)
     first = net.conv(whole)
@@ -72,7 +72,7 @@ def test_not_a_number_is_named(net: Twice) -> None:
     nn.init.constant_(net.conv.bias, torch.nan)
     data = batches()
     with pytest.raises(ValueError, match="conv#0: activations hold NaN"):
-        representations(net, net, data, watch(net, net, data[0], 6).of(["conv"]), 20)
+        representations(net, net, data, watch(net, net, [data[0], data[0][:5]]).of(["conv"]), 20)
 
 
 def test_a_first_batch_unlike_the_rest_costs_no_digits() -> None:
@@ -80,7 +80,7 @@ def test_a_first_batch_unlike_the_rest_costs_no_digits() -> None:
     net = nn.Sequential(nn.Identity())
     features = torch.randn(60, 300)
     features[6:] += 1000
-    watched = watch(net, net, features[:3], 3, FLAT)
+    watched = watch(net, net, [features[:3], features[:2]], FLAT)
     (found,) = representations(net, net, list(features.split(6)), watched, 60, "gram").values()
     centred = features.double() - features.double().mean(0)
     exact = centred @ centred.T
@@ -90,4 +90,4 @@ def test_a_first_batch_unlike_the_rest_costs_no_digits() -> None:
 def test_a_wrong_number_of_samples_is_named(net: Twice) -> None:
     data = batches()
     with pytest.raises(ValueError, match="expected 12 samples, got 20"):
-        representations(net, net, data, watch(net, net, data[0], 6, FLAT), 12, "gram")
+        representations(net, net, data, watch(net, net, [data[0], data[0][:5]], FLAT), 12, "gram")
