@@ -78,9 +78,11 @@ class Curves(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> list[Curves]:
     """Train, print a table per seed, and say what it shows."""
     parser = argparse.ArgumentParser(prog="python -m callbacks_demo bottom_up", description=__doc__)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=4, help="at least 2, so that there is a between")
     parser.add_argument("--folder", type=Path, help="where to keep the runs; a temporary folder when left out")
     options = parser.parse_args(arguments)
+    if options.epochs < 2:
+        parser.error(f"--epochs: expected at least 2, got {options.epochs}")
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() if options.folder is None else nullcontext(options.folder) as folder:
@@ -102,6 +104,7 @@ def train(seed: int, epochs: int, folder: Path) -> Path:
         default_root_dir=folder,
         enable_checkpointing=False,
         enable_model_summary=False,
+        enable_progress_bar=False,
         callbacks=[RepresentationSimilarity(["blocks.?", "head"], [MEASURE], on_error="raise")],
     )
     trainer.fit(DeepCNN(), datamodule=Digits())
@@ -149,13 +152,16 @@ def remarks(found: Sequence[Curves], untrained: dict[str, float]) -> list[str]:
         "way from start to end; start: the untrained layer compared with its end. with depth: Spearman's correlation.",
         f"Two untrained networks, from the first layer to the last: {each} ({by_depth(shared):.2f} with depth).",
         "",
-        f"Lower layers are nearer to their end all along: {low_high(near)} with depth. They also start nearer:",
-        f"{low_high(start)}. Whether they have gone more of their own way is less clear: {low_high(way)}.",
+        f"Are lower layers nearer to their end all along? {answer(near)} with depth.",
+        f"But do they also start nearer? {answer(start)}. Have they gone more of their own way? {answer(way)}.",
     ]
 
 
-def low_high(values: Sequence[float]) -> str:
-    return f"{min(values):.2f} to {max(values):.2f}"
+def answer(correlations: Sequence[float]) -> str:
+    """Say whether something falls with depth in each run: clearly, not so clearly, or not."""
+    low, high = min(correlations), max(correlations)
+    said = "Yes" if high <= -0.9 else "Less clearly so" if high <= -0.3 else "No"
+    return f"{said}: {low:.2f} to {high:.2f}"
 
 
 if __name__ == "__main__":

@@ -120,7 +120,16 @@ def test_bottom_up_on_small_networks(
         assert [row[0] for row in rows] == [*curves.layers, "with"]
         assert [float(row[1]) for row in rows[:-1]] == pytest.approx(curves.nearness.tolist(), abs=5e-4)
         assert rows[-1][2:] == [f"{bottom_up.by_depth(column):.2f}" for column in curves[1:]]
+    assert (
+        "Are lower layers nearer to their end all along? Yes"
+        in bottom_up.remarks([falling_curves()] * 2, {"a": 1.0, "b": 0.5})[-2]
+    )
     assert "Two untrained networks, from the first layer to the last:" in said
+
+
+def falling_curves() -> bottom_up.Curves:
+    falling, rising = torch.tensor([0.9, 0.5, 0.1]), torch.tensor([0.1, 0.5, 0.9])
+    return bottom_up.Curves(("a", "b", "c"), falling, rising, falling)
 
 
 class FewDigits(bottom_up.Digits):

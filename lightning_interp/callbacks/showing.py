@@ -17,7 +17,7 @@ from lightning_interp.samples import Samples, class_names
 from lightning_interp.storage import Folder
 from lightning_interp.task import Task, predicted
 
-ROOMS = ("similarity", "attribution", "influence")
+ROOMS = ("similarity", "similarity-2", "similarity-3", "attribution", "influence")
 
 
 def shown_samples(batch: Any, outputs: Tensor, task: Task, ids: Sequence[int], display: Display) -> list[Shown]:

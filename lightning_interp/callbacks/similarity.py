@@ -60,8 +60,9 @@ class RepresentationSimilarity(Callback):
     """Compare each layer's activations on fixed samples with its initial and its final state.
 
     A snapshot of every layer is taken before the first step, at the end of each epoch (or as often as said) and after
-    the last, and stored in `<log_dir>/interp/similarity`, in the smallest form that the measures need. For kinds of
-    linear CKA alone it takes n (n + 1) bytes per layer (0.26 MB for 512 samples), else 4 n² bytes or less.
+    the last, and stored in `<log_dir>/interp/similarity` (a second callback of this kind: `similarity-2`), in
+    the smallest form that the measures need. For kinds of linear CKA alone it takes n (n + 1) bytes per layer (0.26 MB
+    for 512 samples), else 4 n² bytes or less.
 
     Logged, with `M` a measure's tag and `L` a layer's name, at `trainer.global_step`:
         `similarity_to_initial/M/L`: scalar at each snapshot: now compared with before the first step.
@@ -141,6 +142,7 @@ class RepresentationSimilarity(Callback):
         self._shell = Shell(OWNER, on_error, chosen)
         self._run: _Run | None = None
         self._last_step = 0
+        self._room = "similarity"
         self._restored: dict[str, Any] = {}
 
     @property
@@ -157,6 +159,7 @@ class RepresentationSimilarity(Callback):
         """Take the probe and the initial snapshot."""
         self._last_step = trainer.global_step
         folder = run_folder(trainer)
+        self._room = _room(self, trainer)
         self._shell.start(partial(self._start, folder), trainer, pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -207,12 +210,15 @@ class RepresentationSimilarity(Callback):
             self._shell.switch_off(f"its {differs} differ from those of the run that it goes on with")
             return
         if earlier:
-            store, initial = _resumed(folder, self._facts(probe), trainer.global_step, earlier), earlier["initial"]
+            store, initial = (
+                _resumed(folder.folder(self._room), self._facts(probe), trainer.global_step, earlier),
+                earlier["initial"],
+            )
         else:
             if trainer.global_step:
                 rank_zero_warn(f"{OWNER}: 'initial' is step {trainer.global_step}, where this run starts")
             before = self._look(trainer, module, probe, watched, folder, trainer.current_epoch)
-            store, initial = new_store(folder.folder("similarity"), self._facts(probe)), snapshot_state(before)
+            store, initial = new_store(folder.folder(self._room), self._facts(probe)), snapshot_state(before)
             store.append(before)
         store.tidy()
         self._try(snapshot_from_state(initial))
@@ -300,7 +306,7 @@ class RepresentationSimilarity(Callback):
             notes.append(f"Wide layers reduced to {self.sketch:,} features by random signs: CKA is an estimate.")
         if run.store.thinned:
             notes.append(f"{run.store.thinned} snapshots between the first and the last went, to stay in the budget.")
-        tell(self.measures, run.store, run.folder, Board(trainer.loggers), notes, progress_of(trainer))
+        tell(self.measures, run.store, run.folder, self._room, Board(trainer.loggers), notes, progress_of(trainer))
 
     def _told(self) -> str:
         maps = {"flatten": "one feature per channel and position", "pool": "the mean over positions of each channel"}
@@ -322,6 +328,13 @@ class RepresentationSimilarity(Callback):
         }
 
 
+def _room(callback: Callback, trainer: pl.Trainer) -> str:
+    """Return the folder's name in the run's: a second callback of the kind gets a number."""
+    same = [other for other in getattr(trainer, "callbacks", []) if isinstance(other, RepresentationSimilarity)]
+    place = next((i for i, other in enumerate(same) if other is callback), 0)
+    return "similarity" if place == 0 else f"similarity-{place + 1}"
+
+
 def _differs(earlier: dict[str, Any], probe: Probe, watched: Watch) -> str:
     """Say what keeps a run from going on with an earlier one's snapshots; empty if nothing does."""
     if not earlier:
@@ -336,10 +349,10 @@ def _resumed(folder: Folder, facts: dict[str, Any], step: int, earlier: dict[str
     initial = snapshot_from_state(earlier["initial"])
     before = Folder(earlier["folder"])
     history = open_store(before) if before.exists("manifest.json") else None
-    if history is not None and before == folder.folder("similarity"):
+    if history is not None and before == folder:
         history.forget_after(step)
         return history
-    store = new_store(folder.folder("similarity"), facts)
+    store = new_store(folder, facts)
     store.append(initial)
     if history is None:
         rank_zero_warn(f"{OWNER}: the snapshots before step {step} are gone from {before.path}")

@@ -23,16 +23,18 @@ def tell(
     measures: Mapping[str, AnyMeasure],
     store: SnapshotStore,
     folder: Folder,
+    room: str,
     board: Board,
     notes: Sequence[str],
     progress: Progress,
 ) -> None:
-    """Compare all stored snapshots, and bring what comes out to the board, the folder and the report.
+    """Compare all stored snapshots, and bring what comes out to the board, their folder and the report.
 
     Args:
         measures: tag → measure.
         store: the run's snapshots.
         folder: the run's.
+        room: the snapshots' folder in the run's.
         board: its loggers.
         notes: what to say first of the samples and layers.
         progress: shows how far it is.
@@ -46,15 +48,15 @@ def tell(
         _curves(board, name, store.steps, history)
         found = doubts(measures[name], snapshots[0], final, n)
         drawn[name] = {
-            file: _draw(board, folder, where, step, file, _noted(table, n, found))
+            file: _draw(board, folder.folder(room), where, step, file, _noted(table, n, found))
             for where, step, file, table in _maps(name, measures[name], snapshots, history)
         }
         tables[name] = doubt_table(found)
         board.text(f"similarity_doubt/{clean(name)}", _markdown(tables[name]), final.step)
     said = [*notes, "1 means the same up to the measure's invariance, 0 unrelated."]
     said += [f"{name}: {why}." for name, measure in measures.items() if (why := cautions(measure, final))]
-    board.text("similarity_notes/probe", "\n\n".join(said), final.step)
-    write_section(folder, "similarity", report.similarity_section(drawn, tables, said))
+    board.text(f"{room.replace('similarity', 'similarity_notes/probe')}", "\n\n".join(said), final.step)
+    write_section(folder, room, report.similarity_section(drawn, tables, said))
 
 
 def doubt_table(found: Mapping[str, Doubt]) -> list[list[str]]:
@@ -123,5 +125,5 @@ def _draw(board: Board, folder: Folder, where: str, step: int, file: str, table:
     pixels = figures.heat_map(table)
     board.image(f"similarity_maps/{where}", pixels, step)
     drawn = figures.png(pixels)
-    folder.write(f"similarity/{clean(table.measure)}-{file}.png", drawn)
+    folder.write(f"{clean(table.measure)}-{file}.png", drawn)
     return drawn

@@ -263,6 +263,20 @@ def test_pooled_maps_are_named(tmp_path: Path) -> None:
     assert dict(curve(fit, "similarity_to_final/CKA_maps_positions/conv1"))[3] == pytest.approx(1, abs=1e-5)
 
 
+def test_two_in_one_trainer_keep_apart(tmp_path: Path) -> None:
+    both = [RepresentationSimilarity(["conv2"], [CKA()], maps=maps) for maps in ("flatten", "pool")]
+    fit = trainer(tmp_path, max_epochs=1, callbacks=both)
+    fit.fit(Net(), *loaders())
+    folder = Path(fit.log_dir) / "interp"
+    widths = [
+        open_store(Folder(str(folder / room))).read(3).layers["conv2"].width for room in ("similarity", "similarity-2")
+    ]
+    assert widths == [54, 6]
+    assert (folder / "report.html").read_text().count("How the layers changed") == 2
+    for tag in ("similarity_notes/probe", "similarity_notes/probe-2"):
+        assert events(fit).Tensors(f"{tag}/text_summary")
+
+
 def test_the_history_is_thinned_within_its_budget(tmp_path: Path) -> None:
     one = trainer(tmp_path, max_epochs=1, callbacks=[RepresentationSimilarity(["conv2"])])
     one.fit(Net(), *loaders())
