@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -23,7 +22,7 @@ class Block:
         """Write the next batch."""
         if not self.filled:
             self.shift = features.mean(0)
-            self.rows = _reserved(self.n, features)
+            self.rows = features.new_empty(self.n, features.shape[1])
         stop = self.filled + len(features)
         if stop <= self.n:
             torch.sub(features, self.shift, out=self.rows[self.filled : stop])
@@ -69,10 +68,3 @@ def centred_gram(label: str, block: Float[Tensor, "n d"]) -> Float[Tensor, "n n"
 
 def _product(block: Tensor) -> Tensor:
     return symmetric_product(double(block) if block.is_cuda else block)
-
-
-def _reserved(n: int, like: Tensor) -> Tensor:
-    """Return memory for n rows; on the CPU NumPy's, which asks for huge pages: a quarter of the time to touch first."""
-    if like.device.type != "cpu":
-        return like.new_empty(n, like.shape[1])
-    return torch.from_numpy(np.empty((n, like.shape[1]), str(like.dtype).removeprefix("torch.")))
