@@ -13,7 +13,17 @@ import lightning_interp
 PACKAGE = Path(lightning_interp.__file__).parent
 ROOMS = ("similarity", "attribution", "influence")
 OUTER = ("lightning_interp.callbacks", "lightning_interp.report", "lightning_interp.figures", "lightning_interp.board")
-GROUND = ["records.py", "task.py", "capture.py", "batch.py", "samples.py", "display.py", "layers.py", "probe.py"]
+GROUND = [
+    "records.py",
+    "task.py",
+    "capture.py",
+    "batch.py",
+    "samples.py",
+    "display.py",
+    "layers.py",
+    "layout.py",
+    "probe.py",
+]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

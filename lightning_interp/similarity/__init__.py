@@ -4,7 +4,6 @@ from lightning_interp.representation import from_gram, prepare
 from lightning_interp.similarity.cca import CCA, SVCCA, CanonicalDirections
 from lightning_interp.similarity.cka import CKA
 from lightning_interp.similarity.kernel import LinearKernel, RBFKernel
-from lightning_interp.similarity.layout import Maps, Reading, Tokens
 from lightning_interp.similarity.matrix import AnyMeasure, Measure, matrix
 from lightning_interp.similarity.null import (
     chance,
@@ -16,6 +15,7 @@ from lightning_interp.similarity.null import (
 )
 from lightning_interp.similarity.procrustes import Procrustes
 from lightning_interp.similarity.pwcca import PWCCA
+from lightning_interp.similarity.reading import Maps, Reading, Tokens
 from lightning_interp.similarity.streaming import StreamingCKA
 
 __all__ = [

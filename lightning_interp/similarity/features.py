@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lightning_interp.batch import precise, size
 from lightning_interp.capture import hooked
+from lightning_interp.layout import Layout, layout_of, settled
 from lightning_interp.representation import Form, Representation
 from lightning_interp.similarity.gram import Block, centred_gram, check_rows
-from lightning_interp.similarity.layout import Layout, Reading, layout_of, rows, settled
+from lightning_interp.similarity.reading import Reading, many_rows, rows, width
 from lightning_interp.similarity.sketch import Sketch
 
 BYTES_PER_PASS = 440 * 2**20
@@ -53,7 +54,7 @@ class Watch:
     def widths(self) -> dict[Call, int]:
         """Return how many features each call gives."""
         return {
-            Call(layer, place): layout.width(self.reading)
+            Call(layer, place): width(layout, self.reading)
             for layer, calls in self.layouts.items()
             for place, layout in enumerate(calls)
             if layout is not None
@@ -62,7 +63,7 @@ class Watch:
     def many(self, call: Call) -> bool:
         """Say whether a sample becomes several rows of this call."""
         layout = self.layouts[call.layer][call.place]
-        return layout is not None and layout.many_rows(self.reading)
+        return layout is not None and many_rows(layout, self.reading)
 
     def of(self, layers: Sequence[str]) -> Watch:
         """Return the same for some of the layers."""
@@ -104,7 +105,7 @@ def watch(
     first, second = seen
     layouts = {layer: list(map(settled, calls, second.get(layer, []))) for layer, calls in first.items()}
     wide = {
-        layer: [call if call and call.width(reading) else None for call in calls] for layer, calls in layouts.items()
+        layer: [call if call and width(call, reading) else None for call in calls] for layer, calls in layouts.items()
     }
     return Watch({layer: calls for layer, calls in wide.items() if any(calls)}, reading, mask)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_interp.similarity import CKA, prepare
 from lightning_interp.similarity.features import representations, watch
-from lightning_interp.similarity.layout import Reading
+from lightning_interp.similarity.reading import Reading
 
 FLAT = Reading(tokens="flatten")
 

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from lightning_interp.similarity.layout import Layout, Reading, layout_of, rows
+from lightning_interp.layout import Layout, layout_of
+from lightning_interp.similarity.reading import Reading, rows, width
 
 
 def read(part: nn.Module, output: Any, n: int, mask: Tensor | None = None, **choice: Any) -> Tensor:
     layout = layout_of(part, output, n)
     assert layout is not None
     found = rows(output, layout, Reading(**choice), mask)
-    assert found.shape[1] == layout.width(Reading(**choice))
+    assert found.shape[1] == width(layout, Reading(**choice))
     return found
 
 
@@ -83,7 +84,7 @@ def test_the_choice_is_in_the_tag(unchecked: None) -> None:
     assert Reading("pool", "cls").tag == "_maps_pool_tokens_cls"
     with pytest.raises(ValueError, match="maps: expected one of flatten, pool, positions, got 'average'"):
         Reading("average")  # type: ignore[arg-type]
-    assert Layout("map", True, False, (3, 8, 8)).width(Reading("pool")) == 3
+    assert width(Layout("map", True, False, (3, 8, 8)), Reading("pool")) == 3
 
 
 def test_means_of_half_precision_outputs_are_taken_in_float32() -> None:
