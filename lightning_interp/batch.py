@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 
@@ -72,6 +73,32 @@ def _take(part: Any, n: int, start: int, stop: int) -> Any:
     return _rebuilt(part, lambda inner: _take(inner, n, start, stop))
 
 
+def picked(batch: Any, rows: Int[Tensor, " m"], old: Tensor | None = None, new: Tensor | None = None) -> Any:
+    """Return a copy of the given samples of a batch, in that order; one tensor may be replaced by another.
+
+    Args:
+        batch: of n samples.
+        rows: which of them, with repetition.
+        old: a tensor of the batch.
+        new: what stands in its place.
+
+    >>> picked({"x": torch.arange(3), "name": ["a", "b", "c"]}, torch.tensor([2, 2]))
+    {'x': tensor([2, 2]), 'name': ['c', 'c']}
+    """
+    n = size(batch)
+
+    def pick(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            if part is old:
+                return new
+            return part.index_select(0, rows.to(part.device)) if part.ndim and part.shape[0] == n else part.clone()
+        if isinstance(part, list) and len(part) == n and not any(isinstance(p, Tensor) for p in part):
+            return [part[row] for row in rows.tolist()]
+        return _rebuilt(part, pick)
+
+    return pick(batch)
+
+
 def _rebuilt(part: Any, change: Callable[[Any], Any]) -> Any:
     """Return a container of the same type with each of its parts changed; anything else as it is."""
     if isinstance(part, Mapping):
@@ -111,6 +138,35 @@ def row(batch: Any, place: int) -> Any:
     {'x': tensor(1), 'scale': tensor(2.)}
     """
     return map_tensors(lambda t: t[0] if t.ndim else t, take(batch, place, place + 1))
+
+
+def main_tensor(value: Any, lead: int = 0) -> Tensor:
+    """Return the tensor of a model input that is shown and explained.
+
+    Of those with more than `lead` dimensions and no "mask" in their name: the largest with floats, else the largest.
+
+    Args:
+        value: a model's inputs.
+        lead: 1 for a batch, 0 for one sample.
+
+    Raises:
+        ValueError: there is no tensor.
+    """
+    held = list(_named(value, ""))
+    if not held:
+        raise ValueError(f"inputs: expected at least one tensor, got {type(value).__name__}")
+    wanted = [tensor for name, tensor in held if tensor.ndim > lead and "mask" not in name.lower()]
+    candidates = wanted or [tensor for _, tensor in held]
+    floats = [tensor for tensor in candidates if tensor.is_floating_point()]
+    return max(floats or candidates, key=Tensor.numel)
+
+
+def _named(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _named(part, str(key))
+    else:
+        yield from ((name, tensor) for tensor in tensors(value))
 
 
 def zeros_and_ones(tensor: Tensor) -> bool:

@@ -54,6 +54,15 @@ def differentiable(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def explaining(module: nn.Module) -> Iterator[None]:
+    """Open `differentiable` for gradients of inputs and activations alone: none flows into parameters."""
+    with differentiable(module):
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
+        yield
+
+
+@contextlib.contextmanager
 def hooked(module: nn.Module, layers: Sequence[str], hook: Callable[[str, nn.Module, Any, Any], Any]) -> Iterator[None]:
     """Call `hook(layer, submodule, inputs, output)` after each named layer's forward.
 

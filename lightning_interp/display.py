@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_interp.batch import tensors, zeros_and_ones
+from lightning_interp.batch import main_tensor, zeros_and_ones
 
 Kind = Literal["image", "table", "tokens", "other"]
 
@@ -97,35 +97,6 @@ class Display:
     def _class(self, index: int) -> str:
         names = self.class_names
         return names[index] if names is not None and 0 <= index < len(names) else str(index)
-
-
-def main_tensor(value: Any, lead: int = 0) -> Tensor:
-    """Return the tensor of a model input that is shown and explained.
-
-    Of those with more than `lead` dimensions and no "mask" in their name: the largest with floats, else the largest.
-
-    Args:
-        value: a model's inputs.
-        lead: 1 for a batch, 0 for one sample.
-
-    Raises:
-        ValueError: there is no tensor.
-    """
-    held = list(_named(value, ""))
-    if not held:
-        raise ValueError(f"inputs: expected at least one tensor, got {type(value).__name__}")
-    wanted = [tensor for name, tensor in held if tensor.ndim > lead and "mask" not in name.lower()]
-    candidates = wanted or [tensor for _, tensor in held]
-    floats = [tensor for tensor in candidates if tensor.is_floating_point()]
-    return max(floats or candidates, key=Tensor.numel)
-
-
-def _named(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _named(part, str(key))
-    else:
-        yield from ((name, tensor) for tensor in tensors(value))
 
 
 def kind_of(value: Any) -> Kind:

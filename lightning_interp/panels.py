@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from lightning_interp.display import Display, kind_of, main_tensor
+from lightning_interp.batch import main_tensor
+from lightning_interp.display import Display, kind_of
 from lightning_interp.records import Pixels, Shown
 
 SIDE = 168

@@ -105,12 +105,15 @@ class Explanation:
             class activation maps, `(n, tokens)` for token ids.
         target: class per sample that the map explains, `(n,)`.
         layer: the layer that the method looked at; None where it is the input.
+        facts: what the method says of each map, name → `(n,)`: `completeness_gap` of integrated gradients, `r2` of
+            LIME.
     """
 
     method: str
     maps: Float[Tensor, "n *shape"]
     target: Int[Tensor, " n"]
     layer: str | None = None
+    facts: Mapping[str, Float[Tensor, " n"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

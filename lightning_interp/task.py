@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_interp.batch import zeros_and_ones
+from lightning_interp.batch import main_tensor, zeros_and_ones
 
 LABEL_KEYS = ("labels", "label", "target", "targets", "y")
 SETTLED_BY = 256
@@ -64,6 +64,14 @@ def read_mask(batch: Any) -> Tensor | None:
     """
     found = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return found.bool() if isinstance(found, Tensor) and found.ndim == 2 else None
+
+
+def explained_input(inputs: Any) -> Tensor:
+    """Return the one tensor of a model's inputs that is shown and explained.
+
+    Of those with more than one dimension and no "mask" in their name: the largest with floats, else the largest.
+    """
+    return main_tensor(inputs, lead=1)
 
 
 def call_model(module: nn.Module, inputs: Any) -> Tensor:
@@ -143,6 +151,7 @@ class Task:
         loss: (outputs, targets) → one loss per sample, `(n,)`, in the unit that influence then has.
         kind: "classes", "binary", "multilabel" or "regression"; from shapes and values of the targets when None.
         mask: batch → which tokens count, `(n, tokens)`, or None where all do.
+        explained: what the model is called with → the one of its tensors that attributions explain.
 
     >>> task = Task(outputs=lambda module, x: module(x)["head_b"])
     """
@@ -153,9 +162,10 @@ class Task:
     loss: Callable[[Tensor, Tensor], Tensor] = loss_per_sample
     kind: Problem | None = None
     mask: Callable[[Any], Tensor | None] = read_mask
+    explained: Callable[[Any], Tensor] = explained_input
 
     def __post_init__(self) -> None:
-        for name in ("inputs", "targets", "outputs", "loss", "mask"):
+        for name in ("inputs", "targets", "outputs", "loss", "mask", "explained"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"Task({name}=...): expected a function, got {getattr(self, name)!r}")
         if self.kind not in (None, *get_args(Problem)):

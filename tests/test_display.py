@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from lightning_interp import Display, figures, panels
-from lightning_interp.display import kind_of, main_tensor
+from lightning_interp.batch import main_tensor
+from lightning_interp.display import kind_of
 from lightning_interp.records import Shown, SimilarityMap
 
 

@@ -1,124 +1,216 @@
-"""Class activation maps."""
+"""Class activation maps: of pooled linear networks (CAM), and by gradients (Grad-CAM, Grad-CAM++)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_interp.attribution.saliency import gradient
-from lightning_interp.attribution.target import Target, recorded, select
-from lightning_interp.batch import map_tensors, precise, take
-from lightning_interp.capture import capture, differentiable, hooked, undisturbed
-from lightning_interp.display import main_tensor
-from lightning_interp.records import Explanation
+from lightning_interp.attribution.explained import Explained
+from lightning_interp.attribution.layer import at_inputs_size, find_layer
+from lightning_interp.attribution.one_pass import OfTarget, Pass, SinglePass
+from lightning_interp.attribution.saliency import suffix
+from lightning_interp.attribution.target import Score, Target, logit, per_class
+from lightning_interp.batch import precise
+from lightning_interp.capture import explaining
 from lightning_interp.task import Task
 
 
 @dataclass(frozen=True)
-class GradCAM:
-    """Gradient-weighted class activation map of a convolutional layer.
+class GradCAM(SinglePass):
+    """Gradient-weighted class activation map of a layer.
 
-    map = ReLU(Σ_k w_k A_k), w_k the mean over positions of ∂ logit_target / ∂A_k, A the layer's output; upsampled
-    bilinearly to the input's size. No gradient is computed below the layer. The map is as coarse as the layer:
-    on a 1 × 1 output it says nothing, and a map of zeros means that no position speaks for the target.
+    map = ReLU(Σ_k w_k A_k), w_k the mean over positions of ∂ logit_target / ∂A_k, A the layer's output: feature
+    maps, or tokens. Upsampled bilinearly to the input's size; `(n, H, W)` for images, `(n, tokens)` for text. No
+    gradient is computed below the layer. The map is as coarse as the layer: on a 1 × 1 output it says nothing, and a
+    map of zeros means that no position speaks for the target.
 
     Reference: Selvaraju et al., Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization,
     2017.
 
     Args:
-        layer: name of the layer, as in `named_modules`; when None, the last one in the forward whose output has
-            more than one position.
+        layer: name of the layer, as in `named_modules`; when None, the last one in the forward that gives a map or
+            tokens of which more than one position has a gradient.
+        score: what is differentiated: `logit`, `probability`, `log_probability`, or a function like them.
+    """
+
+    layer: str | None = None
+    score: Score = logit
+
+    def __post_init__(self) -> None:
+        check_layer("GradCAM", self.layer)
+
+    @property
+    def name(self) -> str:
+        """Tag of the method."""
+        return tagged("GradCAM", self.layer) + suffix(self.score)
+
+    @property
+    def goal(self) -> OfTarget:
+        """What is differentiated: the target's score."""
+        return OfTarget(self.score)
+
+    @property
+    def at(self) -> str:
+        """Where: at the layer."""
+        return self.layer or "last map"
+
+    def read(self, seen: Pass, layer: str) -> Tensor:
+        """Return the map after its ReLU, at the input's size."""
+        held = with_positions(seen.layers[layer], layer)
+        return at_inputs_size(precise(grad_cam(*held)).relu(), seen.explained.raw, layer)
+
+
+@dataclass(frozen=True)
+class GradCAMPlusPlus(SinglePass):
+    """Grad-CAM++: Grad-CAM with gradients weighted by position, so that several objects of a class all show.
+
+    map = ReLU(Σ_k w_k A_k), w_k = Σ_positions α ReLU(g), g = ∂ logit_target / ∂A_k and α = 1 / (2 + g Σ_positions A_k):
+    what the paper's second and third derivatives of exp(logit) come to, where ReLU is the only nonlinearity above the
+    layer. Meant for feature maps after a ReLU; where Σ A is negative, α can grow without bound.
+
+    Reference: Chattopadhay et al., Grad-CAM++: Improved Visual Explanations for Deep Convolutional Networks, 2018.
+
+    Args:
+        layer: as of `GradCAM`.
+        score: what is differentiated.
+    """
+
+    layer: str | None = None
+    score: Score = logit
+
+    def __post_init__(self) -> None:
+        check_layer("GradCAMPlusPlus", self.layer)
+
+    @property
+    def name(self) -> str:
+        """Tag of the method."""
+        return tagged("GradCAMPlusPlus", self.layer) + suffix(self.score)
+
+    @property
+    def goal(self) -> OfTarget:
+        """What is differentiated: the target's score."""
+        return OfTarget(self.score)
+
+    @property
+    def at(self) -> str:
+        """Where: at the layer."""
+        return self.layer or "last map"
+
+    def read(self, seen: Pass, layer: str) -> Tensor:
+        """Return the map after its ReLU, at the input's size."""
+        held = with_positions(seen.layers[layer], layer)
+        return at_inputs_size(precise(grad_cam_plus_plus(*held)).relu(), seen.explained.raw, layer)
+
+
+@dataclass(frozen=True)
+class CAM(SinglePass):
+    """Class activation map of a network that ends in global average pooling and one linear layer.
+
+    map = Σ_k w_k^c A_k, A the last feature maps and w^c the linear layer's weights for the target class; signed, no
+    ReLU; upsampled bilinearly to the input's size, `(n, H, W)`. Its mean over positions, with the bias, is the logit.
+    Equal to Grad-CAM before its ReLU up to the factor H · W.
+
+    Reference: Zhou et al., Learning Deep Features for Discriminative Localization, 2016.
+
+    Args:
+        layer: name of the layer that gives A; when None, the last one in the forward that gives a map.
     """
 
     layer: str | None = None
 
     def __post_init__(self) -> None:
-        if self.layer is not None and not isinstance(self.layer, str):
-            raise TypeError(f"GradCAM(layer=...): expected a layer's name or None, got {self.layer!r}")
+        check_layer("CAM", self.layer)
 
     @property
     def name(self) -> str:
         """Tag of the method."""
-        return "GradCAM" if self.layer is None else f"GradCAM_{self.layer}"
+        return tagged("CAM", self.layer)
 
-    def __call__(self, model: nn.Module, inputs: Any, target: Target, task: Task = Task()) -> Explanation:
-        """Explain each sample of a batch by itself; the model is left as it was.
+    @property
+    def goal(self) -> OfTarget:
+        """What is differentiated: the logit."""
+        return OfTarget()
 
-        Args:
-            model: any module; it runs in eval mode.
-            inputs: what `task.outputs(model, ...)` takes, on the model's device; images `(n, channels, H, W)`.
-            target: class per sample `(n,)`, or a function outputs → `(n,)`.
-            task: how to call the model.
+    @property
+    def at(self) -> str:
+        """Where: at the layer."""
+        return self.layer or "last map"
+
+    def read(self, seen: Pass, layer: str) -> Tensor:
+        """Return the signed map at the input's size.
 
         Raises:
-            ValueError: the layer is unknown, was not called or gives no spatial map; or the target does not fit.
+            ValueError: the outputs are no linear function of the map's mean over positions.
         """
-        layer = self.layer or last_spatial_layer(model, inputs, task)
-        if layer not in dict(model.named_modules()):
-            raise ValueError(f"GradCAM(layer=...): {layer!r} names no layer of {type(model).__name__}")
-        with differentiable(model):
-            activations, scores = _from_layer(model, inputs, layer, target, task)
-            raw = grad_cam(activations.detach(), gradient(scores, activations))
-            size = main_tensor(inputs, lead=1).shape[-2:]
-            maps = F.interpolate(precise(raw).relu()[:, None], size, mode="bilinear", align_corners=False)[:, 0]
-        return Explanation(self.name, maps.cpu(), recorded(target, len(maps)), layer)
+        activations, gradients = with_positions(seen.layers[layer], layer)
+        if not _pooled_and_linear(seen.explained.model, activations, seen.outputs):
+            raise ValueError(
+                f"CAM(layer={layer!r}): expected a network whose outputs are one linear layer (or nothing) of this"
+                f" layer's mean over positions, got one of which that is not so; use GradCAM()"
+            )
+        summed = gradients.flatten(2).sum(2)  # of such a network, the linear layer's weights for the target
+        return at_inputs_size(precise(_weighted(activations, summed)), seen.explained.raw, layer)
 
 
-def grad_cam(activations: Float[Tensor, "n c h w"], gradients: Float[Tensor, "n c h w"]) -> Float[Tensor, "n h w"]:
+def grad_cam(activations: Float[Tensor, "n c *at"], gradients: Float[Tensor, "n c *at"]) -> Float[Tensor, "n *at"]:
     """Return the map before its ReLU: Σ_k A_k · mean over positions of ∂s/∂A_k."""
-    weights = gradients.mean(dim=(2, 3), keepdim=True)
-    return (weights * activations).sum(1)
+    return _weighted(activations, gradients.flatten(2).mean(2))
 
 
-def last_spatial_layer(model: nn.Module, inputs: Any, task: Task = Task()) -> str:
-    """Return the last submodule of a forward whose output `(n, channels, H, W)` has more than one position.
+def grad_cam_plus_plus(
+    activations: Float[Tensor, "n c *at"], gradients: Float[Tensor, "n c *at"]
+) -> Float[Tensor, "n *at"]:
+    """Return the map before its ReLU: Σ_k A_k · Σ_positions α ReLU(g)."""
+    g, total = gradients.flatten(2), activations.flatten(2).sum(2, keepdim=True)
+    weights = torch.where(g > 0, g / (2 + g * total), torch.zeros_like(g))
+    return _weighted(activations, weights.sum(2))
 
-    Of nested modules that hand on the same tensor, the innermost is named.
+
+def _weighted(activations: Float[Tensor, "n c *at"], weights: Float[Tensor, "n c"]) -> Float[Tensor, "n *at"]:
+    return torch.einsum("nc,nc...->n...", weights, activations)
+
+
+def with_positions(seen: tuple[Tensor, Tensor], layer: str) -> tuple[Tensor, Tensor]:
+    """Return activations and gradients of a layer.
 
     Raises:
-        ValueError: there is none.
+        ValueError: they have no positions.
     """
-    names = [name for name, _ in model.named_modules() if name]
-    found: list[tuple[str, Tensor]] = []
-
-    def keep(layer: str, _: int, output: Tensor) -> None:
-        if output.ndim == 4 and output.shape[2] * output.shape[3] > 1:
-            found.append((layer, output))
-
-    with undisturbed(model), torch.no_grad(), capture(model, names, keep):
-        task.outputs(model, map_tensors(Tensor.clone, take(inputs, 0, 1)))
-    if not found:
-        raise ValueError("GradCAM: expected a layer with output (n, channels, H, W) and H·W > 1, found none")
-    return _innermost(found)
+    if seen[0].ndim < 3:
+        shape = tuple(seen[0].shape)
+        raise ValueError(f"layer={layer!r}: expected an output (n, channels, H, W) or (n, tokens, d), got {shape}")
+    return seen[0], seen[1]
 
 
-def _innermost(found: list[tuple[str, Tensor]]) -> str:
-    """Follow the last output down to the submodule that made it; children finish before their parent."""
-    name, output = found[-1]
-    for inner, same in reversed(found[:-1]):
-        if inner.startswith(f"{name}.") and same.data_ptr() == output.data_ptr():
-            name = inner
-    return name
+def _pooled_and_linear(model: nn.Module, activations: Tensor, outputs: Tensor) -> bool:
+    """Say whether the outputs are those of one linear layer, or none, of the activations' mean over positions."""
+    pooled, logits = activations.flatten(2).mean(2), per_class(outputs)
+    heads = [part for part in model.modules() if isinstance(part, nn.Linear) and part.in_features == pooled.shape[1]]
+    made = [F.linear(pooled.to(part.weight), part.weight, part.bias) for part in heads] + [pooled]
+    scale = logits.abs().max().clamp(min=1e-12)
+    return any(one.shape == logits.shape and bool(((one - logits).abs() <= 1e-3 * scale).all()) for one in made)
 
 
-def _from_layer(model: nn.Module, inputs: Any, layer: str, target: Target, task: Task) -> tuple[Tensor, Tensor]:
-    """Return the layer's output as a leaf, and the target's score computed from it."""
-    leaves: list[Tensor] = []
+def check_layer(owner: str, layer: object) -> None:
+    """Raise a TypeError where a layer is not given by name."""
+    if layer is not None and not isinstance(layer, str):
+        raise TypeError(f"{owner}(layer=...): expected a layer's name or None, got {layer!r}")
 
-    def hook(_: str, __: nn.Module, ___: Any, output: Any) -> Tensor:
-        if not isinstance(output, Tensor) or output.ndim != 4:
-            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(f"GradCAM(layer={layer!r}): expected an output (n, channels, H, W), got {shape}")
-        leaves.append(output.detach().requires_grad_())
-        return leaves[-1].clone()
 
-    with hooked(model, [layer], hook):
-        scores = select(task.outputs(model, map_tensors(lambda t: t.detach().clone(), inputs)), target)
-    if not leaves:
-        raise ValueError(f"GradCAM(layer={layer!r}): expected a layer that forward calls, but it was not called")
-    return leaves[-1], scores
+def tagged(method: str, layer: str | None) -> str:
+    """Return a method's tag, with the layer where one was named."""
+    return method if layer is None else f"{method}_{layer}"
+
+
+def last_map_layer(model: nn.Module, inputs: object, target: Target, task: Task = Task()) -> str:
+    """Return the name of the layer that class activation maps take where none is named.
+
+    Raises:
+        ValueError: no layer gives a map or tokens.
+    """
+    with explaining(model):
+        return find_layer(Explained(model, inputs, task), target)

@@ -1,92 +1,108 @@
-"""Saliency: the gradient of the target's logit with respect to the input."""
+"""Gradients with respect to the input."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_interp.attribution.target import Target, recorded, select, with_leaf
-from lightning_interp.batch import precise
-from lightning_interp.capture import differentiable, hooked
-from lightning_interp.display import main_tensor
-from lightning_interp.records import Explanation
-from lightning_interp.task import Task
+from lightning_interp.attribution.one_pass import OfTarget, Pass, SinglePass
+from lightning_interp.attribution.target import Score, logit
 
 
 @dataclass(frozen=True)
-class Saliency:
-    """Gradient of the target's logit (not of its probability) with respect to the input.
+class Saliency(SinglePass):
+    """Gradient of the target's logit with respect to the input.
 
     map = ∂ logit_target / ∂x, signed, in the shape of x; shown as the largest absolute value over channels. For
-    token ids, the norm over the embedding's dimensions of the gradient at the output of the embedding that reads
-    them, `(n, tokens)`. It says where a small change would move the logit, not what the logit is made of, and is
-    noisy where the network has many ReLUs.
+    token ids, the norm over the embedding's dimensions of the gradient at the output of the embedding that looks
+    them up, `(n, tokens)`. It says where a small change would move the logit, not what the logit is made of, and is
+    noisy where the network has many ReLUs. The gradient of the probability is another quantity: p_t times what is left
+    of the logit's gradient after the mean over classes, weighted by probability, is taken off.
 
     Reference: Simonyan et al., Deep Inside Convolutional Networks, 2013.
 
-    >>> net = nn.Linear(3, 2, bias=False)
+    Args:
+        score: what is differentiated: `logit`, `probability`, `log_probability`, or a function like them.
+
+    >>> import torch
+    >>> net = torch.nn.Linear(3, 2, bias=False)
     >>> maps = Saliency()(net, torch.ones(1, 3), torch.tensor([1])).maps
     >>> bool(torch.equal(maps[0], net.weight.detach()[1]))
     True
     """
 
+    score: Score = logit
+
     @property
     def name(self) -> str:
         """Tag of the method."""
-        return "Saliency"
+        return "Saliency" + suffix(self.score)
 
-    def __call__(self, model: nn.Module, inputs: Any, target: Target, task: Task = Task()) -> Explanation:
-        """Explain each sample of a batch by itself; the model is left as it was.
+    @property
+    def goal(self) -> OfTarget:
+        """What is differentiated: the target's score."""
+        return OfTarget(self.score)
 
-        Args:
-            model: any module; it runs in eval mode.
-            inputs: what `task.outputs(model, ...)` takes, on the model's device.
-            target: class per sample `(n,)`, or a function outputs → `(n,)`.
-            task: how to call the model.
+    @property
+    def at(self) -> str:
+        """Where: at the input."""
+        return "input"
 
-        Raises:
-            ValueError: the target does not fit, or the outputs do not depend on the input by a gradient.
-        """
-        explained = main_tensor(inputs, lead=1)
-        with differentiable(model):
-            fresh, leaf = with_leaf(inputs, explained)
-            if leaf.is_floating_point():
-                scores = select(task.outputs(model, fresh), target)
-                maps = gradient(scores, leaf)
-            else:
-                maps = _at_embedding(model, fresh, leaf, target, task)
-        return Explanation(self.name, precise(maps.detach()).cpu(), recorded(target, len(maps)))
+    def read(self, seen: Pass, layer: str) -> Tensor:
+        """Return the gradient; of tokens its norm."""
+        gradient = of_input(seen.gradient)
+        return gradient.norm(dim=-1) if seen.explained.tokens else gradient
 
 
-def gradient(scores: Tensor, leaf: Tensor) -> Tensor:
-    """Return ∂ Σ scores / ∂ leaf: each sample's own gradient, since no sample's score sees another.
+@dataclass(frozen=True)
+class InputXGradient(SinglePass):
+    """Input times gradient: what each input adds to the logit if the network is taken as linear around it.
+
+    map = x ⊙ ∂ logit_target / ∂x, signed, in the shape of x; for token ids the sum of it over the embedding's
+    dimensions, `(n, tokens)`. Where x = 0 it is 0, whatever the network makes of that: it depends on how inputs are
+    normalised.
+
+    Reference: Shrikumar et al., Not Just a Black Box, 2016.
+
+    Args:
+        score: what is differentiated: `logit`, `probability`, `log_probability`, or a function like them.
+    """
+
+    score: Score = logit
+
+    @property
+    def name(self) -> str:
+        """Tag of the method."""
+        return "InputXGradient" + suffix(self.score)
+
+    @property
+    def goal(self) -> OfTarget:
+        """What is differentiated: the target's score."""
+        return OfTarget(self.score)
+
+    @property
+    def at(self) -> str:
+        """Where: at the input."""
+        return "input"
+
+    def read(self, seen: Pass, layer: str) -> Tensor:
+        """Return the product; of tokens its sum over dimensions."""
+        product = of_input(seen.values) * of_input(seen.gradient)
+        return product.sum(-1) if seen.explained.tokens else product
+
+
+def suffix(score: Score) -> str:
+    """Return what a tag gets where the score is not the logit."""
+    return "" if score is logit else f"_of_{getattr(score, '__name__', repr(score))}"
+
+
+def of_input(tensor: Tensor | None) -> Tensor:
+    """Return what a pass holds of the input.
 
     Raises:
-        ValueError: no gradient flows.
+        RuntimeError: it was run without.
     """
-    if not scores.requires_grad:
-        raise ValueError("model: expected outputs with a gradient, got none (is part of forward under no_grad?)")
-    (found,) = torch.autograd.grad(scores.sum(), leaf, allow_unused=True)
-    if found is None:
-        raise ValueError("model: expected outputs that depend on the explained input, but no gradient reaches it")
-    return found
-
-
-def _at_embedding(model: nn.Module, inputs: Any, ids: Tensor, target: Target, task: Task) -> Tensor:
-    leaves: list[Tensor] = []
-
-    def hook(_: str, __: nn.Module, given: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if leaves or not given or given[0].shape != ids.shape or not torch.equal(given[0], ids):
-            return None
-        leaves.append(output.detach().requires_grad_())
-        return leaves[0].clone()
-
-    embeddings = [name for name, part in model.named_modules() if isinstance(part, nn.Embedding)]
-    with hooked(model, embeddings, hook):
-        scores = select(task.outputs(model, inputs), target)
-    if not leaves:
-        raise ValueError("inputs: expected floats, or token ids that an nn.Embedding of the model reads")
-    return gradient(scores, leaves[0]).norm(dim=-1)
+    if tensor is None:
+        raise RuntimeError("the pass was run without a gradient of the input")
+    return tensor

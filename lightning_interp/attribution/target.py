@@ -1,24 +1,52 @@
-"""The number that an attribution explains, and the input it explains it by."""
+"""The number that an attribution explains."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lightning_interp.batch import map_tensors
-
 Target = Int[Tensor, " n"] | Callable[[Tensor], Tensor]
+Score = Callable[[Tensor, Tensor], Tensor]
 
 
-def select(outputs: Tensor, target: Target) -> Float[Tensor, " n"]:
-    """Return one number per sample: the target class's logit, or what a callable makes of the outputs.
+def logit(logits: Float[Tensor, "n classes"], chosen: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Return the chosen class's logit; of a single logit z, z for class 1 and −z for class 0."""
+    if logits.shape[1] == 1:
+        return torch.where(chosen > 0, logits[:, 0], -logits[:, 0])
+    return logits.gather(1, chosen[:, None])[:, 0]
 
-    A single logit stands for class 1, its negative for class 0; outputs with positions `(n, classes, ...)` are
-    averaged over them.
+
+def log_probability(logits: Float[Tensor, "n classes"], chosen: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Return the logarithm of the chosen class's softmax probability; of a single logit, of its sigmoid."""
+    if logits.shape[1] == 1:
+        return F.logsigmoid(logit(logits, chosen))
+    return logit(logits.log_softmax(1), chosen)
+
+
+def probability(logits: Float[Tensor, "n classes"], chosen: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Return the chosen class's softmax probability; of a single logit, its sigmoid."""
+    return log_probability(logits, chosen).exp()
+
+
+def label_probability(logits: Float[Tensor, "n classes"], chosen: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Return the chosen label's own sigmoid, for multi-label outputs."""
+    return logit(logits, chosen).sigmoid()
+
+
+def select(outputs: Tensor, target: Target, score: Score = logit) -> Float[Tensor, " n"]:
+    """Return one number per sample: the target class's score, or what a callable makes of the outputs.
+
+    Outputs with positions `(n, classes, ...)` are averaged over them.
+
+    Args:
+        outputs: the model's, one row per sample.
+        target: class per sample `(n,)` (of outputs with several labels or numbers: which of them), or a function from
+            outputs to `(n,)`.
+        score: `logit`, `probability`, `log_probability`, `label_probability`, or a function like them.
 
     Raises:
         ValueError: classes are missing or out of range, or a callable gave another shape than `(n,)`.
@@ -31,23 +59,19 @@ def select(outputs: Tensor, target: Target) -> Float[Tensor, " n"]:
         return chosen
     if target.shape != (n,) or target.is_floating_point():
         raise ValueError(f"target: expected {n} class indices, got {tuple(target.shape)} of {target.dtype}")
-    logits = outputs.reshape(n, -1) if outputs.ndim < 3 else outputs.flatten(2).mean(2)
-    chosen = target.to(logits.device, copy=True)  # a tensor made in inference mode cannot be saved for a backward
-    if logits.shape[1] == 1:
-        return torch.where(chosen > 0, logits[:, 0], -logits[:, 0])
-    if n and not 0 <= int(target.min()) <= int(target.max()) < logits.shape[1]:
-        raise ValueError(f"target: expected classes 0 to {logits.shape[1] - 1}, got {target.tolist()}")
-    return logits.gather(1, chosen[:, None])[:, 0]
+    logits = per_class(outputs)
+    most = max(2, logits.shape[1])  # a single logit has two classes
+    if n and not 0 <= int(target.min()) <= int(target.max()) < most:
+        raise ValueError(f"target: expected classes 0 to {most - 1}, got {target.tolist()}")
+    # A copy, since a tensor made in inference mode cannot be saved for a backward.
+    return score(logits, target.to(logits.device, torch.long, copy=True))
+
+
+def per_class(outputs: Tensor) -> Float[Tensor, "n classes"]:
+    """Return outputs as `(n, classes)`; the mean over positions, where they have some."""
+    return outputs.reshape(len(outputs), -1) if outputs.ndim < 3 else outputs.flatten(2).mean(2)
 
 
 def recorded(target: Target, n: int) -> Int[Tensor, " n"]:
     """Return the target classes for the record; −1 where a callable chose."""
     return torch.full((n,), -1) if callable(target) else target.detach().cpu().long()
-
-
-def with_leaf(inputs: Any, explained: Tensor) -> tuple[Any, Tensor]:
-    """Return a copy of model inputs in which one tensor is a fresh leaf that gradients flow to."""
-    leaf = explained.detach().clone()
-    if leaf.is_floating_point():
-        leaf.requires_grad_()
-    return map_tensors(lambda t: leaf if t is explained else t.detach().clone(), inputs), leaf

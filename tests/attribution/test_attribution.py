@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_interp import Task
-from lightning_interp.attribution import GradCAM, Saliency, grad_cam, last_spatial_layer, select
+from lightning_interp.attribution import GradCAM, Saliency, grad_cam, last_map_layer, select
 from tests.models import Net
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "data" / "golden_attribution.npz"))
@@ -144,7 +144,7 @@ def test_the_last_map_is_found_through_containers_and_in_place_relus() -> None:
     net = nn.Sequential(
         nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2)
     )
-    assert last_spatial_layer(net, torch.randn(2, 1, 6, 6)) == "0.1"
+    assert last_map_layer(net, torch.randn(2, 1, 6, 6), torch.tensor([0, 1])) == "0.1"
 
 
 def test_token_ids_are_explained_at_their_embedding() -> None:
@@ -173,7 +173,7 @@ def test_select() -> None:
             lambda: Saliency()(Reads(), torch.zeros(2, 2).long(), torch.tensor([0, 0])),
             "expected floats, or token ids",
         ),
-        (lambda: GradCAM("nope")(Net(), torch.zeros(1, 1, 8, 8), torch.tensor([0])), "names no layer"),
+        (lambda: GradCAM("nope")(Net(), torch.zeros(1, 1, 8, 8), torch.tensor([0])), "expected a layer of Net"),
         (lambda: GradCAM("accuracy")(Net(), torch.zeros(1, 1, 8, 8), torch.tensor([0])), "not called"),
         (lambda: GradCAM("head")(Net(), torch.zeros(1, 1, 8, 8), torch.tensor([0])), "expected an output"),
         (lambda: GradCAM()(nn.Linear(2, 2), torch.zeros(1, 2), torch.tensor([0])), "found none"),

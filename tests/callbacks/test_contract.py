@@ -285,7 +285,7 @@ def test_less_usual_inputs(kind: type, module: Any, data: Any, tmp_path: Path) -
 
 
 def test_a_model_without_any_gradient_to_its_input_is_said_to_be_so(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"InputAttribution is off.*no gradient reaches it"):
+    with pytest.warns(UserWarning, match=r"InputAttribution is off.*outputs with a gradient"):
         trainer(tmp_path, max_epochs=1, callbacks=[InputAttribution()]).fit(Frozen(), *loaders())
 
 

@@ -1,0 +1,181 @@
+"""Gradients through changed ReLUs: DeconvNet and guided backpropagation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lightning_interp.attribution.cam import check_layer
+from lightning_interp.attribution.layer import positions_of
+from lightning_interp.attribution.one_pass import Goal, OfTarget, Pass, SinglePass, check_layers
+from lightning_interp.attribution.relu import ReluRule, deconvnet, guided
+from lightning_interp.attribution.saliency import of_input
+from lightning_interp.attribution.target import Target
+from lightning_interp.batch import size, tensors
+from lightning_interp.capture import hooked, undisturbed
+from lightning_interp.task import Task
+
+
+@dataclass(frozen=True)
+class DeconvNet(SinglePass):
+    """DeconvNet: a feature projected back to the input through ReLUs that pass positive signals alone.
+
+    Max pooling goes back to where its maximum was, convolutions by their transposed filters, and each ReLU passes
+    ReLU(signal), whatever its own input was. Signed, in the shape of the input. Without a layer the target's logit is
+    projected. With one, the strongest activation of a channel: all others of the layer are set to zero, as in the
+    paper, and what comes out is the pattern of the input that excites it. It looks much the same for any class: it
+    shows what a feature is, not why the network answers as it does.
+
+    Reference: Zeiler and Fergus, Visualizing and Understanding Convolutional Networks, 2014.
+
+    Args:
+        layer: name of the layer whose feature map is projected; the target is then not looked at.
+        channel: which of its channels; each sample's own strongest when None.
+    """
+
+    layer: str | None = None
+    channel: int | None = None
+
+    def __post_init__(self) -> None:
+        check_layer("DeconvNet", self.layer)
+        if self.channel is not None and self.layer is None:
+            raise ValueError(f"DeconvNet(channel={self.channel}): expected layer= with it, got None")
+
+    @property
+    def name(self) -> str:
+        """Tag of the method."""
+        parts = ["DeconvNet", self.layer, None if self.channel is None else str(self.channel)]
+        return "_".join(part for part in parts if part is not None)
+
+    @property
+    def goal(self) -> Goal:
+        """What is projected: the target's logit, or the layer's strongest activation."""
+        return OfTarget() if self.layer is None else Strongest((self.layer,), self.channel)
+
+    @property
+    def rule(self) -> ReluRule:
+        """Positive signals pass."""
+        return deconvnet
+
+    @property
+    def at(self) -> str:
+        """Where: at the input."""
+        return "input"
+
+    def read(self, seen: Pass, layer: str) -> Tensor:
+        """Return what arrives at the input; of tokens its norm."""
+        return _arrived(seen)
+
+
+@dataclass(frozen=True)
+class GuidedBackprop(SinglePass):
+    """Guided backpropagation: the gradient of the target's logit, of which each ReLU passes the positive part alone.
+
+    A ReLU passes a gradient where its own input was positive and the gradient is, too. Signed, in the shape of the
+    input. Sharp pictures that hardly change when the network's upper layers are drawn anew: it recovers the image's
+    edges rather than what the network has learned (Adebayo et al. 2018), so do not read an explanation into it.
+
+    Reference: Springenberg et al., Striving for Simplicity: The All Convolutional Net, 2015.
+    """
+
+    @property
+    def name(self) -> str:
+        """Tag of the method."""
+        return "GuidedBackprop"
+
+    @property
+    def goal(self) -> Goal:
+        """What is projected: the target's logit."""
+        return OfTarget()
+
+    @property
+    def rule(self) -> ReluRule:
+        """Positive gradients pass where the input did."""
+        return guided
+
+    @property
+    def at(self) -> str:
+        """Where: at the input."""
+        return "input"
+
+    def read(self, seen: Pass, layer: str) -> Tensor:
+        """Return what arrives at the input; of tokens its norm."""
+        return _arrived(seen)
+
+
+@dataclass(frozen=True)
+class Strongest(Goal):
+    """The strongest activation of a channel over positions; half its square, so that its gradient is itself."""
+
+    layers: tuple[str, ...]
+    channel: int | None
+
+    def __call__(self, outputs: Tensor, layers: Mapping[str, Tensor], target: Target) -> Float[Tensor, " n"]:
+        """Return one number per sample."""
+        activations = layers[self.layers[0]]
+        return strongest_of(activations, self.channel, self.layers[0]).square() / 2
+
+
+class Ranked(NamedTuple):
+    """The samples that excite a channel most.
+
+    Args:
+        indices: place of each in the order of the batches, the strongest first, `(k,)`.
+        activations: the channel's largest activation in each, `(k,)`.
+    """
+
+    indices: Int[Tensor, " k"]
+    activations: Float[Tensor, " k"]
+
+
+def strongest(
+    model: nn.Module, batches: Iterable[Any], layer: str, channel: int, k: int = 9, task: Task = Task()
+) -> Ranked:
+    """Return the samples in which a channel of a layer is most active somewhere, to be projected by `DeconvNet`.
+
+    Args:
+        model: any module; it runs in eval mode.
+        batches: as `task.inputs` reads them, on the model's device.
+        layer: name of the layer.
+        channel: which of its channels.
+        k: how many samples; fewer where there are fewer.
+        task: how to read a batch and call the model.
+
+    Raises:
+        ValueError: the layer is unknown or was not called, or has no such channel.
+    """
+    check_layers(model, [layer])
+    found: list[Tensor] = []
+    n = 0
+
+    def hook(name: str, part: nn.Module, _: Any, output: Any) -> None:
+        given = next(tensors(output))
+        found.append(strongest_of(positions_of(name, part, given, n), channel, name).detach().float().cpu())
+
+    with undisturbed(model), torch.no_grad(), hooked(model, [layer], hook):
+        for batch in batches:
+            inputs = task.inputs(batch)
+            n = size(inputs)
+            task.outputs(model, inputs)
+    if not found:
+        raise ValueError(f"layer={layer!r}: expected a layer that forward calls, but it was not called")
+    best = torch.cat(found).topk(min(k, sum(map(len, found))))
+    return Ranked(best.indices, best.values)
+
+
+def strongest_of(activations: Float[Tensor, "n c *at"], channel: int | None, layer: str) -> Float[Tensor, " n"]:
+    """Return each sample's largest activation of a channel, or of all."""
+    if channel is not None and not 0 <= channel < activations.shape[1]:
+        raise ValueError(f"channel: expected 0 to {activations.shape[1] - 1} at {layer!r}, got {channel}")
+    chosen = activations if channel is None else activations[:, channel : channel + 1]
+    return chosen.flatten(1).max(1).values
+
+
+def _arrived(seen: Pass) -> Tensor:
+    gradient = of_input(seen.gradient)
+    return gradient.norm(dim=-1) if seen.explained.tokens else gradient

@@ -1,0 +1,142 @@
+"""The layer that a class activation map is read from, and how its map comes to the input's size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lightning_interp.attribution.explained import NO_GRADIENT, Explained
+from lightning_interp.attribution.target import Target, select
+from lightning_interp.batch import map_tensors, picked, tensors
+from lightning_interp.capture import hooked
+from lightning_interp.layout import layout_of
+
+MOST_EXTRA_TOKENS = 16
+LINEAR_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def find_layer(explained: Explained, target: Target) -> str:
+    """Return the last layer of a forward that gives a map or tokens, more than one position of which matters.
+
+    That is the last spatial map of a convolutional network. Of a transformer that answers from one token, the last
+    block's output has a gradient at that token alone, and what came before it is taken: the last layer whose other
+    tokens still have one. Linear layers inside attention are passed over where anything else is left; of nested
+    modules that hand on the same tensor, the innermost is named. One forward and backward of one sample.
+
+    Raises:
+        ValueError: no layer gives a map or tokens.
+    """
+    one = Explained(explained.model, picked(explained.inputs, explained.everything[:1]), explained.task)
+    found: list[tuple[str, nn.Module, Tensor]] = []
+    handed_on: list[tuple[Tensor, int]] = []
+
+    def hook(layer: str, part: nn.Module, _: Any, output: Any) -> Any:
+        given = next(tensors(output), None)
+        if given is None or not _has_positions(part, output) or _is_handed_on(given, handed_on):
+            return None
+        held = given if given.requires_grad else given.detach().requires_grad_()
+        found.append((layer, part, held))
+        copy = held.clone()
+        handed_on.append((copy, copy._version))
+        return map_tensors(lambda t: copy if t is given else t, output)
+
+    names = [name for name, _ in one.model.named_modules() if name]
+    with hooked(one.model, names, hook):
+        outputs = one.outputs_of(one.raw.clone())
+    if not found:
+        raise ValueError(
+            "layer: expected one that gives a map (n, channels, H, W) or tokens (n, tokens, d); found none"
+        )
+    score = select(outputs, target if callable(target) else target[:1])
+    if not score.requires_grad:
+        raise ValueError(NO_GRADIENT)
+    gradients = torch.autograd.grad(score.sum(), [held for _, _, held in found], allow_unused=True)
+    return _last_that_matters(found, gradients)
+
+
+def positions_of(layer: str, part: nn.Module, output: Tensor, n: int) -> Float[Tensor, "n c *positions"]:
+    """Return a layer's output, or the gradient of it, with samples first and channels second.
+
+    Raises:
+        ValueError: it does not give one row per sample.
+    """
+    layout = layout_of(part, output, n)
+    if layout is None:
+        raise ValueError(f"layer={layer!r}: expected one row per sample, got {tuple(output.shape)} for {n} samples")
+    rows = output if layout.batch_first else output.transpose(0, 1)
+    return rows.movedim(-1, 1) if layout.channels_last else rows
+
+
+def at_inputs_size(maps: Float[Tensor, "n *positions"], raw: Tensor, layer: str) -> Float[Tensor, "n *size"]:
+    """Return a layer's maps at the size of what is explained, bilinearly (`align_corners=False`) where it is larger.
+
+    The tokens of a network of images are laid out as the grid that has the image's proportions, without those in front
+    (class tokens, registers). A sequence's maps become one number per token or step.
+
+    Raises:
+        ValueError: the positions fit no such size.
+    """
+    image = raw.ndim >= 4
+    if image and maps.ndim == 2:
+        maps = _grid(maps, raw.shape[-2:], layer)
+    if image:
+        size = tuple(raw.shape[2:])
+        if maps.ndim - 1 != len(size):
+            raise ValueError(f"layer={layer!r}: expected a map of {len(size)} dimensions, got {tuple(maps.shape[1:])}")
+    else:
+        size = (_length(raw, maps.shape[1]),)
+        extra = maps.shape[1] - size[0]
+        maps = maps[:, extra:] if 0 < extra <= MOST_EXTRA_TOKENS and maps.ndim == 2 else maps
+        if maps.ndim != 2:
+            raise ValueError(f"layer={layer!r}: expected one number per step, got a map {tuple(maps.shape[1:])}")
+    if tuple(maps.shape[1:]) == size:
+        return maps
+    return F.interpolate(maps[:, None], size, mode=LINEAR_MODES[len(size)], align_corners=False)[:, 0]
+
+
+def _is_handed_on(given: Tensor, earlier: list[tuple[Tensor, int]]) -> bool:
+    """Say whether an output is an inner module's own, not written into since: a container's."""
+    return any(given is copy and given._version == version for copy, version in earlier)
+
+
+def _has_positions(part: nn.Module, output: Any) -> bool:
+    layout = layout_of(part, output, 1)
+    if layout is None or layout.kind == "vector":
+        return False
+    positions = layout.shape[:-1] if layout.channels_last else layout.shape[1:]
+    return torch.Size(positions).numel() > 1
+
+
+def _last_that_matters(found: list[tuple[str, nn.Module, Tensor]], gradients: tuple[Tensor | None, ...]) -> str:
+    """Return the last layer with a gradient at more than one position; the last of all where there is none."""
+    live = [
+        (name, part)
+        for (name, part, held), gradient in zip(found, gradients, strict=True)
+        if gradient is not None and _live_positions(positions_of(name, part, gradient, 1)) > 1
+    ]
+    inner = [name for name, part in live if not isinstance(part, nn.Linear)]
+    return inner[-1] if inner else live[-1][0] if live else found[-1][0]
+
+
+def _live_positions(gradient: Float[Tensor, "1 c *positions"]) -> int:
+    return int((gradient.flatten(2) != 0).any(dim=1).sum())
+
+
+def _grid(maps: Float[Tensor, "n tokens"], size: torch.Size, layer: str) -> Float[Tensor, "n h w"]:
+    tokens = maps.shape[1]
+    for extra in range(min(MOST_EXTRA_TOKENS, tokens - 1)):
+        height = round(((tokens - extra) * size[0] / size[1]) ** 0.5)
+        if height and height * round(height * size[1] / size[0]) == tokens - extra:
+            return maps[:, extra:].unflatten(1, (height, -1))
+    raise ValueError(f"layer={layer!r}: expected tokens on a grid of an image {tuple(size)}, got {tokens} of them")
+
+
+def _length(raw: Tensor, positions: int) -> int:
+    """Return the number of steps of a sequence: of `(n, channels, steps)` and `(n, steps, d)` whichever fits better."""
+    if raw.ndim == 2 or raw.shape[1] == positions:
+        return raw.shape[1]
+    return raw.shape[-1]

@@ -1,0 +1,110 @@
+"""What a ReLU does to the gradient that comes back to it, switched while a model runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+ReluRule = Callable[[Tensor, Tensor], Tensor]
+PLAIN = {F.relu, torch.relu, Tensor.relu}
+IN_PLACE = {torch.relu_, Tensor.relu_}
+CLAMPS = {torch.clamp, Tensor.clamp, torch.clamp_min, Tensor.clamp_min, F.hardtanh, F.relu6}
+CLAMPS_IN_PLACE = {torch.clamp_, Tensor.clamp_, torch.clamp_min_, Tensor.clamp_min_}
+
+
+def deconvnet(gradient: Float[Tensor, " *n"], passed: Bool[Tensor, " *n"]) -> Float[Tensor, " *n"]:
+    """Pass what is positive of the gradient."""
+    return gradient.relu()
+
+
+def guided(gradient: Float[Tensor, " *n"], passed: Bool[Tensor, " *n"]) -> Float[Tensor, " *n"]:
+    """Pass what is positive of the gradient, where the input passed, too."""
+    return gradient.relu() * passed
+
+
+@contextlib.contextmanager
+def relu_rule(rule: ReluRule | None) -> Iterator[None]:
+    """Let every ReLU that is called inside pass gradients by a rule, whichever module, function or method it is.
+
+    Modules, functions, methods and in-place calls are caught alike, and ReLU6 and clamps from zero with them; the model
+    is not touched. Other activations keep their own gradient.
+
+    Args:
+        rule: (gradient, where the input passed) → gradient; nothing is changed when None.
+
+    Raises:
+        ValueError: no ReLU was called.
+    """
+    if rule is None:
+        yield
+        return
+    with _Switched(rule) as mode:
+        yield
+    if not mode.met:
+        raise ValueError("model: expected ReLUs in forward, whose gradient this method changes, got none")
+
+
+class _Switched(TorchFunctionMode):
+    def __init__(self, rule: ReluRule) -> None:
+        super().__init__()
+        self.rule, self.met = rule, False
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        ceiling = _ceiling(func, args, kwargs)
+        if ceiling is None:
+            return func(*args, **kwargs)
+        self.met = True
+        x = args[0] if args else kwargs["input"]
+        in_place = func in IN_PLACE or func in CLAMPS_IN_PLACE or bool(_argument(args, kwargs, "inplace", func))
+        return _Rectified.apply(x, self.rule, ceiling, in_place)  # type: ignore[no-untyped-call]
+
+
+class _Rectified(torch.autograd.Function):
+    """min(max(x, 0), ceiling), whose backward is the rule."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rule: ReluRule, ceiling: float, in_place: bool) -> Tensor:
+        ctx.rule = rule
+        ctx.save_for_backward((x > 0) & (x < ceiling))
+        if in_place:
+            ctx.mark_dirty(x)
+            return x.clamp_(0, ceiling)
+        return x.clamp(0, ceiling)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (passed,) = ctx.saved_tensors
+        return ctx.rule(gradient, passed), None, None, None
+
+
+def _ceiling(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | None:
+    """Return where a rectifier stops to pass (infinity for a ReLU); None for any other function."""
+    if func in PLAIN or func in IN_PLACE:
+        return float("inf")
+    if func is F.relu6:
+        return 6.0
+    if func not in CLAMPS and func not in CLAMPS_IN_PLACE:
+        return None
+    names = ("min_val", "max_val") if func is F.hardtanh else ("min", "max")
+    low, high = (kwargs.get(name, args[i] if len(args) > i else None) for i, name in enumerate(names, start=1))
+    if isinstance(low, Tensor) or isinstance(high, Tensor) or low != 0:
+        return None
+    return float("inf") if high is None else float(high)
+
+
+def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str, func: Any) -> Any:
+    """Return the `inplace` flag of the functions that have one."""
+    place = {F.relu: 1, F.relu6: 1, F.hardtanh: 3}.get(func)
+    if place is None:
+        return False
+    return kwargs.get(name, args[place] if len(args) > place else False)
