@@ -45,8 +45,12 @@ def broken(place: str, found: set[str]) -> set[str]:
         bad |= {name for name in found if name.startswith("lightning_interp.callbacks")}
     if room in ROOMS:
         others = tuple(f"lightning_interp.{other}" for other in ROOMS if other != room)
-        bad |= {name for name in found if name.startswith((*others, *OUTER, "lightning_interp.storage"))}
-    if place in (*GROUND, "storage.py"):
+        bad |= {
+            name
+            for name in found
+            if name.startswith((*others, *OUTER, "lightning_interp.storage", "lightning_interp.map_store"))
+        }
+    if place in (*GROUND, "folder.py", "step_store.py", "storage.py", "map_store.py"):
         bad |= {name for name in found if name.startswith((*OUTER, *(f"lightning_interp.{r}" for r in ROOMS)))}
     return bad
 
