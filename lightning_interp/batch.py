@@ -11,6 +11,23 @@ from jaxtyping import Int
 from torch import Tensor
 
 
+class Ragged(list[Tensor]):
+    """Samples of different sizes, `(C, H, W)` each: a list that is one model input, not several."""
+
+
+def ragged(part: Any) -> bool:
+    """Say whether a list holds samples of different sizes, not several inputs: images with as many channels.
+
+    >>> ragged([torch.zeros(3, 8, 8), torch.zeros(3, 9, 7)]), ragged([torch.zeros(4, 3), torch.zeros(4)])
+    (True, False)
+    """
+    if isinstance(part, Ragged):
+        return True
+    if type(part) is not list or len(part) < 2 or not all(isinstance(p, Tensor) and p.ndim == 3 for p in part):
+        return False
+    return len({p.shape[0] for p in part}) == 1 and len({p.shape for p in part}) > 1
+
+
 def tensors(batch: Any) -> Iterator[Tensor]:
     """Yield every tensor of a batch, in a fixed order.
 
@@ -47,12 +64,29 @@ def size(batch: Any) -> int:
     Raises:
         ValueError: the batch holds no tensor with a leading dimension.
     """
-    for tensor in tensors(batch):
-        if tensor.ndim:
-            return tensor.shape[0]
+    for rows in _rows(batch):
+        return rows
     raise ValueError(
         f"batch: expected at least one tensor with a leading sample dimension, got {type(batch).__name__} without any"
     )
+
+
+def _rows(part: Any) -> Iterator[int]:
+    """Yield the leading dimension of each tensor, and the length of each ragged list."""
+    if ragged(part):
+        yield len(part)
+    elif isinstance(part, Tensor):
+        if part.ndim:
+            yield part.shape[0]
+    elif isinstance(part, Mapping):
+        for value in part.values():
+            yield from _rows(value)
+    elif isinstance(part, (tuple, list)):
+        for inner in part:
+            yield from _rows(inner)
+    elif dataclasses.is_dataclass(part) and not isinstance(part, type):
+        for field in dataclasses.fields(part):
+            yield from _rows(getattr(part, field.name))
 
 
 def take(batch: Any, start: int, stop: int) -> Any:
@@ -68,6 +102,8 @@ def take(batch: Any, start: int, stop: int) -> Any:
 def _take(part: Any, n: int, start: int, stop: int) -> Any:
     if isinstance(part, Tensor):
         return part[start:stop] if part.ndim and part.shape[0] == n else part
+    if ragged(part):
+        return Ragged(part[start:stop])
     if isinstance(part, list) and len(part) == n and not any(isinstance(p, Tensor) for p in part):
         return part[start:stop]
     return _rebuilt(part, lambda inner: _take(inner, n, start, stop))
@@ -92,6 +128,9 @@ def picked(batch: Any, rows: Int[Tensor, " m"], old: Tensor | None = None, new: 
             if part is old:
                 return new
             return part.index_select(0, rows.to(part.device)) if part.ndim and part.shape[0] == n else part.clone()
+        if ragged(part):
+            stands = new is not None and old is not None and old.data_ptr() == part[0].data_ptr()
+            return Ragged(new.unbind() if stands and new is not None else [part[row].clone() for row in rows.tolist()])
         if isinstance(part, list) and len(part) == n and not any(isinstance(p, Tensor) for p in part):
             return [part[row] for row in rows.tolist()]
         return _rebuilt(part, pick)
@@ -137,7 +176,13 @@ def row(batch: Any, place: int) -> Any:
     >>> row({"x": torch.arange(3), "scale": torch.tensor(2.0)}, 1)
     {'x': tensor(1), 'scale': tensor(2.)}
     """
-    return map_tensors(lambda t: t[0] if t.ndim else t, take(batch, place, place + 1))
+
+    def first(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return part[0] if part.ndim else part
+        return part[0] if ragged(part) else _rebuilt(part, first)
+
+    return first(take(batch, place, place + 1))
 
 
 def main_tensor(value: Any, lead: int = 0) -> Tensor:
@@ -152,6 +197,8 @@ def main_tensor(value: Any, lead: int = 0) -> Tensor:
     Raises:
         ValueError: there is no tensor.
     """
+    if isinstance(value, Ragged) and len(value) == 1 and lead:
+        return value[0][None]
     held = list(_named(value, ""))
     if not held:
         raise ValueError(f"inputs: expected at least one tensor, got {type(value).__name__}")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_interp.batch import map_tensors, size, take, tensors
+from lightning_interp.batch import map_tensors, ragged, size, take, tensors
 from lightning_interp.errors import ArgumentError
 from lightning_interp.samples import Samples
 from lightning_interp.task import Task
@@ -61,6 +61,23 @@ def take_probe(source: Samples | Iterable[Any], count: int, name: str, task: Tas
     if not ids:
         raise ArgumentError(f"probe: expected at least one sample, got an empty {name}")
     return Probe(tuple(batches), tuple(ids), name, fingerprint([task.inputs(b) for b in batches]))
+
+
+def chosen_from(probe: Probe, places: Sequence[int]) -> Probe:
+    """Return the samples at some places of a probe, each as a batch of its own."""
+    starts = [0]
+    for batch in probe.batches:
+        starts.append(starts[-1] + size(batch))
+    held = []
+    for place in places:
+        number = max(i for i, start in enumerate(starts) if start <= place)
+        held.append(take(probe.batches[number], place - starts[number], place - starts[number] + 1))
+    return Probe(tuple(held), tuple(probe.ids[place] for place in places), probe.source, probe.fingerprint)
+
+
+def one_by_one(probe: Probe, task: Task) -> Probe:
+    """Return a probe of single samples where a batch holds images of different sizes; else the probe itself."""
+    return chosen_from(probe, range(probe.n)) if any(ragged(task.inputs(b)) for b in probe.batches) else probe
 
 
 def fingerprint(inputs: Any) -> str:

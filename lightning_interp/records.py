@@ -117,6 +117,21 @@ class Explanation:
 
 
 @dataclass(frozen=True, eq=False)
+class MapSnapshot:
+    """Attribution maps of the same samples, for the same targets, at one moment of training.
+
+    Args:
+        epoch: number of finished epochs; 0 before the first step.
+        step: optimizer steps taken (`trainer.global_step`).
+        maps: method → maps, `(n, H, W)`, `(n, tokens)` or `(n, columns)`.
+    """
+
+    epoch: int
+    step: int
+    maps: Mapping[str, Float[Tensor, "n *shape"]]
+
+
+@dataclass(frozen=True, eq=False)
 class Shown:
     """One sample as a reader sees it: what it is, and what the network says about it.
 
@@ -127,6 +142,7 @@ class Shown:
         prediction: predicted class in words; empty if not asked.
         probability: of the predicted class; NaN if unknown.
         wrong: whether the prediction is known to differ from the label.
+        likeliest: the most probable classes in words, each with its probability, the first first.
     """
 
     id: str
@@ -135,6 +151,7 @@ class Shown:
     prediction: str = ""
     probability: float = float("nan")
     wrong: bool = False
+    likeliest: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -56,10 +56,32 @@ def similarity_section(
     return _TEMPLATES.get_template("similarity.html.jinja").render(maps=pictures, notes=notes)
 
 
-def attribution_section(panels: Mapping[str, Sequence[bytes]], source: str) -> str:
-    """Return the part on inputs: method → panels as PNG, and where the samples come from."""
-    groups = [(name, [_inline(png) for png in pngs]) for name, pngs in panels.items()]
-    return _TEMPLATES.get_template("attribution.html.jinja").render(groups=groups, source=source)
+def attribution_section(
+    panels: Mapping[str, Sequence[bytes]],
+    films: Mapping[str, Sequence[bytes]],
+    table: Sequence[Sequence[str]],
+    notes: Sequence[str],
+) -> str:
+    """Return the part on inputs.
+
+    Args:
+        panels: method → panels of the final network as PNG.
+        films: method → films over epochs as PNG.
+        table: what says whether to trust each method, as rows of text, a heading first.
+        notes: in words.
+    """
+    groups = [
+        (name, [_inline(png) for png in pngs], [_inline(png) for png in films.get(name, ())])
+        for name, pngs in panels.items()
+    ]
+    template = _TEMPLATES.get_template("attribution.html.jinja")
+    return template.render(groups=groups, table=table, notes=notes)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of text, a heading first, as a table in Markdown."""
+    heading, *others = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([heading, "|---" * len(rows[0]) + "|", *others])
 
 
 def influence_section(influence: Influence, queries: Sequence[Mapping[str, Any]]) -> str:

@@ -251,6 +251,18 @@ def predicted(outputs: Tensor, kind: Problem | None) -> tuple[Tensor, Tensor]:
     return chosen, chances.gather(1, chosen[:, None])[:, 0]
 
 
+def probabilities(outputs: Tensor, kind: Problem | None) -> Float[Tensor, "n classes"]:
+    """Return each class's probability; of a single logit, those of classes 0 and 1; each label's own for multi-label.
+
+    Outputs with positions `(n, classes, ...)` are averaged over them first.
+    """
+    logits = (outputs.reshape(len(outputs), -1) if outputs.ndim < 3 else outputs.flatten(2).mean(2)).detach().float()
+    if logits.shape[1] == 1:
+        one = logits.sigmoid()
+        return torch.cat([1 - one, one], dim=1)
+    return logits.sigmoid() if kind == "multilabel" else logits.softmax(1)
+
+
 def _label_key(batch: Mapping[Any, Any]) -> str | None:
     return next((key for key in LABEL_KEYS if key in batch), None)
 

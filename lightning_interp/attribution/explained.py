@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_interp.batch import picked
+from lightning_interp.batch import picked, ragged
 from lightning_interp.task import Task
 
 NO_GRADIENT = "model: expected outputs with a gradient, got none (is part of forward under no_grad?)"
@@ -40,6 +40,8 @@ class Explained:
     @cached_property
     def raw(self) -> Tensor:
         """The explained tensor as the model gets it: floats `(n, ...)`, or token ids `(n, tokens)`."""
+        if ragged(self.inputs) and len(self.inputs) > 1:
+            raise ValueError("inputs: expected images of one size; explain images of different sizes one at a time")
         found = self.task.explained(self.inputs)
         if found.ndim < 2:
             raise ValueError(

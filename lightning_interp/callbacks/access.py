@@ -53,6 +53,18 @@ def training_source(trainer: pl.Trainer, owner: str) -> Source:
     return Source(_read(trainer, _flat(trainer.train_dataloader)[0], f"{owner}(probe=...)"), "training set")
 
 
+def evaluation_source(trainer: pl.Trainer, stage: str) -> Source:
+    """Return the first loader's dataset of `trainer.validate` or `trainer.test`.
+
+    Raises:
+        ValueError: there is no loader, or it cannot be read twice.
+    """
+    loaders = _flat(trainer.test_dataloaders if stage == "test" else trainer.val_dataloaders)
+    if not loaders:
+        raise ValueError(f"expected a loader to {stage} with, got none")
+    return Source(_read(trainer, loaders[0], "probe"), "test set" if stage == "test" else "validation set")
+
+
 def given_samples(trainer: pl.Trainer, dataset: Any) -> Samples:
     """Return the user's own dataset or loader; a dataset is read with the training loader's batch size and collate."""
     like = next(iter(_flat(trainer.train_dataloader)), None)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,58 +10,86 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_interp import panels, report
-from lightning_interp.attribution import GradCAM, Saliency
-from lightning_interp.batch import device_of, row, size, take, to_device
-from lightning_interp.board import Board, clean, tag
-from lightning_interp.callbacks.access import Source, given_samples, settled_task, validation_source
+from lightning_interp.batch import device_of, take, to_device
+from lightning_interp.board import Board, tag
+from lightning_interp.callbacks.access import Source, evaluation_source, given_samples, settled_task, validation_source
+from lightning_interp.callbacks.attribution_arguments import (
+    OWNER,
+    Choice,
+    check_count,
+    check_methods,
+    check_target,
+    check_truth,
+)
+from lightning_interp.callbacks.attribution_end import tell
+from lightning_interp.callbacks.attribution_look import Asked, answers, fixed_targets, panels_of
+from lightning_interp.callbacks.attribution_run import SCORES, Attributor, Run, fitting, history, measure, wrong_panels
+from lightning_interp.callbacks.attribution_scores import read_scores, scores_table
 from lightning_interp.callbacks.shell import OnError, Shell, begun, run_folder
-from lightning_interp.callbacks.showing import shown_samples, targets_of, with_class_names, write_section
-from lightning_interp.display import Display, kind_of
-from lightning_interp.figures import png
+from lightning_interp.callbacks.showing import as_the_data_says
+from lightning_interp.display import Display
+from lightning_interp.folder import Folder
 from lightning_interp.layers import match_layers
-from lightning_interp.probe import Probe, take_probe
-from lightning_interp.records import Explanation, Pixels
-from lightning_interp.storage import Folder
-from lightning_interp.task import Problem, Task, predicted
+from lightning_interp.probe import Probe, one_by_one, take_probe
+from lightning_interp.records import Pixels
+from lightning_interp.task import Task
 
-Attributor = Callable[..., Explanation]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What one fit goes by: its folder, its samples, how they are read, shown and by which methods explained."""
-
-    folder: Folder
-    probe: Probe
-    task: Task
-    display: Display
-    methods: dict[str, Attributor]
+POOL = 256
 
 
 class InputAttribution(Callback):
-    """Show, for fixed validation samples, which parts of the input the predicted class's logit depends on.
+    """Show, for fixed validation samples, which parts of the input the network's answer depends on, and since when.
 
     Panels are drawn before training and after each validation, so that TensorBoard's step slider plays a film;
-    start TensorBoard with `--samples_per_plugin images=1000` to keep every frame. The last frame of each is stored
-    in `<log_dir>/interp/attribution`.
+    start TensorBoard with `--samples_per_plugin images=1000` to keep every frame. Beside them: the samples that are
+    most confidently wrong at the moment, and numbers that say whether to trust the maps. Under `trainer.validate` and
+    `trainer.test` the panels of that loader's samples are drawn once. All of it is stored in
+    `<log_dir>/interp/attribution`: maps at no more than 64 × 64, numbers in `scores.csv`, the final panels and films.
+
+    Panels explain what `target` says (the class predicted at that moment, unless told otherwise). The numbers over
+    epochs are of a target that stays: the label where there is one class, else what was predicted before training.
 
     Logged, with `M` a method's tag and `S` a sample's id, at `trainer.global_step`:
-        `attribution/M/S`: image: the sample beside its map, with true class, predicted class and probability. The
-            map explains the logit of the class predicted at that moment.
+        `attribution/M/S`: image: the sample beside its map and its likeliest classes. The colour scale ends at the
+            largest value that this sample's map has had so far; the map's own largest value is in the caption.
+        `attribution_wrong/M/K`: image: likewise of the sample that is the K-th most confidently wrong of 256.
+        `attribution_film/M/S`: image after training: the sample's maps over epochs in a row, on one colour scale.
+        `attribution_drift/M/to_previous`: scalar: Spearman's correlation of the maps with those of the look before,
+            mean over samples; 1 where nothing moved.
+        `attribution_drift/M/to_final`: scalar for every look, after training: likewise with the final maps.
+        `attribution_dead/M`: scalar: share of maps that are zero everywhere or not finite.
+        `attribution_deletion/M`, `attribution_insertion/M`: scalars every `score_every_n_epochs` and at the end: the
+            target's mean probability while what the map calls most important is removed (lower is better), or alone
+            brought back (higher is better). `M` is also `Centre` and `Edges` for images: maps that look at no network.
+        `attribution_sanity/M`: scalar at the same moments: rank correlation of the maps with those after the last layer
+            was drawn anew; a method that stays near 1 does not look at what the network has learned.
+        `attribution_localization/M/pointing_game`, `attribution_localization/M/energy_inside`,
+            `attribution_localization/M/error_at_0.2`, `attribution_localization/M/best_error`: scalars at each look
+            where `truth` is given, also of `Centre` and `Edges`.
+        `attribution_notes/methods`: text after training: what the numbers are of, and from how many samples.
+        `attribution_validate/M/S`, `attribution_test/M/S`: images under `trainer.validate` and `trainer.test`.
         `interp_seconds/InputAttribution`: scalar: seconds that this callback took since the last one.
         `interp_errors/InputAttribution`: text, only where it failed and switched itself off.
 
     Args:
-        methods: attributors; when None, `GradCAM()` and `Saliency()` for images that pass through a convolutional
-            map, else `Saliency()`.
-        samples: how many samples, evenly spread over the validation set.
-        probe: a dataset or loader to take them from, instead of the validation set.
-        task: how to read a batch and call the model.
-        display: how samples are shown.
+        methods: attributors; when None, `GradCAM()` and `Saliency()` for images that pass through a map or tokens,
+            else `Saliency()`.
+        samples: how many fixed samples, evenly spread over the validation set.
+        wrong: how many of the most confidently wrong to draw beside them; 0 for none.
+        target: what panels explain: the "predicted" class, the "label", a class index, or a function from outputs to
+            one number per sample.
+        classes: one map for each of so many of the likeliest classes.
+        truth: batch → where the object is: masks `(n, H, W)`, or boxes `(n, 4)` as x₀, y₀, x₁, y₁ in pixels.
+        truth_samples: how many samples to measure against it.
+        scored: how many of the fixed samples deletion, insertion and the sanity check are of; 0 for none.
+        score_every_n_epochs: how often these are measured, at about 40 forwards of each sample and method.
+        probe: a dataset or loader to take samples from, instead of the validation set.
+        task: how to read a batch and call the model; `task.explained` names the input that is explained.
+        display: how samples are shown; class names and normalisation come from the dataset where they can be found.
+        budget_mb: what the maps may take on disk, in 10⁶ bytes; beyond it those between the first and the last are
+            thinned, evenly.
         on_error: "warn" switches the callback off on its first failure and lets training go on; "raise" raises.
 
     Raises:
@@ -73,25 +100,55 @@ class InputAttribution(Callback):
         self,
         methods: Sequence[Attributor] | None = None,
         samples: int = 8,
+        wrong: int = 4,
+        target: Choice = "predicted",
+        classes: int = 1,
+        truth: Callable[[Any], Tensor] | None = None,
+        truth_samples: int = 64,
+        scored: int = 4,
+        score_every_n_epochs: int = 5,
         probe: Any = None,
         task: Task = Task(),
         display: Display = Display(),
+        budget_mb: float = 256,
         on_error: OnError = "warn",
     ) -> None:
-        _check_arguments(methods, samples)
+        check_methods(methods)
+        check_target(target, classes)
+        check_truth(truth, budget_mb)
+        for argument, value, least in (
+            ("samples", samples, 1),
+            ("wrong", wrong, 0),
+            ("truth_samples", truth_samples, 1),
+            ("scored", scored, 0),
+            ("score_every_n_epochs", score_every_n_epochs, 1),
+        ):
+            check_count(argument, value, least)
         self.methods = None if methods is None else {tag(method): method for method in methods}
-        self.samples = samples
+        self.samples, self.wrong = samples, wrong
+        self.target, self.classes = target, classes
+        self.truth, self.truth_samples = truth, truth_samples
+        self.scored, self.score_every_n_epochs = scored, score_every_n_epochs
         self.probe = probe
         self.task = task
         self.display = display
-        chosen = methods is not None or probe is not None or task != Task()
-        self._shell = Shell("InputAttribution", on_error, chosen)
-        self._run: _Run | None = None
+        self.budget_mb = budget_mb
+        chosen = any((methods, probe, truth)) or task != Task() or target != "predicted"
+        self._shell = Shell(OWNER, on_error, chosen)
+        self._run: Run | None = None
+        self._room = "attribution"
+        self._restored: dict[str, Any] = {}
 
     @property
     def state_key(self) -> str:
-        """Key of the callback in a checkpoint; two instances with other methods get other keys."""
-        return self._generate_state_key(methods=None if self.methods is None else list(self.methods))
+        """Key of the callback in a checkpoint; two instances with other arguments get other keys."""
+        return self._generate_state_key(
+            methods=None if self.methods is None else list(self.methods),
+            samples=self.samples,
+            target=str(self.target),
+            classes=self.classes,
+            probe=self.probe is not None,
+        )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the layers that methods name, now that the model is configured."""
@@ -103,113 +160,131 @@ class InputAttribution(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the samples, and draw what the untrained network sees in them."""
         folder = run_folder(trainer)
+        self._room = _room(self, trainer)
         self._shell.start(partial(self._start, folder), trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the panels of this moment."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._shell.run(self._draw, trainer, pl_module)
+            self._shell.run(self._look, trainer, pl_module)
+        elif trainer.state.fn == TrainerFn.VALIDATING:
+            self._shell.run(partial(self._look_once, "validate"), trainer, pl_module)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the panels of test samples."""
+        self._shell.run(partial(self._look_once, "test"), trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the panels where there is no validation."""
         if not trainer.enable_validation:
-            self._shell.run(self._draw, trainer, pl_module)
+            self._shell.run(self._look, trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw the final network's panels once more, and put them into the report."""
+        """Draw the final network's panels, the films, and compare all looks with the last."""
         self._shell.run(self._end, trainer, pl_module)
 
-    def _start(self, folder: Folder, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if self.probe is not None:
-            source = Source(given_samples(trainer, self.probe), "given dataset")
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: where the history is, and what its numbers are of."""
+        run = self._run
+        if run is None:
+            return dict(self._restored)
+        return {
+            "folder": run.folder.path,
+            "fingerprint": run.probe.fingerprint,
+            "targets": [None if callable(target) else target.tolist() for target in run.targets],
+            "scales": dict(run.asked.scales),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state of the run that is being resumed until training starts."""
+        self._restored = dict(state_dict)
+
+    def _start(self, root: Folder, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        earlier = self._restored or (self.state_dict() if trainer.global_step else {})
+        self._run = None
+        source = self._source(trainer)
+        probe, asked = self._ask(trainer, module, source)
+        if earlier and earlier.get("fingerprint") != probe.fingerprint:
+            self._shell.switch_off("its probe's samples differ from those of the run that it goes on with")
+            return
+        asked.scales.update(earlier.get("scales", {}))
+        pool = self._more(source, POOL, asked.task) if self.wrong else None
+        measured = self._more(source, self.truth_samples, asked.task) if self.truth else None
+        held = [fixed_targets(answer, self.target) for answer in answers(module, probe, asked)]
+        fixed = [
+            target if was is None else torch.tensor(was)
+            for was, target in zip(earlier.get("targets", [None] * len(held)), held, strict=True)
+        ]
+        folder = root.folder(self._room)
+        store = history(folder, probe, trainer.global_step, earlier)
+        numbers = read_scores(Folder(earlier["folder"]), SCORES, trainer.global_step) if earlier else []
+        budget = self.budget_mb * 1e6
+        self._run = Run(
+            folder, root, probe, pool, measured, asked, fixed, store, numbers, self.truth, self.scored, budget
+        )
+        self._restored = {}
+        self._first_look(trainer, module)
+
+    def _first_look(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Draw and measure the network before training; of a resumed one only see that it can be explained."""
+        run = begun(self._run)
+        if trainer.global_step:
+            panels_of(module, run.probe, run.asked, "resumed")
         else:
-            source = validation_source(trainer, self._shell.owner)
-        probe = take_probe(source.samples, self.samples, source.name, self.task)
+            self._measure(trainer, module, 0, scored=False)
+            self._log(trainer, panels_of(module, run.probe, run.asked, "before training"), "attribution")
+
+    def _source(self, trainer: pl.Trainer) -> Source:
+        if self.probe is not None:
+            return Source(given_samples(trainer, self.probe), "given dataset")
+        return validation_source(trainer, OWNER)
+
+    def _more(self, source: Source, count: int, task: Task) -> Probe:
+        return one_by_one(take_probe(source.samples, count, source.name, task), task)
+
+    def _ask(self, trainer: pl.Trainer, module: pl.LightningModule, source: Source) -> tuple[Probe, Asked]:
+        probe = one_by_one(take_probe(source.samples, self.samples, source.name, self.task), self.task)
         task = settled_task(trainer, module, self.task, source.samples)
         inputs = task.inputs(to_device(take(probe.batches[0], 0, 1), device_of(module)))
-        methods = self.methods or _fitting(module, inputs, task)
-        self._run = _Run(folder, probe, task, with_class_names(self.display, source.samples), methods)
-        drawn = self._explain(module, "before training")
-        if not trainer.global_step:
-            self._log(trainer, drawn)
+        methods = self.methods or fitting(module, inputs, task)
+        display = as_the_data_says(
+            self.display, source.samples, [task.explained(task.inputs(b)) for b in probe.batches]
+        )
+        return probe, Asked(methods, task, display, self.target, self.classes)
 
-    def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._log(trainer, self._explain(module, f"epoch {trainer.current_epoch + 1}"))
+    def _look(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Draw and measure this moment."""
+        run, epoch = begun(self._run), trainer.current_epoch + 1
+        self._measure(trainer, module, epoch, epoch % self.score_every_n_epochs == 0)
+        self._log(trainer, panels_of(module, run.probe, run.asked, f"epoch {epoch}"), "attribution")
+        self._log(trainer, wrong_panels(run, module, f"epoch {epoch}", self.wrong), "attribution_wrong")
+
+    def _look_once(self, stage: str, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Draw the samples of an evaluation's own loader."""
+        source = self._source(trainer) if self.probe is not None else evaluation_source(trainer, stage)
+        probe, asked = self._ask(trainer, module, source)
+        self._log(trainer, panels_of(module, probe, asked, f"step {trainer.global_step}"), f"attribution_{stage}")
+
+    def _measure(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int, scored: bool) -> None:
+        found = measure(begun(self._run), module, trainer.global_step, epoch, scored)
+        Board(trainer.loggers).scalars(found, trainer.global_step)
 
     def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         run = begun(self._run)
-        groups: dict[str, list[bytes]] = {}
-        for name, pixels in self._explain(module, "final network").items():
-            method, sample = name.split("/", 1)
-            groups.setdefault(method, []).append(png(pixels))
-            run.folder.write(f"attribution/{method}-{clean(sample).replace('/', '_')}.png", groups[method][-1])
-        write_section(run.folder, "attribution", report.attribution_section(groups, run.probe.source))
+        self._measure(trainer, module, trainer.current_epoch, scored=True)
+        final = panels_of(module, run.probe, run.asked, "final network")
+        shown = [sample for answer in answers(module, run.probe, run.asked) for sample in answer.shown]
+        tell(run.asked, run.store, run.numbers, shown, final, run.root, self._room, Board(trainer.loggers), run.probe)
+        run.folder.write(SCORES, scores_table(run.numbers))
 
-    def _log(self, trainer: pl.Trainer, drawn: dict[str, Pixels]) -> None:
+    def _log(self, trainer: pl.Trainer, drawn: dict[str, Pixels], group: str) -> None:
         board = Board(trainer.loggers)
         for name, pixels in drawn.items():
-            board.image(f"attribution/{name}", pixels, trainer.global_step)
-
-    def _explain(self, module: pl.LightningModule, moment: str) -> dict[str, Pixels]:
-        """Return `method/sample` → panel."""
-        run = begun(self._run)
-        drawn: dict[str, Pixels] = {}
-        ids = list(run.probe.ids)
-        for batch in run.probe.batches:
-            held = to_device(batch, device_of(module))
-            with torch.no_grad():
-                outputs = run.task.outputs(module, run.task.inputs(held))
-            shown = shown_samples(held, outputs, run.task, [ids.pop(0) for _ in range(size(held))], run.display)
-            kind = run.task.problem(outputs, targets_of(held, run.task))
-            target = predicted(outputs, kind)[0]
-            for name, method in run.methods.items():
-                found = method(module, run.task.inputs(held), target, task=run.task)
-                where = f" at {found.layer}" if found.layer else ""
-                for place, sample in enumerate(shown):
-                    what = _explained(kind, outputs, int(target[place]), run.display)
-                    title = f"{name} of {what}{where}, {moment}"
-                    panel = panels.attribution_panel(sample, found.maps[place], title, run.display)
-                    drawn[f"{name}/{sample.id}"] = panel
-        return drawn
+            board.image(f"{group}/{name}", pixels, trainer.global_step)
 
 
-def _explained(kind: Problem | None, outputs: Tensor, target: int, display: Display) -> str:
-    """Return what the map explains, in words: a class, or an output of a regression."""
-    if kind != "regression":
-        return display.label(torch.tensor(target))
-    return "the output" if outputs[0].numel() == 1 else f"output {target}"
-
-
-def _fitting(module: pl.LightningModule, inputs: Any, task: Task) -> dict[str, Attributor]:
-    """Return the default methods that work on one sample: Grad-CAM only where images pass a convolutional map."""
-    methods: dict[str, Attributor] = {"Saliency": Saliency()}
-    if kind_of(row(inputs, 0)) == "image":
-        methods = {"GradCAM": GradCAM(), **methods}
-    working, reasons = {}, []
-    for name, method in methods.items():
-        try:
-            found = method(module, inputs, lambda outputs: outputs.reshape(len(outputs), -1)[:, 0], task=task)
-        except (ValueError, RuntimeError) as error:
-            reasons.append(f"{name}: {error}")
-        else:
-            working[name] = GradCAM(found.layer) if isinstance(method, GradCAM) else method
-    if not working:
-        raise ValueError("; ".join(reasons))
-    for reason in reasons:
-        rank_zero_info(f"InputAttribution leaves a method out: {reason}")
-    return working
-
-
-def _check_arguments(methods: Any, samples: Any) -> None:
-    owner = "InputAttribution"
-    if methods is not None:
-        if not isinstance(methods, (list, tuple)) or not methods:
-            raise TypeError(f"{owner}(methods=...): expected a list of attributors or None, got {methods!r}")
-        for method in methods:
-            if isinstance(method, type) or not callable(method):
-                raise TypeError(f"{owner}(methods=...): expected attributors such as Saliency(), got {method!r}")
-        names = [tag(method) for method in methods]
-        if len(set(names)) < len(names):
-            raise ValueError(f"{owner}(methods=...): expected each method once, got {', '.join(names)}")
-    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
-        raise ValueError(f"{owner}(samples=...): expected a whole number from 1, got {samples!r}")
+def _room(callback: Callback, trainer: pl.Trainer) -> str:
+    """Return the folder's name in the run's: a second callback of the kind gets a number."""
+    same: Iterator[Any] = (c for c in getattr(trainer, "callbacks", []) if isinstance(c, InputAttribution))
+    place = next((i for i, other in enumerate(same) if other is callback), 0)
+    return "attribution" if place == 0 else f"attribution-{place + 1}"

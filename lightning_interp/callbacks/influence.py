@@ -28,7 +28,7 @@ from lightning_interp.callbacks.access import (
 from lightning_interp.callbacks.agreement import disagreement
 from lightning_interp.callbacks.budget import Estimator, afford
 from lightning_interp.callbacks.shell import OnError, Shell, begun, progress_of, run_folder
-from lightning_interp.callbacks.showing import with_class_names, write_section
+from lightning_interp.callbacks.showing import as_the_data_says, write_section
 from lightning_interp.callbacks.telling import Told, strangeness, tell
 from lightning_interp.display import Display
 from lightning_interp.errors import ArgumentError
@@ -165,7 +165,7 @@ class DataInfluence(Callback):
             check(module, train, task=task)
         for note in filter(None, notes):
             rank_zero_warn(f"DataInfluence: {note}")
-        display = with_class_names(self.display, train)
+        display = as_the_data_says(self.display, train)
         self._run = _Run(folder, train, query, task, display, tuple(filter(None, notes)))
 
     def _query_set(self, trainer: pl.Trainer) -> Samples:

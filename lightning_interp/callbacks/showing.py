@@ -10,19 +10,21 @@ import torch
 from torch import Tensor
 
 from lightning_interp import report
-from lightning_interp.batch import map_tensors, row, size
+from lightning_interp.batch import size
 from lightning_interp.display import Display
+from lightning_interp.normalization import normalization_of
 from lightning_interp.records import Shown
 from lightning_interp.samples import Samples, class_names
 from lightning_interp.storage import Folder
-from lightning_interp.task import Task, predicted
+from lightning_interp.task import Problem, Task, predicted, probabilities
 
-ROOMS = ("similarity", "similarity-2", "similarity-3", "attribution", "influence")
+SHOWN_CLASSES = 3
+ROOMS = (*(f"{room}{number}" for room in ("similarity", "attribution") for number in ("", "-2", "-3")), "influence")
 
 
 def shown_samples(batch: Any, outputs: Tensor, task: Task, ids: Sequence[int], display: Display) -> list[Shown]:
     """Return a batch's samples with their true and predicted classes (or values) in words."""
-    inputs = map_tensors(lambda t: t.detach().cpu(), task.inputs(batch))
+    explained = task.explained(task.inputs(batch)).detach().cpu()
     outputs, targets = outputs.detach().cpu(), targets_of(batch, task)
     kind = task.problem(outputs, targets)
     chosen, chance = predicted(outputs, kind)
@@ -32,14 +34,25 @@ def shown_samples(batch: Any, outputs: Tensor, task: Task, ids: Sequence[int], d
     return [
         Shown(
             id=display.id(index),
-            value=row(inputs, place),
+            value=explained[place],
             label="" if true is None else display.label(true[place]),
             prediction=display.label(said[place]),
             probability=float(chance[place]) if kind != "multilabel" else float("nan"),
             wrong=judged and not torch.equal(said[place].flatten(), _flat(true, place)),
+            likeliest=_likeliest(outputs[place : place + 1], kind, display),
         )
         for place, index in zip(range(size(batch)), ids, strict=True)
     ]
+
+
+def _likeliest(outputs: Tensor, kind: Problem | None, display: Display) -> tuple[tuple[str, float], ...]:
+    """Return the most probable classes of one sample with their probabilities; none where there are no classes."""
+    if kind not in ("classes", "binary", "multilabel"):
+        return ()
+    chances = probabilities(outputs, kind)[0]
+    best = chances.topk(min(SHOWN_CLASSES, len(chances)))
+    pairs = zip(best.indices, best.values.tolist(), strict=True)
+    return tuple((display.label(index), chance) for index, chance in pairs)
 
 
 def _flat(true: Tensor | None, place: int) -> Tensor:
@@ -54,11 +67,20 @@ def targets_of(batch: Any, task: Task) -> Tensor | None:
         return None
 
 
-def with_class_names(display: Display, source: Any) -> Display:
-    """Return the display with the dataset's own class names, where the user gave none."""
-    if display.class_names is not None or not isinstance(source, Samples):
-        return display
-    return dataclasses.replace(display, class_names=class_names(source.dataset))
+def as_the_data_says(display: Display, source: Any, inputs: Sequence[Tensor] = ()) -> Display:
+    """Return the display with the dataset's own class names and normalisation, where the user gave none.
+
+    Args:
+        display: the user's.
+        source: where the samples come from.
+        inputs: some of them, images `(n, C, H, W)` among them.
+    """
+    dataset = source.dataset if isinstance(source, Samples) else None
+    if display.class_names is None and dataset is not None:
+        display = dataclasses.replace(display, class_names=class_names(dataset))
+    images = [held for held in inputs if held.ndim == 4 and held.is_floating_point()]
+    found = normalization_of(dataset, images[0].cpu()) if display.mean is None and images else None
+    return display if found is None else dataclasses.replace(display, mean=found[0], std=found[1])
 
 
 def write_section(folder: Folder, room: str, section: str) -> None:

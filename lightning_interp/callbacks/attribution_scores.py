@@ -1,0 +1,156 @@
+"""Numbers that say whether to trust an attribution: over epochs, against the truth, against the network itself."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_interp.attribution import (
+    BestLocalizationError,
+    Centre,
+    DeletionArea,
+    Edges,
+    EnergyInside,
+    InsertionArea,
+    LocalizationError,
+    PointingGame,
+    Target,
+    boxes_to_masks,
+    rank_correlation,
+    sanity_similarity,
+)
+from lightning_interp.batch import device_of, to_device
+from lightning_interp.callbacks.attribution_look import Asked, answers, fixed_targets, maps_of
+from lightning_interp.display import kind_of
+from lightning_interp.folder import Folder
+from lightning_interp.probe import Probe
+
+BASELINES = {"Centre": Centre(), "Edges": Edges()}
+
+
+class Number(NamedTuple):
+    """One number of one method at one moment.
+
+    Args:
+        step: optimizer steps taken.
+        epoch: number of finished epochs.
+        tag: what it is, `group/method` or `group/method/which`.
+        value: the number.
+    """
+
+    step: int
+    epoch: int
+    tag: str
+    value: float
+
+
+def drift(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return method → mean rank correlation of its maps with those of another moment; NaN where none is defined."""
+    return {
+        method: float(rank_correlation(before[method], maps).nanmean())
+        for method, maps in now.items()
+        if method in before and before[method].shape == maps.shape
+    }
+
+
+def dead(maps: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return method → share of maps that are zero everywhere, or not finite."""
+    return {
+        method: float((~held.flatten(1).isfinite().all(1) | (held.flatten(1) == 0).all(1)).float().mean())
+        for method, held in maps.items()
+    }
+
+
+def trust(module: nn.Module, inputs: Any, target: Target, asked: Asked) -> dict[str, float]:
+    """Return deletion and insertion area and the sanity check of each method, and of the baselines beside them.
+
+    Args:
+        module: the network.
+        inputs: of a few samples.
+        target: what is explained.
+        asked: the methods, and how to call the network.
+    """
+    image = kind_of(asked.task.explained(inputs)[0]) == "image"
+    methods = {**asked.methods, **(BASELINES if image else {})}
+    found: dict[str, float] = {}
+    for method, maps in maps_of(methods, module, inputs, target, asked.task).items():
+        for group, area in (("deletion", DeletionArea), ("insertion", InsertionArea)):
+            metric = area(sync_on_compute=False)
+            metric.update(module, inputs, maps, target, asked.task)
+            found[f"attribution_{group}/{method}"] = float(metric.compute())
+    for method, attributor in asked.methods.items():
+        similar = sanity_similarity(attributor, module, inputs, target, asked.task)
+        found[f"attribution_sanity/{method}"] = float(similar.nanmean())
+    return found
+
+
+def against_truth(module: nn.Module, probe: Probe, asked: Asked, truth: Callable[[Any], Tensor]) -> dict[str, float]:
+    """Return how well each method's maps, and the baselines', find what the truth says is the object.
+
+    Args:
+        module: the network.
+        probe: samples with a truth.
+        asked: the methods, and how to call the network.
+        truth: batch → masks `(n, H, W)`, or boxes `(n, 4)` as x₀, y₀, x₁, y₁ in pixels.
+    """
+    metrics: dict[str, dict[str, Metric]] = {}
+    methods = {**asked.methods, **BASELINES}
+    for answer, batch in zip(answers(module, probe, asked), probe.batches, strict=True):
+        size = asked.task.explained(answer.inputs).shape[-2:]
+        masks = _masks(truth(to_device(batch, device_of(module))), size)
+        chosen = fixed_targets(answer, asked.target)
+        for method, maps in maps_of(methods, module, answer.inputs, chosen, asked.task).items():
+            for metric in metrics.setdefault(method, _localization()).values():
+                metric.update(maps, masks)
+    return {
+        f"attribution_localization/{method}/{which}": float(metric.compute())
+        for method, held in metrics.items()
+        for which, metric in held.items()
+    }
+
+
+def _localization() -> dict[str, Metric]:
+    return {
+        "pointing_game": PointingGame(sync_on_compute=False),
+        "energy_inside": EnergyInside(sync_on_compute=False),
+        "error_at_0.2": LocalizationError(sync_on_compute=False),
+        "best_error": BestLocalizationError(sync_on_compute=False),
+    }
+
+
+def _masks(found: Any, size: torch.Size) -> Tensor:
+    """Return the truth as masks on the CPU.
+
+    Raises:
+        ValueError: it is neither masks of the input's size nor boxes.
+    """
+    if isinstance(found, Tensor) and found.ndim == 2 and found.shape[1] == 4:
+        return boxes_to_masks(found.cpu(), size)
+    if isinstance(found, Tensor) and found.ndim == 3 and found.shape[1:] == size:
+        return found.cpu().bool()
+    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    raise ValueError(f"truth: expected masks (n, {size[0]}, {size[1]}) or boxes (n, 4), got {shape}")
+
+
+def scores_table(numbers: Iterable[Number]) -> str:
+    """Return numbers as CSV."""
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(Number._fields)
+    writer.writerows((n.step, n.epoch, n.tag, f"{n.value:.6g}") for n in numbers)
+    return buffer.getvalue()
+
+
+def read_scores(folder: Folder, name: str, until: int) -> list[Number]:
+    """Return the numbers that a run has written, up to a step."""
+    if not folder.exists(name):
+        return []
+    rows = csv.DictReader(io.StringIO(folder.read(name).decode()))
+    held = [Number(int(r["step"]), int(r["epoch"]), r["tag"], float(r["value"])) for r in rows]
+    return [number for number in held if number.step <= until]

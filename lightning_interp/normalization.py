@@ -1,0 +1,77 @@
+"""The mean and standard deviation that a data pipeline took off images, found or guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import Subset
+
+Constants = tuple[list[float], list[float]]
+USUAL: tuple[Constants, ...] = (
+    ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),  # ImageNet
+    ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),  # CIFAR-10, and its older deviations
+    ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]),
+    ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),  # CIFAR-100
+    ([0.1307], [0.3081]),  # MNIST
+    ([0.2860], [0.3530]),  # Fashion-MNIST
+    ([0.5], [0.5]),
+)
+LEVELS, OFF = 255, 0.02
+DEEPEST = 4
+
+
+def normalization_of(dataset: Any, images: Float[Tensor, "n c h w"]) -> Constants | None:
+    """Return the mean and standard deviation that images were normalised by; None where nothing tells.
+
+    They are read from the dataset's transforms where one has a `mean` and a `std`. Else those in wide use are tried:
+    they are it where undoing them gives 8-bit pixels, multiples of 1/255 in [0, 1].
+
+    Args:
+        dataset: through any `Subset`.
+        images: some of them, as the network gets them.
+    """
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    channels = images.shape[1]
+    for step in _steps(dataset, DEEPEST):
+        mean, std = _numbers(step.mean), _numbers(step.std)
+        if mean and len(mean) == len(std) and len(mean) in (1, channels):
+            return mean, std
+    if images.min() >= 0:
+        return None
+    usual = ((mean, std) for mean, std in USUAL if len(mean) in (1, channels))
+    return next(((mean, std) for mean, std in usual if _gives_pixels(images, mean, std)), None)
+
+
+def _steps(owner: Any, depth: int) -> Iterator[Any]:
+    """Yield what has a mean and a standard deviation among an object's transforms."""
+    for name in ("transform", "transforms"):
+        found = getattr(owner, name, None)
+        for step in found if isinstance(found, (list, tuple)) else [found]:
+            if step is None:
+                continue
+            if hasattr(step, "mean") and hasattr(step, "std") and not isinstance(step, Tensor):
+                yield step
+            elif depth:
+                yield from _steps(step, depth - 1)
+
+
+def _numbers(given: Any) -> list[float]:
+    """Return numbers as a list; empty where they are none, e.g. methods."""
+    if callable(given):
+        return []
+    try:
+        return [float(value) for value in torch.as_tensor(given).flatten()]
+    except (TypeError, ValueError, RuntimeError):
+        return []
+
+
+def _gives_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> bool:
+    shape = (-1, 1, 1)
+    levels = LEVELS * (images.double() * torch.tensor(std).reshape(shape) + torch.tensor(mean).reshape(shape))
+    inside = bool(((levels > -OFF) & (levels < LEVELS + OFF)).all())
+    return inside and bool(((levels - levels.round()).abs() < OFF).all())
