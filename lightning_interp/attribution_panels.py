@@ -65,10 +65,10 @@ def attribution_panel(shown: Shown, maps: Sequence[Titled], title: str, display:
         `(height, width, 3)`, 0 to 255.
     """
     kind = kind_of(shown.value)
-    drawn = [_drawn(shown.value, one.map, display, top, SIDE) for one in maps]
+    signed = _signed([one.map for one in maps])
+    drawn = [_drawn(shown.value, one.map, display, top, signed, SIDE) for one in maps]
     if len(maps) > 1:
         drawn = [captioned_image([one.title], body) for one, body in zip(maps, drawn, strict=True)]
-    signed = any(one.map.ndim == 2 and float(one.map.min()) < 0 for one in maps if not trouble(one.map))
     scale = [_colour_bar(top, signed, drawn[0].height)] if kind == "image" else []
     classes = [_likeliest(shown)] if shown.likeliest else []
     largest = ", ".join(f"{scale_of(one.map):.2g}" for one in maps)
@@ -93,7 +93,8 @@ def film(shown: Shown, frames: Sequence[Titled], title: str, display: Display) -
     top = max([scale_of(frame.map) for frame in frames if not trouble(frame.map)], default=0.0)
     caption = [f"#{shown.id}   {verdict(shown)}", f"{title}; one colour scale, full colour at {top:.2g}"]
     if frames[0].map.ndim >= 2:
-        drawn = [_frame(shown.value, frame, display, top) for frame in frames]
+        signed = _signed([frame.map for frame in frames])
+        drawn = [_frame(shown.value, frame, display, top, signed) for frame in frames]
         return captioned(caption, beside([picture(shown.value, display, FRAME), *drawn]))
     names = _names(shown.value, len(frames[0].map), display)
     return captioned(caption, beside([picture(shown.value, display, SIDE), _cells(names, frames, top)]))
@@ -110,12 +111,17 @@ def trouble(attribution: Tensor) -> str:
     return ""
 
 
-def _drawn(value: Any, attribution: Tensor, display: Display, top: float, side: int) -> Image.Image:
+def _signed(maps: Sequence[Tensor]) -> bool:
+    """Say whether maps without channels have both signs, so that each sign gets a colour."""
+    return any(one.ndim == 2 and float(one.min()) < 0 for one in maps if not trouble(one))
+
+
+def _drawn(value: Any, attribution: Tensor, display: Display, top: float, signed: bool, side: int) -> Image.Image:
     kind = kind_of(value)
     if why := trouble(attribution):
         return sheet_of_text([why], side)
     if kind == "image" and attribution.ndim >= 2:
-        return fit(_overlay(value, attribution, display, top), side)
+        return fit(_overlay(value, attribution, display, top, signed), side)
     if not display.show_inputs:
         return sheet_of_text(["not shown"], side)
     if kind == "table" and attribution.ndim == 1:
@@ -125,7 +131,7 @@ def _drawn(value: Any, attribution: Tensor, display: Display, top: float, side: 
     return tokens(display.words(main_tensor(value)), attribution, side, top)
 
 
-def _overlay(value: Any, attribution: Tensor, display: Display, top: float) -> Pixels:
+def _overlay(value: Any, attribution: Tensor, display: Display, top: float, signed: bool) -> Pixels:
     """Return a map's colours over the grey image, at the image's size."""
     size = main_tensor(value).shape[-2:]
     heat = attribution.detach().cpu().double()
@@ -133,7 +139,7 @@ def _overlay(value: Any, attribution: Tensor, display: Display, top: float) -> P
     if heat.shape != size:
         heat = F.interpolate(heat[None, None], size, mode="bilinear", align_corners=False)[0, 0]
     shares = (heat / max(top, FAINTEST * scale_of(heat))).clamp(-1, 1).numpy()
-    colours = _signed(shares) if float(heat.min()) < 0 else colormaps["inferno"](shares)[..., :3]
+    colours = _both_signs(shares) if signed else colormaps["inferno"](shares)[..., :3]
     if display.show_inputs:
         grey = display.rgb(value).mean(2, keepdims=True)
         weight = 0.35 + 0.6 * np.abs(shares)[..., None]
@@ -141,7 +147,7 @@ def _overlay(value: Any, attribution: Tensor, display: Display, top: float) -> P
     return to_pixels(colours)
 
 
-def _signed(shares: Any) -> Any:
+def _both_signs(shares: Any) -> Any:
     """Return white for 0, blue towards 1, orange towards −1."""
     ends = np.where(shares[..., None] > 0, np.array(POSITIVE), np.array(NEGATIVE)) / 255
     return 1 - (1 - ends) * np.abs(shares)[..., None]
@@ -150,7 +156,7 @@ def _signed(shares: Any) -> Any:
 def _colour_bar(top: float, signed: bool, height: int) -> Image.Image:
     sheet = Image.new("RGB", (56, height), PAPER)
     shares = np.linspace(1, -1 if signed else 0, height - 16)
-    colours = _signed(shares) if signed else colormaps["inferno"](shares)[:, :3]
+    colours = _both_signs(shares) if signed else colormaps["inferno"](shares)[:, :3]
     sheet.paste(Image.fromarray(to_pixels(colours[:, None].repeat(12, 1))), (0, 8))
     pen = ImageDraw.Draw(sheet)
     pen.text((16, 8), f"{top:.2g}", INK, typeface(11), anchor="lm")
@@ -164,13 +170,13 @@ def _likeliest(shown: Shown, width: int = 116) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     for place, (name, chance) in enumerate(shown.likeliest):
         y = 34 * place
-        written(pen, (0, y), f"{chance:.2f} {name}", width, "la")
+        written(pen, (0, y), f"{name}: {chance:.2f}", width, "la")
         pen.rectangle((0, y + 18, max(1, int((width - 1) * chance)), y + 27), POSITIVE)
     return sheet
 
 
-def _frame(value: Any, frame: Titled, display: Display, top: float) -> Image.Image:
-    body = _drawn(value, frame.map, display, top, FRAME)
+def _frame(value: Any, frame: Titled, display: Display, top: float, signed: bool) -> Image.Image:
+    body = _drawn(value, frame.map, display, top, signed, FRAME)
     note = Image.new("RGB", (FRAME, 16), PAPER)
     written(ImageDraw.Draw(note), (0, 0), "" if trouble(frame.map) else f"{scale_of(frame.map):.2g}", FRAME, "la")
     return captioned_image([frame.title], under([body, note], gap=2))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,51 +11,60 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_interp.attribution.explained import NO_GRADIENT, Explained
+from lightning_interp.attribution.sites import AFTER, watched
 from lightning_interp.attribution.target import Target, select
-from lightning_interp.batch import map_tensors, picked, tensors
-from lightning_interp.capture import hooked
+from lightning_interp.batch import picked
 from lightning_interp.layout import layout_of
 
 MOST_EXTRA_TOKENS = 16
 LINEAR_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
-def find_layer(explained: Explained, target: Target) -> str:
-    """Return the last layer of a forward that gives a map or tokens, more than one position of which matters.
+class _Candidate(NamedTuple):
+    """A tensor with positions that a forward gave, the copy that was handed on, and that copy's state then."""
 
-    That is the last spatial map of a convolutional network. Of a transformer that answers from one token, the last
-    block's output has a gradient at that token alone, and what came before it is taken: the last layer whose other
-    tokens still have one. Linear layers inside attention are passed over where anything else is left; of nested
-    modules that hand on the same tensor, the innermost is named. One forward and backward of one sample.
+    site: str
+    part: nn.Module
+    held: Tensor
+    copy: Tensor
+    version: int
+
+
+def find_layer(explained: Explained, target: Target) -> str:
+    """Return the last site of a forward that gives a map or tokens, more than one position of which matters.
+
+    That is the last spatial map of a convolutional network: a layer, or `layer>relu` where a function comes after it.
+    Of a transformer that answers from one token, the last block's output has a gradient at that token alone, and what
+    came before it is taken: the last layer whose other tokens still have one. Linear layers inside attention are passed
+    over where anything else is left; of nested modules that hand on the same tensor, the innermost is named. One
+    forward and backward of one sample.
 
     Raises:
         ValueError: no layer gives a map or tokens.
     """
     one = Explained(explained.model, picked(explained.inputs, explained.everything[:1]), explained.task)
-    found: list[tuple[str, nn.Module, Tensor]] = []
-    handed_on: list[tuple[Tensor, int]] = []
+    found: list[_Candidate] = []
 
-    def hook(layer: str, part: nn.Module, _: Any, output: Any) -> Any:
-        given = next(tensors(output), None)
-        if given is None or not _has_positions(part, output) or _is_handed_on(given, handed_on):
+    def hook(site: str, part: nn.Module, given: Tensor) -> Tensor | None:
+        if not _has_positions(part, given):
             return None
+        for place, earlier in enumerate(found):
+            if given is earlier.copy and given._version == earlier.version:  # handed on by a container
+                found[place] = earlier._replace(site=site) if AFTER in earlier.site and AFTER not in site else earlier
+                return None
         held = given if given.requires_grad else given.detach().requires_grad_()
-        found.append((layer, part, held))
         copy = held.clone()
-        handed_on.append((copy, copy._version))
-        return map_tensors(lambda t: copy if t is given else t, output)
+        found.append(_Candidate(site, part, held, copy, copy._version))
+        return copy
 
-    names = [name for name, _ in one.model.named_modules() if name]
-    with hooked(one.model, names, hook):
+    with watched(one.model, hook):
         outputs = one.outputs_of(one.raw.clone())
     if not found:
-        raise ValueError(
-            "layer: expected one that gives a map (n, channels, H, W) or tokens (n, tokens, d); found none"
-        )
+        raise ValueError("layer: expected one giving a map (n, channels, H, W) or tokens (n, tokens, d), found none")
     score = select(outputs, target if callable(target) else target[:1])
     if not score.requires_grad:
         raise ValueError(NO_GRADIENT)
-    gradients = torch.autograd.grad(score.sum(), [held for _, _, held in found], allow_unused=True)
+    gradients = torch.autograd.grad(score.sum(), [one.held for one in found], allow_unused=True)
     return _last_that_matters(found, gradients)
 
 
@@ -98,12 +108,7 @@ def at_inputs_size(maps: Float[Tensor, "n *positions"], raw: Tensor, layer: str)
     return F.interpolate(maps[:, None], size, mode=LINEAR_MODES[len(size)], align_corners=False)[:, 0]
 
 
-def _is_handed_on(given: Tensor, earlier: list[tuple[Tensor, int]]) -> bool:
-    """Say whether an output is an inner module's own, not written into since: a container's."""
-    return any(given is copy and given._version == version for copy, version in earlier)
-
-
-def _has_positions(part: nn.Module, output: Any) -> bool:
+def _has_positions(part: nn.Module, output: Tensor) -> bool:
     layout = layout_of(part, output, 1)
     if layout is None or layout.kind == "vector":
         return False
@@ -111,15 +116,15 @@ def _has_positions(part: nn.Module, output: Any) -> bool:
     return torch.Size(positions).numel() > 1
 
 
-def _last_that_matters(found: list[tuple[str, nn.Module, Tensor]], gradients: tuple[Tensor | None, ...]) -> str:
-    """Return the last layer with a gradient at more than one position; the last of all where there is none."""
+def _last_that_matters(found: Sequence[_Candidate], gradients: Sequence[Tensor | None]) -> str:
+    """Return the last site with a gradient at more than one position; the last of all where there is none."""
     live = [
-        (name, part)
-        for (name, part, held), gradient in zip(found, gradients, strict=True)
-        if gradient is not None and _live_positions(positions_of(name, part, gradient, 1)) > 1
+        one
+        for one, gradient in zip(found, gradients, strict=True)
+        if gradient is not None and _live_positions(positions_of(one.site, one.part, gradient, 1)) > 1
     ]
-    inner = [name for name, part in live if not isinstance(part, nn.Linear)]
-    return inner[-1] if inner else live[-1][0] if live else found[-1][0]
+    inner = [one for one in live if AFTER in one.site or not isinstance(one.part, nn.Linear)]
+    return (inner or live or list(found))[-1].site
 
 
 def _live_positions(gradient: Float[Tensor, "1 c *positions"]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from lightning_interp.attribution.explained import Explained, gradients
 from lightning_interp.attribution.layer import find_layer, positions_of
 from lightning_interp.attribution.relu import ReluRule, relu_rule
+from lightning_interp.attribution.sites import layer_of, watched
 from lightning_interp.attribution.target import Score, Target, logit, recorded, select
-from lightning_interp.batch import map_tensors, precise, tensors
-from lightning_interp.capture import explaining, hooked
+from lightning_interp.batch import precise
+from lightning_interp.capture import explaining
 from lightning_interp.records import Explanation
 from lightning_interp.task import Task
 
@@ -188,23 +190,22 @@ def one_pass(
         ValueError: a layer is unknown, was not called or gives no floats; or no gradient flows.
     """
     model = explained.model
-    watched = list(dict.fromkeys([*goal.layers, *layers]))
-    check_layers(model, watched)
+    watch = list(dict.fromkeys([*goal.layers, *layers]))
+    check_layers(model, watch)
     kept: dict[str, tuple[nn.Module, Tensor]] = {}
 
-    def hook(layer: str, part: nn.Module, _: Any, output: Any) -> Any:
-        given = next(tensors(output), None)
-        if given is None or not given.is_floating_point():
-            raise ValueError(f"layer={layer!r}: expected a layer that gives floats, got {type(output).__name__}")
+    def hook(site: str, part: nn.Module, given: Tensor) -> Tensor:
         held = given if given.requires_grad else given.detach().requires_grad_()
-        kept[layer] = (part, held)
-        copy = held.clone()  # what follows may write into it
-        return map_tensors(lambda t: copy if t is given else t, output)
+        kept[site] = (part, held)
+        return held.clone()  # what follows may write into it
 
-    with hooked(model, watched, hook), relu_rule(rule):
+    sites = watched(model, hook, watch) if watch else contextlib.nullcontext()
+    with relu_rule(rule), sites:
         leaf, outputs = explained.with_leaf() if of_input else (None, explained.outputs_of(explained.raw.clone()))
-    if missing := [layer for layer in watched if layer not in kept]:
-        raise ValueError(f"layer={missing[0]!r}: expected a layer that forward calls, but it was not called")
+    if missing := [layer for layer in watch if layer not in kept]:
+        raise ValueError(
+            f"layer={missing[0]!r}: expected a layer that forward calls and that gives floats, but it was not called"
+        )
     channels = {layer: positions_of(layer, part, output, explained.n) for layer, (part, output) in kept.items()}
     scores = goal(outputs, channels, target)
     wanted = [kept[layer][1] for layer in layers] + ([leaf] if leaf is not None else [])
@@ -221,5 +222,5 @@ def check_layers(model: nn.Module, layers: Sequence[str]) -> None:
     """Raise a ValueError where a name is no layer's."""
     known = dict(model.named_modules())
     for layer in layers:
-        if layer not in known:
+        if layer_of(layer) not in known:
             raise ValueError(f"layer={layer!r}: expected a layer of {type(model).__name__}, as in named_modules()")

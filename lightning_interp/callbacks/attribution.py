@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from lightning_interp.attribution.sites import layer_of
 from lightning_interp.batch import device_of, take, to_device
 from lightning_interp.board import Board, tag
 from lightning_interp.callbacks.access import Source, evaluation_source, given_samples, settled_task, validation_source
@@ -155,7 +156,7 @@ class InputAttribution(Callback):
         for name, method in (self.methods or {}).items():
             layer = getattr(method, "layer", None)
             if isinstance(layer, str):
-                match_layers(pl_module, [layer], f"{name}(layer=...)")
+                match_layers(pl_module, [layer_of(layer)], f"{name}(layer=...)")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the samples, and draw what the untrained network sees in them."""

@@ -142,7 +142,7 @@ def reduced(maps: Tensor) -> Tensor:
     return flat.float()
 
 
-def of_one_size(maps: Sequence[Tensor]) -> Sequence[Tensor]:
+def of_one_size(maps: list[Tensor]) -> list[Tensor]:
     """Return maps of images of different sizes at one size; others as they are."""
     if len({held.shape[1:] for held in maps}) == 1 or any(held.ndim != 3 for held in maps):
         return maps

@@ -147,7 +147,7 @@ def history(folder: Folder, probe: Probe, step: int, earlier: dict[str, Any]) ->
     return store
 
 
-def fitting(module: pl.LightningModule, inputs: Any, task: Task) -> dict[str, Attributor]:
+def fitting(module: nn.Module, inputs: Any, task: Task) -> dict[str, Attributor]:
     """Return the default methods that work on one sample: Grad-CAM only where images pass a map or tokens."""
     methods: dict[str, Attributor] = {"Saliency": Saliency()}
     if kind_of(row(task.explained(inputs), 0)) == "image":

@@ -5,9 +5,8 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -31,6 +30,7 @@ from lightning_interp.display import kind_of
 from lightning_interp.folder import Folder
 from lightning_interp.probe import Probe
 
+M = TypeVar("M", bound=Metric)
 BASELINES = {"Centre": Centre(), "Edges": Edges()}
 
 
@@ -81,7 +81,7 @@ def trust(module: nn.Module, inputs: Any, target: Target, asked: Asked) -> dict[
     found: dict[str, float] = {}
     for method, maps in maps_of(methods, module, inputs, target, asked.task).items():
         for group, area in (("deletion", DeletionArea), ("insertion", InsertionArea)):
-            metric = area(sync_on_compute=False)
+            metric = _alone(area())
             metric.update(module, inputs, maps, target, asked.task)
             found[f"attribution_{group}/{method}"] = float(metric.compute())
     for method, attributor in asked.methods.items():
@@ -102,8 +102,8 @@ def against_truth(module: nn.Module, probe: Probe, asked: Asked, truth: Callable
     metrics: dict[str, dict[str, Metric]] = {}
     methods = {**asked.methods, **BASELINES}
     for answer, batch in zip(answers(module, probe, asked), probe.batches, strict=True):
-        size = asked.task.explained(answer.inputs).shape[-2:]
-        masks = _masks(truth(to_device(batch, device_of(module))), size)
+        height, width = asked.task.explained(answer.inputs).shape[-2:]
+        masks = _masks(truth(to_device(batch, device_of(module))), (height, width))
         chosen = fixed_targets(answer, asked.target)
         for method, maps in maps_of(methods, module, answer.inputs, chosen, asked.task).items():
             for metric in metrics.setdefault(method, _localization()).values():
@@ -117,14 +117,20 @@ def against_truth(module: nn.Module, probe: Probe, asked: Asked, truth: Callable
 
 def _localization() -> dict[str, Metric]:
     return {
-        "pointing_game": PointingGame(sync_on_compute=False),
-        "energy_inside": EnergyInside(sync_on_compute=False),
-        "error_at_0.2": LocalizationError(sync_on_compute=False),
-        "best_error": BestLocalizationError(sync_on_compute=False),
+        "pointing_game": _alone(PointingGame()),
+        "energy_inside": _alone(EnergyInside()),
+        "error_at_0.2": _alone(LocalizationError()),
+        "best_error": _alone(BestLocalizationError()),
     }
 
 
-def _masks(found: Any, size: torch.Size) -> Tensor:
+def _alone(metric: M) -> M:
+    """Keep a metric from waiting for other ranks: rank zero looks by itself."""
+    metric.sync_on_compute = False
+    return metric
+
+
+def _masks(found: Any, size: tuple[int, int]) -> Tensor:
     """Return the truth as masks on the CPU.
 
     Raises:
@@ -132,7 +138,7 @@ def _masks(found: Any, size: torch.Size) -> Tensor:
     """
     if isinstance(found, Tensor) and found.ndim == 2 and found.shape[1] == 4:
         return boxes_to_masks(found.cpu(), size)
-    if isinstance(found, Tensor) and found.ndim == 3 and found.shape[1:] == size:
+    if isinstance(found, Tensor) and found.ndim == 3 and tuple(found.shape[1:]) == size:
         return found.cpu().bool()
     shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
     raise ValueError(f"truth: expected masks (n, {size[0]}, {size[1]}) or boxes (n, 4), got {shape}")
