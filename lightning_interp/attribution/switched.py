@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,6 +23,7 @@ from lightning_interp.records import Explanation
 from lightning_interp.task import Task
 
 
+@runtime_checkable
 class Method(Protocol):
     """What LIME and KernelSHAP have in common: an input's parts are switched off, and a linear model is fitted."""
 
@@ -58,8 +59,8 @@ class Switched:
 
     parts: Parts
     labels: Int[Tensor, "n *positions"]
-    coalitions: tuple[Bool[Tensor, "draws parts"], ...]
-    scores: tuple[Float[Tensor, "draws outputs"], ...]
+    coalitions: tuple[Tensor, ...]
+    scores: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +77,7 @@ class LocalModels:
     method: str
     labels: Int[Tensor, "n *positions"]
     models: tuple[LocalModel, ...]
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype
 
     def of(self, target: Int[Tensor, " n"]) -> Explanation:
         """Return the maps of the given class per sample, `(n, *positions)`: each position has its part's coefficient.
@@ -84,11 +85,13 @@ class LocalModels:
         Raises:
             ValueError: there is no such class.
         """
-        classes = [] if not self.models else list(range(len(self.models[0].r2)))
-        if target.shape != (len(self.models),) or not all(c in classes for c in target.tolist()):
-            raise ValueError(
-                f"target: expected {len(self.models)} classes among 0 to {len(classes) - 1}, got {target.tolist()}"
-            )
+        n, classes = len(self.models), len(self.models[0].r2)
+        if (
+            target.shape != (n,)
+            or target.is_floating_point()
+            or not 0 <= int(target.min()) <= int(target.max()) < classes
+        ):
+            raise ValueError(f"target: expected {n} classes among 0 to {classes - 1}, got {target.tolist()}")
         return self._painted(target.tolist(), target.detach().cpu().long())
 
     def of_target(self, recorded: Int[Tensor, " n"]) -> Explanation:
@@ -132,7 +135,7 @@ def local_models(method: Method, asked: Switched) -> LocalModels:
     """Fit each sample's linear models."""
     models = tuple(method.fit(*drawn) for drawn in zip(asked.coalitions, asked.scores, strict=True))
     name = method.name + ("" if method.parts else parts_tag(asked.parts))
-    return LocalModels(name, asked.labels, models, asked.scores[0].dtype if asked.scores else torch.float32)
+    return LocalModels(name, asked.labels, models, asked.scores[0].dtype)
 
 
 def every_class(outputs: Tensor, score: Score) -> Float[Tensor, "n classes"]:
@@ -148,11 +151,11 @@ def _scores(
     explained: Explained, method: Method, labels: Tensor, drawn: Sequence[Tensor], target: Target | None
 ) -> tuple[Tensor, ...]:
     raw, empty = explained.raw, baseline_like(method.baseline, explained.raw)
-    on, draws = _padded(drawn).to(raw.device), torch.tensor([len(masks) for masks in drawn], device=raw.device)
+    on, draws = _padded(drawn).to(raw.device), [len(masks) for masks in drawn]
     places = (labels.flatten(1) % on.shape[2]).to(raw.device)  # label −1 becomes the last column, which is always on
     which = explained.everything if target is None else target
     found: list[Tensor] = []
-    for rows, variants in _asked_for(draws, method.batch_size, which):
+    for rows, variants in _asked_for(draws, method.batch_size, which, raw.device):
         kept = on[rows, variants].gather(1, places[rows]).unflatten(1, labels.shape[1:])
         copies = torch.where(kept[:, None] if raw.ndim > 2 else kept, raw[rows], empty[rows])
         outputs = explained.outputs_of(copies, rows)
@@ -160,30 +163,35 @@ def _scores(
         values = precise(every_class(outputs, method.score) if asked is None else asked)
         found = found or [values.new_zeros(*on.shape[:2], values.shape[1])]
         found[0][rows, variants] = values
-    together = found[0].cpu() if found else torch.zeros(len(drawn), 0, 1)
-    return tuple(scores[: len(masks)] for scores, masks in zip(together, drawn, strict=True))
+    return tuple(scores[:count] for scores, count in zip(found[0].cpu(), draws, strict=True))
 
 
-def _asked_for(draws: Tensor, batch_size: int, target: Target) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (sample, draw) pairs as `chunks` does, without those that a sample does not have.
+def _asked_for(
+    draws: Sequence[int], batch_size: int, target: Target, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (sample, draw) pairs as `chunks` does, without those that a sample with fewer draws does not have.
 
     Where all samples go together, such a draw is asked for all the same: everything is on in it.
     """
-    for rows, variants in chunks(len(draws), max(draws.tolist(), default=0), batch_size, target, draws.device):
-        real = torch.full_like(rows, True, dtype=torch.bool) if callable(target) else variants < draws[rows]
-        if bool(real.any()):
+    counts = torch.tensor(draws, device=device)
+    for rows, variants in chunks(len(draws), max(draws), batch_size, target, device):
+        real = variants < counts[rows]
+        if callable(target) or min(draws) == max(draws):
+            yield rows, variants
+        elif bool(real.any()):
             yield rows[real], variants[real]
 
 
 def _padded(coalitions: Sequence[Tensor]) -> Bool[Tensor, "n draws parts"]:
     """Return coalitions in one tensor, where what is missing counts as on, with one more part that is always on."""
-    most = max((drawn.shape[1] for drawn in coalitions), default=0)
+    most = max(drawn.shape[1] for drawn in coalitions)
     off = [nn.functional.pad(~drawn, (0, most + 1 - drawn.shape[1])) for drawn in coalitions]
     return ~pad_sequence(off, batch_first=True)
 
 
 def _checked(coalitions: Tensor, parts: int) -> Tensor:
-    if coalitions.dtype is not torch.bool or coalitions.ndim != 2 or coalitions.shape[1] != parts:
+    fits = coalitions.ndim == 2 and len(coalitions) and coalitions.shape[1] == parts
+    if coalitions.dtype is not torch.bool or not fits:
         raise ValueError(
             f"draw: expected booleans (draws, {parts}), got {tuple(coalitions.shape)} of {coalitions.dtype}"
         )
