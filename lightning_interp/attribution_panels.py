@@ -69,7 +69,7 @@ def attribution_panel(shown: Shown, maps: Sequence[Titled], title: str, display:
     drawn = [_drawn(shown.value, one.map, display, top, signed, SIDE) for one in maps]
     if len(maps) > 1:
         drawn = [captioned_image([one.title], body) for one, body in zip(maps, drawn, strict=True)]
-    scale = [_colour_bar(top, signed, drawn[0].height)] if kind == "image" else []
+    scale = [_colour_bar(top, signed, max(48, drawn[0].height))] if kind == "image" else []
     classes = [_likeliest(shown)] if shown.likeliest else []
     largest = ", ".join(f"{scale_of(one.map):.2g}" for one in maps)
     caption = [f"#{shown.id}   {verdict(shown)}", title, f"largest {largest}, full colour at {top:.2g}"]

@@ -65,7 +65,7 @@ def _numbers(given: Any) -> list[float]:
     if callable(given):
         return []
     try:
-        return [float(value) for value in torch.as_tensor(given).flatten()]
+        return [float(value) for value in torch.as_tensor(given, dtype=torch.float64).flatten()]
     except (TypeError, ValueError, RuntimeError):
         return []
 

@@ -68,6 +68,9 @@ class Net(L.LightningModule):
         self.accuracy(self(x), y)
         self.log("val_accuracy", self.accuracy)
 
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 

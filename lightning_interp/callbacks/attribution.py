@@ -67,8 +67,10 @@ class InputAttribution(Callback):
         `attribution_sanity/M`: scalar at the same moments: rank correlation of the maps with those after the last layer
             was drawn anew; a method that stays near 1 does not look at what the network has learned.
         `attribution_localization/M/pointing_game`, `attribution_localization/M/energy_inside`,
-            `attribution_localization/M/error_at_0.2`, `attribution_localization/M/best_error`: scalars at each look
-            where `truth` is given, also of `Centre` and `Edges`.
+            `attribution_localization/M/error_at_0.2`, `attribution_localization/M/best_error`,
+            `attribution_localization/M/best_threshold`: scalars at each look where `truth` is given, also of `Centre`
+            and `Edges`: share of maps whose maximum is inside, share of the positive map inside, share of boxes that
+            are missed at the published threshold, and at the one that is best for these samples.
         `attribution_notes/methods`: text after training: what the numbers are of, and from how many samples.
         `attribution_validate/M/S`, `attribution_test/M/S`: images under `trainer.validate` and `trainer.test`.
         `interp_seconds/InputAttribution`: scalar: seconds that this callback took since the last one.

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_interp.attribution import Target, explain
+from lightning_interp.attribution import LIME, KernelSHAP, Target, explain
 from lightning_interp.attribution_panels import Titled, attribution_panel, trouble
 from lightning_interp.batch import device_of, size, to_device
 from lightning_interp.callbacks.attribution_arguments import Choice
@@ -104,13 +104,33 @@ def panels_of(module: nn.Module, probe: Probe, asked: Asked, moment: str) -> dic
     drawn: dict[str, Pixels] = {}
     for answer in answers(module, probe, asked):
         chosen = targets(answer, asked.target, asked.classes)
-        found = [explain(list(asked.methods.values()), module, answer.inputs, one, asked.task) for one in chosen]
+        found = _explanations(module, answer, chosen, asked)
         for place, sample in enumerate(answer.shown):
             words = [_explained(answer, one, place, asked.display) for one in chosen]
             for number, method in enumerate(asked.methods):
                 key = f"{method}/{sample.id}"
-                drawn[key] = _panel(key, sample, [one[number] for one in found], words, place, asked, moment)
+                drawn[key] = _panel(key, sample, found[number], words, place, asked, moment)
     return drawn
+
+
+def _explanations(module: nn.Module, answer: Answer, chosen: Sequence[Target], asked: Asked) -> list[list[Explanation]]:
+    """Return, for each method, its explanation of each target; local models fit all classes to one set of forwards."""
+    methods = list(asked.methods.values())
+    if len(chosen) > 1 and (fitted := [method for method in methods if isinstance(method, (LIME, KernelSHAP))]):
+        models = {id(method): method.all_classes(module, answer.inputs, asked.task) for method in fitted}
+        others = iter(_by_target([m for m in methods if id(m) not in models], module, answer, chosen, asked.task))
+        return [
+            [models[id(m)].of(one) for one in chosen if not callable(one)] if id(m) in models else next(others)
+            for m in methods
+        ]
+    return _by_target(methods, module, answer, chosen, asked.task)
+
+
+def _by_target(
+    methods: Sequence[Any], module: nn.Module, answer: Answer, chosen: Sequence[Target], task: Task
+) -> list[list[Explanation]]:
+    found = [explain(methods, module, answer.inputs, target, task) for target in chosen]
+    return [list(of_method) for of_method in zip(*found, strict=True)]
 
 
 def _panel(

@@ -15,7 +15,7 @@ from lightning_interp.attribution import GradCAM, Saliency, Target, explain
 from lightning_interp.batch import device_of, row, size, take, to_device
 from lightning_interp.callbacks.attribution_arguments import OWNER
 from lightning_interp.callbacks.attribution_look import Answer, Asked, answers, maps_of, of_one_size, panels_of, reduced
-from lightning_interp.callbacks.attribution_scores import Number, against_truth, dead, drift, scores_table, trust
+from lightning_interp.callbacks.attribution_scores import Number, against_truth, dead_shares, drift, scores_table, trust
 from lightning_interp.display import kind_of
 from lightning_interp.folder import Folder
 from lightning_interp.map_store import MapStore
@@ -72,7 +72,7 @@ def measure(run: Run, module: nn.Module, step: int, epoch: int, scored: bool) ->
     """
     now = MapSnapshot(epoch, step, _fixed_maps(run, module))
     before = [earlier for earlier in run.store.steps if earlier < step]
-    found = {f"attribution_dead/{method}": share for method, share in dead(now.maps).items()}
+    found = {f"attribution_dead/{method}": share for method, share in dead_shares(now.maps).items()}
     if before:
         previous = drift(run.store.read(before[-1]).maps, now.maps)
         found |= {f"attribution_drift/{method}/to_previous": value for method, value in previous.items()}

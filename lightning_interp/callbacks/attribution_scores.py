@@ -21,12 +21,12 @@ from lightning_interp.attribution import (
     PointingGame,
     Target,
     boxes_to_masks,
+    dead,
     rank_correlation,
     sanity_similarity,
 )
 from lightning_interp.batch import device_of, to_device
 from lightning_interp.callbacks.attribution_look import Asked, answers, fixed_targets, maps_of
-from lightning_interp.display import kind_of
 from lightning_interp.folder import Folder
 from lightning_interp.probe import Probe
 
@@ -59,12 +59,9 @@ def drift(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> dict[str, 
     }
 
 
-def dead(maps: Mapping[str, Tensor]) -> dict[str, float]:
+def dead_shares(maps: Mapping[str, Tensor]) -> dict[str, float]:
     """Return method → share of maps that are zero everywhere, or not finite."""
-    return {
-        method: float((~held.flatten(1).isfinite().all(1) | (held.flatten(1) == 0).all(1)).float().mean())
-        for method, held in maps.items()
-    }
+    return {method: float(dead(held).float().mean()) for method, held in maps.items()}
 
 
 def trust(module: nn.Module, inputs: Any, target: Target, asked: Asked) -> dict[str, float]:
@@ -76,8 +73,8 @@ def trust(module: nn.Module, inputs: Any, target: Target, asked: Asked) -> dict[
         target: what is explained.
         asked: the methods, and how to call the network.
     """
-    image = kind_of(asked.task.explained(inputs)[0]) == "image"
-    methods = {**asked.methods, **(BASELINES if image else {})}
+    images = asked.task.explained(inputs).ndim == 4
+    methods = {**asked.methods, **(BASELINES if images else {})}
     found: dict[str, float] = {}
     for method, maps in maps_of(methods, module, inputs, target, asked.task).items():
         for group, area in (("deletion", DeletionArea), ("insertion", InsertionArea)):
@@ -99,29 +96,34 @@ def against_truth(module: nn.Module, probe: Probe, asked: Asked, truth: Callable
         asked: the methods, and how to call the network.
         truth: batch → masks `(n, H, W)`, or boxes `(n, 4)` as x₀, y₀, x₁, y₁ in pixels.
     """
-    metrics: dict[str, dict[str, Metric]] = {}
+    metrics: dict[str, list[Metric]] = {}
     methods = {**asked.methods, **BASELINES}
     for answer, batch in zip(answers(module, probe, asked), probe.batches, strict=True):
         height, width = asked.task.explained(answer.inputs).shape[-2:]
         masks = _masks(truth(to_device(batch, device_of(module))), (height, width))
         chosen = fixed_targets(answer, asked.target)
         for method, maps in maps_of(methods, module, answer.inputs, chosen, asked.task).items():
-            for metric in metrics.setdefault(method, _localization()).values():
+            for metric in metrics.setdefault(method, _localization()):
                 metric.update(maps, masks)
     return {
-        f"attribution_localization/{method}/{which}": float(metric.compute())
+        f"attribution_localization/{method}/{which}": float(value)
         for method, held in metrics.items()
-        for which, metric in held.items()
+        for metric in held
+        for which, value in _named(metric).items()
     }
 
 
-def _localization() -> dict[str, Metric]:
-    return {
-        "pointing_game": _alone(PointingGame()),
-        "energy_inside": _alone(EnergyInside()),
-        "error_at_0.2": _alone(LocalizationError()),
-        "best_error": _alone(BestLocalizationError()),
-    }
+def _localization() -> list[Metric]:
+    return [_alone(kind()) for kind in (PointingGame, EnergyInside, LocalizationError, BestLocalizationError)]
+
+
+def _named(metric: Metric) -> dict[str, Tensor]:
+    """Return a metric's numbers by what they are called on the board."""
+    found = metric.compute()
+    if isinstance(found, dict):
+        return {"best_error": found["error"], "best_threshold": found["threshold"]}
+    names = {PointingGame: "pointing_game", EnergyInside: "energy_inside", LocalizationError: "error_at_0.2"}
+    return {names[type(metric)]: found}
 
 
 def _alone(metric: M) -> M:

@@ -48,13 +48,20 @@ def tags_of(folder: Path) -> dict[str, set[str]]:
 def documented(kind: type) -> set[str]:
     """Return the tags in a callback's docstring as patterns: capitals stand for names."""
     listed = re.findall(r"`(\w+(?:/[\w.]+)+)`", kind.__doc__ or "")
-    return {re.sub(r"/(?=M/|M$)M|/L$|/S$", "/[^ ]+", re.sub("_Q$", "_[^ ]+", tag)) for tag in listed}
+    return {re.sub(r"/(?=M/|M$)M|/L$|/S$|/K$", "/[^ ]+", re.sub("_Q$", "_[^ ]+", tag)) for tag in listed}
+
+
+def the_right_half(batch: Any) -> Tensor:
+    return torch.tensor([[4, 0, 8, 8]]).expand(len(batch[0]), 4)
 
 
 @pytest.mark.parametrize("kind", CALLBACKS)
 def test_exactly_the_documented_tags_appear(kind: type, tmp_path: Path) -> None:
-    fit = trainer(tmp_path, callbacks=[make(kind)])
-    fit.fit(Net(), *loaders())
+    options = {"truth": the_right_half} if kind is InputAttribution else {}
+    fit, module, data = trainer(tmp_path, callbacks=[make(kind, **options)]), Net(), loaders()
+    fit.fit(module, *data)
+    fit.validate(module, data[1], verbose=False)
+    fit.test(module, data[1], verbose=False)
     fit.logger.finalize("success")
     found = set().union(*tags_of(tmp_path).values()) - USERS
     patterns = {p for p in documented(kind) if not p.startswith("interp_errors")}
@@ -128,7 +135,7 @@ def test_a_failure_switches_the_callback_off_and_training_goes_on(
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("broken on purpose")
 
-    work = {RepresentationSimilarity: "_look_and_tell", InputAttribution: "_draw", DataInfluence: "_end"}[kind]
+    work = {RepresentationSimilarity: "_look_and_tell", InputAttribution: "_look", DataInfluence: "_end"}[kind]
     monkeypatch.setattr(kind, work, fail)
     fit = trainer(tmp_path, callbacks=[make(kind, on_error="warn")])
     with pytest.warns(UserWarning, match=rf"(?s){kind.__name__} is off.*broken on purpose") as caught:
