@@ -33,7 +33,7 @@ from tests.models import Net
 
 
 class Reader(nn.Module):
-    """Token ids with an attention mask: weights of the tokens kept, averaged."""
+    """Token ids with an attention mask, to which tokens left out still leak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,8 +41,13 @@ class Reader(nn.Module):
         self.head = nn.Linear(4, 3)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        kept = attention_mask[:, :, None].to(self.words.weight)
+        kept = attention_mask[:, :, None].to(self.words.weight) + 0.1
         return self.head((self.words(input_ids).tanh() * kept).sum(1) / kept.sum(1))
+
+
+class Turned(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
 
 
 @pytest.fixture
@@ -86,6 +91,17 @@ def test_all_channels_of_a_pixel_go_together() -> None:
     shown = maps.abs().amax(1)
     blank = torch.tensor([0.1, 0.2, 0.3]).double().reshape(3, 1, 1).expand(3, 4, 4)
     expected = [naive(net, x[i], shown[i], int(target[i]), 16, x[i], blank) for i in range(2)]
+    assert torch.allclose(found, torch.tensor(expected).double(), atol=1e-12)
+
+
+def test_a_sequence_goes_step_by_step() -> None:
+    x, target, maps = torch.randn(2, 4, 3).double(), torch.tensor([0, 1]), torch.randn(2, 4).double()
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).double()
+    found = deletion_curve(net, x, maps, target, steps=4)
+    as_image = nn.Sequential(nn.Flatten(2), Turned(), net)
+    image = x.transpose(1, 2)[:, :, :, None]
+    blank = torch.zeros(3, 4, 1).double()
+    expected = [naive(as_image, image[i], maps[i], int(target[i]), 4, image[i], blank) for i in range(2)]
     assert torch.allclose(found, torch.tensor(expected).double(), atol=1e-12)
 
 
@@ -242,7 +258,7 @@ def test_one_number_per_position() -> None:
 
 def test_dead_maps() -> None:
     maps = torch.randn(5, 3, 2, 2)
-    maps[0], maps[1, 0, 0, 0], maps[2, 0, 0, 0], maps[3] = 0.0, torch.nan, -torch.inf, 2.0
+    maps[0], maps[1, 0, 0, 0], maps[2, 0, 0, 0], maps[3], maps[4, 0, 0, 0] = 0.0, torch.nan, -torch.inf, 2.0, 0.0
     assert dead(maps).tolist() == [True, True, True, False, False]
     metric = DeadMaps()
     metric.update(maps[:1])

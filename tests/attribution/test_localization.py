@@ -55,7 +55,7 @@ def test_boxes_become_masks() -> None:
 
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.7])
 def test_overlap_equals_a_naive_one(blobs: tuple[Tensor, Tensor, Tensor], threshold: float) -> None:
-    maps, boxes, masks = blobs
+    maps, boxes, masks = blobs[0].relu(), *blobs[1:]
     expected = [naive_overlap(w, b, threshold) for w, b in zip(maps, boxes.tolist(), strict=True)]
     found = box_overlap(maps, masks, threshold)
     assert found.tolist() == pytest.approx(expected)
@@ -171,6 +171,16 @@ def test_the_best_threshold_is_the_best(blobs: tuple[Tensor, Tensor, Tensor]) ->
     assert len(set(errors.values())) > 1
     assert float(found["error"]) == pytest.approx(min(errors.values()))
     assert float(found["threshold"]) == pytest.approx(min(t for t in errors if errors[t] == min(errors.values())))
+
+
+def test_of_equally_good_thresholds_the_smallest_is_named() -> None:
+    maps = torch.zeros(1, 10, 10)
+    maps[0, :8, :8], maps[0, 1:5, 1:5], maps[0, 2:4, 2:4] = 0.25, 0.45, 1.0
+    metric = BestLocalizationError((0.6, 0.4, 0.3, 0.1))
+    metric.update(maps, boxes_to_masks(torch.tensor([[1, 1, 5, 5]]), (10, 10)))
+    assert {name: float(value) for name, value in metric.compute().items()} == pytest.approx(
+        {"error": 0, "threshold": 0.3}
+    )
 
 
 def test_errors_name_what_does_not_fit(unchecked: None) -> None:

@@ -206,3 +206,12 @@ def test_a_layer_without_weights_is_named() -> None:
             pass
     with pytest.raises(ValueError, match="model: expected a module with parameters in its forward"):
         last_weights(nn.Flatten(), torch.randn(2, 3, 4))
+
+
+def test_signs_do_not_count() -> None:
+    net, x = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(3, 12)
+    before = Saliency()(net, x, TARGET).maps
+    with reinitialized(net):
+        after = Saliency()(net, x, TARGET).maps
+    expected = [scipy.stats.spearmanr(a.abs(), b.abs()).statistic for a, b in zip(before, after, strict=True)]
+    assert sanity_similarity(Saliency(), net, x, TARGET).tolist() == pytest.approx(expected)
