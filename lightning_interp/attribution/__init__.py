@@ -6,12 +6,12 @@ from lightning_interp.attribution.deconvnet import DeconvNet, GuidedBackprop, st
 from lightning_interp.attribution.integrated_gradients import IntegratedGradients
 from lightning_interp.attribution.kernel_shap import KernelSHAP
 from lightning_interp.attribution.lime import LIME, by_width
+from lightning_interp.attribution.local_models import LocalModels
 from lightning_interp.attribution.occlusion import Occlusion
 from lightning_interp.attribution.one_pass import explain
 from lightning_interp.attribution.parts import Grid, Superpixels
 from lightning_interp.attribution.saliency import InputXGradient, Saliency
 from lightning_interp.attribution.smoothgrad import SmoothGrad
-from lightning_interp.attribution.switched import LocalModels
 from lightning_interp.attribution.target import (
     Score,
     Target,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 from lightning_interp import Task
 from lightning_interp.attribution import LIME, Grid, KernelSHAP, Superpixels, any_size, by_width, probability
 from lightning_interp.attribution.coalitions import bernoulli, distance_to_all, of_sizes, shapley, shapley_kernel
+from lightning_interp.attribution.least_squares import k_lasso, weighted_ridge, with_fixed_sum
 from lightning_interp.attribution.lime import locality
-from lightning_interp.attribution.local_model import k_lasso, weighted_ridge, with_fixed_sum
+from lightning_interp.attribution.local_models import LocalModels
 from lightning_interp.attribution.parts import each, fitting
-from lightning_interp.attribution.switched import LocalModels
 from tests.models import Net
 
 METHODS = [LIME(samples=60, parts=Grid(3)), KernelSHAP(samples=60, parts=Grid(3))]
@@ -436,3 +437,21 @@ def test_a_fixed_sum_is_kept_by_the_naive_solution() -> None:
     fitted = none + z @ found.coefficients
     spread = scores - (weights @ scores) / weights.sum()
     assert float(found.r2) == pytest.approx(float(1 - weights @ (scores - fitted) ** 2 / (weights @ spread**2)))
+
+
+def test_the_lime_package_agrees() -> None:
+    """Its ridge is ours; its sparse models have the same parts, with a ridge where the paper has least squares."""
+    package = pytest.importorskip("lime.lime_base")
+    masks = bernoulli(20, 500, generator())
+    scores = masks.double() @ torch.randn(20, 1).double() + torch.randn(500, 1).double()
+    base = package.LimeBase(lambda distance: np.exp(-(distance**2) / (2 * 0.25**2)))
+    drawn = (masks.double().numpy(), scores.numpy(), distance_to_all(masks).numpy(), 0)
+    weights = locality(masks, 0.25)
+    ridge = weighted_ridge(masks, scores, weights)
+    _, pairs, r2, _ = base.explain_instance_with_data(*drawn, 20, feature_selection="none")
+    assert [value for _, value in sorted(pairs)] == pytest.approx(ridge.coefficients[:, 0].tolist(), abs=1e-10)
+    assert r2 == pytest.approx(float(ridge.r2[0]))
+    for most in (3, 5, 8):
+        _, pairs, _, _ = base.explain_instance_with_data(*drawn, most, feature_selection="lasso_path")
+        ours = k_lasso(masks, scores, weights, most).coefficients[:, 0].nonzero()[:, 0].tolist()
+        assert sorted(part for part, _ in pairs) == ours
