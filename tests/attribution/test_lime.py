@@ -92,6 +92,17 @@ def test_weighted_ridge_is_the_naive_one() -> None:
         assert float(found.r2[output]) == pytest.approx(r2, abs=1e-12)
 
 
+def test_parts_that_cannot_be_told_apart_are_said_to_be_so_whatever_rounding_makes_of_it() -> None:
+    for seed in range(20):
+        masks = bernoulli(4, 40, generator(seed))
+        masks[:, 3] = masks[:, 1]
+        weights = torch.rand(40).double()
+        with pytest.raises(ValueError, match="tell 4 parts apart"):
+            weighted_ridge(masks, torch.randn(40, 1), weights, 0.0)
+        alike = weighted_ridge(masks, torch.randn(40, 1), weights, 1.0).coefficients[:, 0]
+        assert float(alike[1]) == pytest.approx(float(alike[3]))
+
+
 def test_lime_of_a_table_is_the_naive_one() -> None:
     net, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double(), torch.randn(4, 6).double()
     lime, mean = LIME(samples=100, baseline=[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]), torch.arange(6).double()
@@ -142,6 +153,18 @@ def test_tokens_are_parts_and_those_that_do_not_count_stay(method: Any) -> None:
     assert found.facts["parts"].tolist() == [5, 3]
     alone = method(net, {"ids": ids[1:], "attention_mask": mask[1:]}, TARGET[1:2], task=BAG)
     assert torch.allclose(found.maps[1:], alone.maps, atol=1e-5)
+
+
+def test_a_sample_with_fewer_parts_is_asked_about_less() -> None:
+    net = Bag()
+    rows: list[int] = []
+    net.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+    task = Task(explained=BAG.explained, outputs=lambda module, inputs: module(inputs["ids"], inputs["mask"]))
+    inputs = {"ids": torch.randint(1, 9, (2, 5)), "mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])}
+    task = replace(task, mask=lambda inputs: inputs["mask"])
+    KernelSHAP(batch_size=3)(net, inputs, TARGET[:2], task=task)
+    assert sum(rows) == 2**5 + 2**3
+    assert max(rows) == 3
 
 
 BAG = Task(explained=lambda inputs: inputs["ids"])
