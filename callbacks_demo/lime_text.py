@@ -6,13 +6,17 @@ and write text formats. Two models are trained whose reasons are known: a logist
 penalty, and a decision tree so shallow, that no document has more than ten words that they use. The words with a weight
 that are in a document, and the words of its path through the tree that are in it, are its gold set.
 
+The tree's leaves hold at least five documents, so that their probabilities differ. Grown until every leaf is pure
+(`--leaf 1`), the tree asks about words between leaves that all say the same. Such a word is in the gold set and yet
+changes nothing, whatever else is removed: no explanation by removing words can find it.
+
 Each way to explain names ten words of a document. Its recall is the share of the gold set among them, in the mean over
 held-out documents with a gold set. LIME and greedy removal see nothing but the models' probabilities; Parzen windows
 stand for the model as a whole, by what it says of the training documents. All pick from the words that are in the
 document; those of random picks are the expected value.
 
-The paper's numbers are of reviews of books (its DVD reviews are alike), which are longer than functions are: what random
-picks find here shows how much easier ten words of a document are.
+The paper's numbers are of its reviews of books; those of DVDs are alike. Other texts, other classes: what random picks
+find says how alike the two are in difficulty.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import time
 import tokenize
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,10 +43,10 @@ from torch import Tensor, nn
 from lightning_interp.attribution import LIME, any_size
 
 GROUPS = {
-    "network": "asyncio ftplib http imaplib ipaddress nntplib poplib selectors smtplib socket socketserver ssl telnetlib"
-    " urllib webbrowser wsgiref xmlrpc",
-    "formats": "argparse ast configparser csv difflib email gettext html json mailbox mimetypes optparse pickle plistlib"
-    " pprint re sre_compile string tarfile textwrap tokenize tomllib xml zipfile",
+    "network": "asyncio ftplib http imaplib ipaddress nntplib poplib selectors smtplib socket socketserver ssl"
+    " telnetlib urllib webbrowser wsgiref xmlrpc",
+    "formats": "argparse ast configparser csv difflib email gettext html json mailbox mimetypes optparse pickle"
+    " plistlib pprint re string tarfile textwrap tokenize tomllib xml zipfile",
 }
 K = 10
 PAPER = {
@@ -59,6 +64,9 @@ class Documents(NamedTuple):
     present: Tensor
     classes: Tensor
     words: list[str]
+
+    def of(self, rows: Tensor) -> Documents:
+        return Documents(self.present[rows], self.classes[rows], self.words)
 
 
 class Reasoned(NamedTuple):
@@ -83,11 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
     parser = argparse.ArgumentParser(prog="python -m callbacks_demo lime_text", description=__doc__)
     parser.add_argument("--documents", type=int, default=200, help="held-out documents that are explained")
     parser.add_argument("--samples", type=int, default=2000, help="perturbed copies of each for LIME")
+    parser.add_argument("--leaf", type=int, default=5, help="training documents in a leaf of the tree, at least")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     started = time.perf_counter()
     train, test = split(read_documents(), options.documents)
-    models = [sparse_regression(train, test), shallow_tree(train, test)]
+    models = [sparse_regression(train, test), shallow_tree(train, test, options.leaf)]
     recalls: dict[str, list[float]] = {}
     for name in PAPER:
         recalls[name] = [recall(explainer(name, options.samples, model, train), model, test) for model in models]
@@ -116,8 +125,10 @@ def functions(modules: Sequence[str]) -> Iterator[set[str]]:
         files = sorted((library / module).rglob("*.py")) or [library / f"{module}.py"]
         for file in filter(Path.exists, files):
             source = file.read_text(encoding="utf-8")
+            lines = source.split("\n")
             for node in outermost(ast.parse(source)):
-                yield words_of("\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno]) + "\n")
+                first, *rest = lines[node.lineno - 1 : node.end_lineno]
+                yield words_of("\n".join([first[node.col_offset :], *rest, ""]))
 
 
 def outermost(node: ast.AST) -> Iterator[Any]:
@@ -136,23 +147,14 @@ def words_of(source: str) -> set[str]:
     """
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     kinds = (tokenize.NAME, tokenize.COMMENT, tokenize.STRING)
-    texts = (token.string.lower() for token in tokens_before_error(tokens) if token.type in kinds)
+    texts = (token.string.lower() for token in tokens if token.type in kinds)
     return {word for text in texts for word in WORD.findall(text) if not keyword.iskeyword(word)}
-
-
-def tokens_before_error(tokens: Iterator[tokenize.TokenInfo]) -> Iterator[tokenize.TokenInfo]:
-    """Yield tokens up to where an indented function, taken out of its class, stops making sense."""
-    try:
-        yield from tokens
-    except (tokenize.TokenError, IndentationError):
-        return
 
 
 def split(documents: Documents, held_out: int) -> tuple[Documents, Documents]:
     """Return documents to train on and those to explain, by a fixed shuffle."""
     order = torch.randperm(len(documents.present), generator=torch.Generator().manual_seed(0))
-    test, train = order[:held_out], order[held_out:]
-    return tuple(Documents(documents.present[rows], documents.classes[rows], documents.words) for rows in (train, test))  # type: ignore[return-value]
+    return documents.of(order[held_out:]), documents.of(order[:held_out])
 
 
 def sparse_regression(train: Documents, test: Documents) -> Reasoned:
@@ -169,6 +171,8 @@ def sparse_regression(train: Documents, test: Documents) -> Reasoned:
 
 
 class Regression(nn.Module):
+    weights: Tensor
+
     def __init__(self, weights: Tensor, bias: float) -> None:
         super().__init__()
         self.register_buffer("weights", weights)
@@ -179,11 +183,11 @@ class Regression(nn.Module):
         return torch.stack([1 - chance, chance], 1)
 
 
-def shallow_tree(train: Documents, test: Documents) -> Reasoned:
+def shallow_tree(train: Documents, test: Documents, leaf: int) -> Reasoned:
     """Return the deepest decision tree whose paths hold at most K words of any document."""
     everything = torch.cat([train.present, test.present])
     for depth in range(100, 0, -1):
-        found = DecisionTreeClassifier(max_depth=depth, random_state=0)
+        found = DecisionTreeClassifier(max_depth=depth, min_samples_leaf=leaf, random_state=0)
         found.fit(train.present.numpy(), train.classes.numpy())
         if int((on_path(found, everything) & (everything > 0)).sum(1).max()) <= K:
             break
@@ -225,7 +229,7 @@ def recall(explain: Explainer, model: Reasoned, test: Documents) -> float:
 
 
 def explainer(name: str, samples: int, model: Reasoned, train: Documents) -> Explainer:
-    """Return a function (network, document) → how likely each word is named, `(words,)`: 0 or 1 but for random picks."""
+    """Return a function (network, document) → the chance of each word to be named, `(words,)`."""
     if name == "LIME":
         method = LIME(samples, parts=words_present, features=K, draw=any_size, batch_size=500)
         return lambda net, document: named_by_lime(method, net, document)
@@ -244,7 +248,8 @@ def named_by_lime(lime: LIME, net: nn.Module, document: Tensor) -> Tensor:
     return lime(net, document[None], target).maps[0] != 0
 
 
-class Parzen(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Parzen:
     """Stands for a model as a whole; a document's words are named by the gradient there (Baehrens et al., 2010).
 
     p(x) = Σ k(x − x_i) p_i / Σ k(x − x_i) over training documents, k a Gaussian, p_i what the model says of x_i.

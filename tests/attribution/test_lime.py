@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 from lightning_interp import Task
 from lightning_interp.attribution import LIME, Grid, KernelSHAP, Superpixels, any_size, by_width, probability
 from lightning_interp.attribution.coalitions import bernoulli, distance_to_all, of_sizes, shapley, shapley_kernel
+from lightning_interp.attribution.least_squares import k_lasso, weighted_ridge, with_fixed_sum
 from lightning_interp.attribution.lime import locality
-from lightning_interp.attribution.local_model import k_lasso, weighted_ridge, with_fixed_sum
+from lightning_interp.attribution.local_models import LocalModels
 from lightning_interp.attribution.parts import each, fitting
-from lightning_interp.attribution.switched import LocalModels
 from tests.models import Net
 
 METHODS = [LIME(samples=60, parts=Grid(3)), KernelSHAP(samples=60, parts=Grid(3))]
@@ -91,6 +92,17 @@ def test_weighted_ridge_is_the_naive_one() -> None:
         assert float(found.r2[output]) == pytest.approx(r2, abs=1e-12)
 
 
+def test_parts_that_cannot_be_told_apart_are_said_to_be_so_whatever_rounding_makes_of_it() -> None:
+    for seed in range(20):
+        masks = bernoulli(4, 40, generator(seed))
+        masks[:, 3] = masks[:, 1]
+        weights = torch.rand(40).double()
+        with pytest.raises(ValueError, match="tell 4 parts apart"):
+            weighted_ridge(masks, torch.randn(40, 1), weights, 0.0)
+        alike = weighted_ridge(masks, torch.randn(40, 1), weights, 1.0).coefficients[:, 0]
+        assert float(alike[1]) == pytest.approx(float(alike[3]))
+
+
 def test_lime_of_a_table_is_the_naive_one() -> None:
     net, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double(), torch.randn(4, 6).double()
     lime, mean = LIME(samples=100, baseline=[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]), torch.arange(6).double()
@@ -141,6 +153,18 @@ def test_tokens_are_parts_and_those_that_do_not_count_stay(method: Any) -> None:
     assert found.facts["parts"].tolist() == [5, 3]
     alone = method(net, {"ids": ids[1:], "attention_mask": mask[1:]}, TARGET[1:2], task=BAG)
     assert torch.allclose(found.maps[1:], alone.maps, atol=1e-5)
+
+
+def test_a_sample_with_fewer_parts_is_asked_about_less() -> None:
+    net = Bag()
+    rows: list[int] = []
+    net.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+    task = Task(explained=BAG.explained, outputs=lambda module, inputs: module(inputs["ids"], inputs["mask"]))
+    inputs = {"ids": torch.randint(1, 9, (2, 5)), "mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])}
+    task = replace(task, mask=lambda inputs: inputs["mask"])
+    KernelSHAP(batch_size=3)(net, inputs, TARGET[:2], task=task)
+    assert sum(rows) == 2**5 + 2**3
+    assert max(rows) == 3
 
 
 BAG = Task(explained=lambda inputs: inputs["ids"])
@@ -436,3 +460,21 @@ def test_a_fixed_sum_is_kept_by_the_naive_solution() -> None:
     fitted = none + z @ found.coefficients
     spread = scores - (weights @ scores) / weights.sum()
     assert float(found.r2) == pytest.approx(float(1 - weights @ (scores - fitted) ** 2 / (weights @ spread**2)))
+
+
+def test_the_lime_package_agrees() -> None:
+    """Its ridge is ours; its sparse models have the same parts, with a ridge where the paper has least squares."""
+    package = pytest.importorskip("lime.lime_base")
+    masks = bernoulli(20, 500, generator())
+    scores = masks.double() @ torch.randn(20, 1).double() + torch.randn(500, 1).double()
+    base = package.LimeBase(lambda distance: np.exp(-(distance**2) / (2 * 0.25**2)))
+    drawn = (masks.double().numpy(), scores.numpy(), distance_to_all(masks).numpy(), 0)
+    weights = locality(masks, 0.25)
+    ridge = weighted_ridge(masks, scores, weights)
+    _, pairs, r2, _ = base.explain_instance_with_data(*drawn, 20, feature_selection="none")
+    assert [value for _, value in sorted(pairs)] == pytest.approx(ridge.coefficients[:, 0].tolist(), abs=1e-10)
+    assert r2 == pytest.approx(float(ridge.r2[0]))
+    for most in (3, 5, 8):
+        _, pairs, _, _ = base.explain_instance_with_data(*drawn, most, feature_selection="lasso_path")
+        ours = k_lasso(masks, scores, weights, most).coefficients[:, 0].nonzero()[:, 0].tolist()
+        assert sorted(part for part, _ in pairs) == ours

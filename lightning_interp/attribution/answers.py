@@ -1,4 +1,4 @@
-"""What a model says of samples with some of their parts switched off."""
+"""Answers: what a model says of samples with some of their parts switched off."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 from lightning_interp.attribution.baseline import Baseline, baseline_like
 from lightning_interp.attribution.chunks import chunks, of_rows
 from lightning_interp.attribution.explained import Explained
-from lightning_interp.attribution.local_model import LocalModel
-from lightning_interp.attribution.parts import Parts, fitting, parts_of, parts_tag
+from lightning_interp.attribution.least_squares import LocalModel
+from lightning_interp.attribution.parts import Parts, fitting, parts_of
 from lightning_interp.attribution.target import Score, Target, logit, per_class, select
 from lightning_interp.batch import precise
 from lightning_interp.capture import explaining
-from lightning_interp.records import Explanation
 from lightning_interp.task import Task
 
 
@@ -46,7 +45,7 @@ class Method(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Switched:
+class Answers:
     """Each sample's coalitions, and what a model says of the sample with just these parts.
 
     Args:
@@ -63,54 +62,7 @@ class Switched:
     scores: tuple[Tensor, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class LocalModels:
-    """Linear models that stand for the network around each sample, one per class.
-
-    Args:
-        method: tag of what fitted them.
-        labels: the part at each position, −1 where it has none, `(n, *positions)`.
-        models: per sample, with one output per class.
-        dtype: of the maps.
-    """
-
-    method: str
-    labels: Int[Tensor, "n *positions"]
-    models: tuple[LocalModel, ...]
-    dtype: torch.dtype
-
-    def of(self, target: Int[Tensor, " n"]) -> Explanation:
-        """Return the maps of the given class per sample, `(n, *positions)`: each position has its part's coefficient.
-
-        Raises:
-            ValueError: there is no such class.
-        """
-        n, classes = len(self.models), len(self.models[0].r2)
-        if (
-            target.shape != (n,)
-            or target.is_floating_point()
-            or not 0 <= int(target.min()) <= int(target.max()) < classes
-        ):
-            raise ValueError(f"target: expected {n} classes among 0 to {classes - 1}, got {target.tolist()}")
-        return self._painted(target.tolist(), target.detach().cpu().long())
-
-    def of_target(self, recorded: Int[Tensor, " n"]) -> Explanation:
-        """Return the maps of models that were fitted to one target alone."""
-        return self._painted([0] * len(self.models), recorded)
-
-    def _painted(self, outputs: Sequence[int], target: Tensor) -> Explanation:
-        maps = torch.zeros(self.labels.shape, dtype=self.dtype)
-        r2 = torch.zeros(len(outputs))
-        for place, (model, output) in enumerate(zip(self.models, outputs, strict=True)):
-            # One more for the label −1.
-            values = torch.cat([model.coefficients[:, output], torch.zeros(1)])
-            maps[place] = values[self.labels[place]].to(self.dtype)
-            r2[place] = model.r2[output]
-        parts = torch.tensor([float(len(model.coefficients)) for model in self.models])
-        return Explanation(self.method, maps, target, facts={"r2": r2, "parts": parts})
-
-
-def switched(method: Method, model: nn.Module, inputs: Any, target: Target | None, task: Task) -> Switched:
+def answers(method: Method, model: nn.Module, inputs: Any, target: Target | None, task: Task) -> Answers:
     """Draw coalitions of each sample's parts, seeded by the sample, and ask the model about all of them.
 
     Args:
@@ -128,14 +80,7 @@ def switched(method: Method, model: nn.Module, inputs: Any, target: Target | Non
         generators = [Generator().manual_seed(seed) for seed in explained.seeds()]
         drawn = [_checked(method.coalitions(*of), of[0]) for of in zip(counts, generators, strict=True)]
         scores = _scores(explained, method, labels, drawn, target)
-    return Switched(parts, labels, tuple(drawn), scores)
-
-
-def local_models(method: Method, asked: Switched) -> LocalModels:
-    """Fit each sample's linear models."""
-    models = tuple(method.fit(*drawn) for drawn in zip(asked.coalitions, asked.scores, strict=True))
-    name = method.name + ("" if method.parts else parts_tag(asked.parts))
-    return LocalModels(name, asked.labels, models, asked.scores[0].dtype)
+    return Answers(parts, labels, tuple(drawn), scores)
 
 
 def every_class(outputs: Tensor, score: Score) -> Float[Tensor, "n classes"]:
@@ -159,11 +104,14 @@ def _scores(
         kept = on[rows, variants].gather(1, places[rows]).unflatten(1, labels.shape[1:])
         copies = torch.where(kept[:, None] if raw.ndim > 2 else kept, raw[rows], empty[rows])
         outputs = explained.outputs_of(copies, rows)
-        asked = select(outputs, of_rows(target, rows), method.score)[:, None] if target is not None else None
-        values = precise(every_class(outputs, method.score) if asked is None else asked)
+        values = precise(_read(outputs, None if target is None else of_rows(target, rows), method.score))
         found = found or [values.new_zeros(*on.shape[:2], values.shape[1])]
         found[0][rows, variants] = values
     return tuple(scores[:count] for scores, count in zip(found[0].cpu(), draws, strict=True))
+
+
+def _read(outputs: Tensor, target: Target | None, score: Score) -> Float[Tensor, "m outputs"]:
+    return every_class(outputs, score) if target is None else select(outputs, target, score)[:, None]
 
 
 def _asked_for(
