@@ -62,8 +62,9 @@ class InputAttribution(Callback):
         `attribution_drift/M/to_final`: scalar for every look, after training: likewise with the final maps.
         `attribution_dead/M`: scalar: share of maps that are zero everywhere or not finite.
         `attribution_deletion/M`, `attribution_insertion/M`: scalars every `score_every_n_epochs` and at the end: the
-            target's mean probability while what the map calls most important is removed (lower is better), or alone
-            brought back (higher is better). `M` is also `Centre` and `Edges` for images: maps that look at no network.
+            target's mean probability (of a regression the output) while what the map calls most important is removed
+            (lower is better), or alone brought back (higher is better). `M` is also `Centre` and `Edges` for images:
+            maps that look at no network.
         `attribution_sanity/M`: scalar at the same moments: rank correlation of the maps with those after the last layer
             was drawn anew; a method that stays near 1 does not look at what the network has learned.
         `attribution_localization/M/pointing_game`, `attribution_localization/M/energy_inside`,

@@ -19,9 +19,14 @@ from lightning_interp.attribution import (
     InsertionArea,
     LocalizationError,
     PointingGame,
+    Saliency,
+    SmoothGrad,
     Target,
     boxes_to_masks,
     dead,
+    label_probability,
+    logit,
+    probability,
     rank_correlation,
     sanity_similarity,
 )
@@ -31,6 +36,7 @@ from lightning_interp.folder import Folder
 from lightning_interp.probe import Probe
 
 M = TypeVar("M", bound=Metric)
+SCORES = {"multilabel": label_probability, "regression": logit}
 BASELINES = {"Centre": Centre(), "Edges": Edges()}
 
 
@@ -76,15 +82,21 @@ def trust(module: nn.Module, inputs: Any, target: Target, asked: Asked) -> dict[
     images = asked.task.explained(inputs).ndim == 4
     methods = {**asked.methods, **(BASELINES if images else {})}
     found: dict[str, float] = {}
+    scored = SCORES.get(asked.task.kind or "", probability)
     for method, maps in maps_of(methods, module, inputs, target, asked.task).items():
         for group, area in (("deletion", DeletionArea), ("insertion", InsertionArea)):
-            metric = _alone(area())
-            metric.update(module, inputs, maps, target, asked.task)
+            metric = _alone(area(score=scored))
+            metric.update(module, inputs, _importance(methods[method], maps), target, asked.task)
             found[f"attribution_{group}/{method}"] = float(metric.compute())
     for method, attributor in asked.methods.items():
         similar = sanity_similarity(attributor, module, inputs, target, asked.task)
         found[f"attribution_sanity/{method}"] = float(similar.nanmean())
     return found
+
+
+def _importance(method: Any, maps: Tensor) -> Tensor:
+    """Return what to go by: a gradient of single numbers says how much one matters by its size, not by its sign."""
+    return maps.abs() if isinstance(method, (Saliency, SmoothGrad)) else maps
 
 
 def against_truth(module: nn.Module, probe: Probe, asked: Asked, truth: Callable[[Any], Tensor]) -> dict[str, float]:

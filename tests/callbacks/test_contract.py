@@ -27,7 +27,7 @@ from lightning_interp.storage import Folder, open_store
 from tests.models import Net, Shapes, loaders, trainer
 
 CALLBACKS = [RepresentationSimilarity, InputAttribution, DataInfluence]
-USERS = {"epoch", "train_loss_step", "train_loss_epoch", "val_accuracy", "hp_metric"}
+USERS = {"epoch", "test_loss", "train_loss_step", "train_loss_epoch", "val_accuracy", "hp_metric"}
 
 
 def make(kind: type, **options: Any) -> L.Callback:
