@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_interp.attribution.explained import Explained
-from lightning_interp.attribution.layer import at_inputs_size, find_layer
-from lightning_interp.attribution.one_pass import OfTarget, Pass, SinglePass
+from lightning_interp.attribution.layer import at_inputs_size
+from lightning_interp.attribution.one_pass import LAST_MAP, OfTarget, Pass, SinglePass, one_pass
 from lightning_interp.attribution.saliency import suffix
 from lightning_interp.attribution.target import Score, Target, logit, per_class
 from lightning_interp.batch import precise
@@ -56,7 +56,7 @@ class GradCAM(SinglePass):
     @property
     def at(self) -> str:
         """Where: at the layer."""
-        return self.layer or "last map"
+        return self.layer or LAST_MAP
 
     def read(self, seen: Pass, layer: str) -> Tensor:
         """Return the map after its ReLU, at the input's size."""
@@ -98,7 +98,7 @@ class GradCAMPlusPlus(SinglePass):
     @property
     def at(self) -> str:
         """Where: at the layer."""
-        return self.layer or "last map"
+        return self.layer or LAST_MAP
 
     def read(self, seen: Pass, layer: str) -> Tensor:
         """Return the map after its ReLU, at the input's size."""
@@ -138,7 +138,7 @@ class CAM(SinglePass):
     @property
     def at(self) -> str:
         """Where: at the layer."""
-        return self.layer or "last map"
+        return self.layer or LAST_MAP
 
     def read(self, seen: Pass, layer: str) -> Tensor:
         """Return the signed map at the input's size.
@@ -213,4 +213,4 @@ def last_map_layer(model: nn.Module, inputs: object, target: Target, task: Task 
         ValueError: no layer gives a map or tokens.
     """
     with explaining(model):
-        return find_layer(Explained(model, inputs, task), target)
+        return one_pass(Explained(model, inputs, task), target, layers=[LAST_MAP], of_input=False).last

@@ -2,60 +2,136 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from lightning_interp.attribution.explained import NO_GRADIENT, Explained
-from lightning_interp.attribution.target import Target, select
-from lightning_interp.batch import map_tensors, picked, tensors
+from lightning_interp.attribution.explained import NO_GRADIENT
+from lightning_interp.batch import map_tensors, tensors
 from lightning_interp.capture import hooked
 from lightning_interp.layout import layout_of
 
+KEPT = 16
 MOST_EXTRA_TOKENS = 16
 LINEAR_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
-def find_layer(explained: Explained, target: Target) -> str:
-    """Return the last layer of a forward that gives a map or tokens, more than one position of which matters.
+class At(NamedTuple):
+    """A layer and what it gave, of which gradients can be taken."""
+
+    name: str
+    part: nn.Module
+    output: Tensor
+
+
+class Traced(NamedTuple):
+    """What a layer gave in a forward, as far as it is kept.
+
+    Args:
+        name: of the layer.
+        part: the layer.
+        edge: where its output's gradient is found.
+        like: a tensor without values in the output's shape.
+        output: what gradients are taken of; None where it was not kept.
+        handed_on: the tensor that the model goes on with, the output itself or a copy; None where it was not kept.
+        version: of the output; another one tells later that it has been written into since.
+    """
+
+    name: str
+    part: nn.Module
+    edge: GradientEdge
+    like: Tensor
+    output: Tensor | None
+    handed_on: Tensor | None
+    version: int
+
+    @property
+    def at(self) -> At | None:
+        """The layer and its output; None where that is gone or was written into."""
+        gone = self.output is None or self.output._version != self.version
+        return None if gone else At(self.name, self.part, self.output)
+
+
+@contextlib.contextmanager
+def outputs_traced(model: nn.Module) -> Iterator[list[Traced]]:
+    """Collect what may be maps or tokens of all layers, in the order of the forwards inside.
+
+    Of nested modules that hand on the same tensor, the innermost is named. Nothing is copied but what has no gradient
+    yet, and it gets one. Only the last outputs are kept: all of them would take as much memory again as a backward
+    needs.
+    """
+    found: list[Traced] = []
+
+    def hook(layer: str, part: nn.Module, _: Any, output: Any) -> Any:
+        given = output if isinstance(output, Tensor) else next(tensors(output), None)
+        if given is None or given.ndim < 3 or not given.is_floating_point():
+            return None
+        if any(given is each.handed_on and each.version == given._version for each in found[-KEPT:]):
+            return None
+        held = given if given.requires_grad else given.detach().requires_grad_()
+        copy = given if given is held else held.clone()
+        like = torch.empty_like(given, device="meta")
+        found.append(Traced(layer, part, get_gradient_edge(held), like, held, copy, held._version))
+        if len(found) > KEPT:
+            found[-KEPT - 1] = found[-KEPT - 1]._replace(output=None, handed_on=None)
+        return None if copy is given else map_tensors(lambda t: copy if t is given else t, output)
+
+    with hooked(model, [name for name, _ in model.named_modules() if name], hook):
+        yield found
+
+
+def last_that_matters(found: Sequence[Traced], scores: Float[Tensor, " n"]) -> Traced:
+    """Return the last layer more than one of whose positions has a gradient in some sample.
 
     That is the last spatial map of a convolutional network. Of a transformer that answers from one token, the last
     block's output has a gradient at that token alone, and what came before it is taken: the last layer whose other
-    tokens still have one. Linear layers inside attention are passed over where anything else is left; of nested
-    modules that hand on the same tensor, the innermost is named. One forward and backward of one sample.
+    tokens still have one. Linear layers inside attention are passed over where anything else is left. Where no layer
+    has such a gradient, it is the last of all. The backward goes no deeper than it must.
 
     Raises:
-        ValueError: no layer gives a map or tokens.
+        ValueError: no layer gave a map or tokens, or no gradient flows.
     """
-    one = Explained(explained.model, picked(explained.inputs, explained.everything[:1]), explained.task)
-    found: list[tuple[str, nn.Module, Tensor]] = []
-    handed_on: list[tuple[Tensor, int]] = []
-
-    def hook(layer: str, part: nn.Module, _: Any, output: Any) -> Any:
-        given = next(tensors(output), None)
-        if given is None or not _has_positions(part, output) or _is_handed_on(given, handed_on):
-            return None
-        held = given if given.requires_grad else given.detach().requires_grad_()
-        found.append((layer, part, held))
-        copy = held.clone()
-        handed_on.append((copy, copy._version))
-        return map_tensors(lambda t: copy if t is given else t, output)
-
-    names = [name for name, _ in one.model.named_modules() if name]
-    with hooked(one.model, names, hook):
-        outputs = one.outputs_of(one.raw.clone())
-    if not found:
+    n = len(scores)
+    last = next(_with_positions(found, n), None)
+    if last is None:
         raise ValueError(
             "layer: expected one that gives a map (n, channels, H, W) or tokens (n, tokens, d); found none"
         )
-    score = select(outputs, target if callable(target) else target[:1])
-    if not score.requires_grad:
+    if not scores.requires_grad:
         raise ValueError(NO_GRADIENT)
-    gradients = torch.autograd.grad(score.sum(), [held for _, _, held in found], allow_unused=True)
-    return _last_that_matters(found, gradients)
+    inner = (each for each in _with_positions(found, n) if not isinstance(each.part, nn.Linear))
+    linear = (each for each in _with_positions(found, n) if isinstance(each.part, nn.Linear))
+    return _first_live(inner, scores) or _first_live(linear, scores) or last
+
+
+def _with_positions(found: Sequence[Traced], n: int) -> Iterator[Traced]:
+    """Yield those that give maps or tokens, the last first."""
+    for each in reversed(found):
+        layout = layout_of(each.part, each.like, n)
+        if layout is None or layout.kind == "vector":
+            continue
+        if math.prod(layout.shape[:-1] if layout.channels_last else layout.shape[1:]) > 1:
+            yield each
+
+
+def _first_live(candidates: Iterator[Traced], scores: Tensor) -> Traced | None:
+    """Return the first with a gradient at more than one position; the backward goes through more of them each time."""
+    several = 1
+    while some := list(itertools.islice(candidates, several)):
+        gradients = torch.autograd.grad(scores.sum(), [each.edge for each in some], None, True, allow_unused=True)
+        for each, gradient in zip(some, gradients, strict=True):
+            if gradient is not None and _live_positions(positions_of(each.name, each.part, gradient, len(scores))) > 1:
+                return each
+        several *= 4
+    return None
 
 
 def positions_of(layer: str, part: nn.Module, output: Tensor, n: int) -> Float[Tensor, "n c *positions"]:
@@ -98,32 +174,9 @@ def at_inputs_size(maps: Float[Tensor, "n *positions"], raw: Tensor, layer: str)
     return F.interpolate(maps[:, None], size, mode=LINEAR_MODES[len(size)], align_corners=False)[:, 0]
 
 
-def _is_handed_on(given: Tensor, earlier: list[tuple[Tensor, int]]) -> bool:
-    """Say whether an output is an inner module's own, not written into since: a container's."""
-    return any(given is copy and given._version == version for copy, version in earlier)
-
-
-def _has_positions(part: nn.Module, output: Any) -> bool:
-    layout = layout_of(part, output, 1)
-    if layout is None or layout.kind == "vector":
-        return False
-    positions = layout.shape[:-1] if layout.channels_last else layout.shape[1:]
-    return torch.Size(positions).numel() > 1
-
-
-def _last_that_matters(found: list[tuple[str, nn.Module, Tensor]], gradients: tuple[Tensor | None, ...]) -> str:
-    """Return the last layer with a gradient at more than one position; the last of all where there is none."""
-    live = [
-        (name, part)
-        for (name, part, held), gradient in zip(found, gradients, strict=True)
-        if gradient is not None and _live_positions(positions_of(name, part, gradient, 1)) > 1
-    ]
-    inner = [name for name, part in live if not isinstance(part, nn.Linear)]
-    return inner[-1] if inner else live[-1][0] if live else found[-1][0]
-
-
-def _live_positions(gradient: Float[Tensor, "1 c *positions"]) -> int:
-    return int((gradient.flatten(2) != 0).any(dim=1).sum())
+def _live_positions(gradient: Float[Tensor, "n c *positions"]) -> int:
+    """Return at how many positions a gradient is not zero, in the sample that has most."""
+    return int((gradient.flatten(2) != 0).any(dim=1).sum(dim=1).max())
 
 
 def _grid(maps: Float[Tensor, "n tokens"], size: torch.Size, layer: str) -> Float[Tensor, "n h w"]:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_interp.attribution.explained import Explained, gradients
-from lightning_interp.attribution.layer import find_layer, positions_of
+from lightning_interp.attribution.layer import At, Traced, last_that_matters, outputs_traced, positions_of
 from lightning_interp.attribution.relu import ReluRule, relu_rule
 from lightning_interp.attribution.target import Score, Target, logit, recorded, select
 from lightning_interp.batch import map_tensors, precise, tensors
 from lightning_interp.capture import explaining, hooked
 from lightning_interp.records import Explanation
 from lightning_interp.task import Task
+
+INPUT, LAST_MAP = "input", "last map"
 
 
 class Seen(NamedTuple):
@@ -37,6 +40,7 @@ class Pass:
         values: the explained input's floats; None where no method asked for their gradient.
         gradient: the goal's with respect to them.
         layers: name → what was seen there.
+        last: name of the layer that "last map" meant; empty where no method asked for it.
     """
 
     explained: Explained
@@ -44,6 +48,7 @@ class Pass:
     values: Tensor | None = None
     gradient: Tensor | None = None
     layers: Mapping[str, Seen] = field(default_factory=dict)
+    last: str = ""
 
 
 class Goal(ABC):
@@ -156,22 +161,16 @@ def _together(
     methods: Sequence[SinglePass], explained: Explained, target: Target
 ) -> list[tuple[SinglePass, Explanation]]:
     """Run one forward and backward for methods of one goal and rule, and read each from it."""
-    last = find_layer(explained, target) if any(method.at == "last map" for method in methods) else ""
-    places = [last if method.at == "last map" else method.at for method in methods]
-    goal, rule = methods[0].goal, methods[0].rule
-    seen = one_pass(explained, target, goal, rule, [place for place in places if place != "input"], "input" in places)
-    return [
-        (
-            method,
-            Explanation(
-                method.name,
-                explained.kept(precise(method.read(seen, place).detach())).cpu(),
-                recorded(target, explained.n),
-                None if place == "input" else place,
-            ),
-        )
-        for method, place in zip(methods, places, strict=True)
-    ]
+    places = list(dict.fromkeys(method.at for method in methods))
+    layers = [place for place in places if place != INPUT]
+    seen = one_pass(explained, target, methods[0].goal, methods[0].rule, layers, INPUT in places)
+    return [(method, _read(method, seen, target)) for method in methods]
+
+
+def _read(method: SinglePass, seen: Pass, target: Target) -> Explanation:
+    layer = seen.last if method.at == LAST_MAP else method.at
+    maps = seen.explained.kept(precise(method.read(seen, layer).detach())).cpu()
+    return Explanation(method.name, maps, recorded(target, seen.explained.n), None if layer == INPUT else layer)
 
 
 def one_pass(
@@ -184,37 +183,56 @@ def one_pass(
 ) -> Pass:
     """Run one forward, and one backward of the goal to the input and the layers; none goes below what is asked for.
 
+    Of layers, "last map" is the one that `last_that_matters` finds in that same forward.
+
     Raises:
         ValueError: a layer is unknown, was not called or gives no floats; or no gradient flows.
     """
-    model = explained.model
-    watched = list(dict.fromkeys([*goal.layers, *layers]))
-    check_layers(model, watched)
-    kept: dict[str, tuple[nn.Module, Tensor]] = {}
+    watched = list(dict.fromkeys([*goal.layers, *(layer for layer in layers if layer != LAST_MAP)]))
+    check_layers(explained.model, watched)
+    with _watched(explained.model, watched) as named, _traced(explained, LAST_MAP in layers) as maps, relu_rule(rule):
+        leaf, outputs = explained.with_leaf() if of_input else (None, explained.outputs_of(explained.raw.clone()))
+    if missing := [layer for layer in watched if layer not in named]:
+        raise ValueError(f"layer={missing[0]!r}: expected a layer that forward calls, but it was not called")
+    channels = {name: positions_of(name, at.part, at.output, explained.n) for name, at in named.items()}
+    scores = goal(outputs, channels, target)
+    last = last_that_matters(maps, scores) if LAST_MAP in layers else None
+    at_last = last and last.at
+    maps.clear()  # the backward frees what it has been through
+    if last and not at_last:  # overwritten since, or not kept: a copy is taken where it is named
+        again = [last.name if layer == LAST_MAP else layer for layer in layers]
+        return replace(one_pass(explained, target, goal, rule, again, of_input), last=last.name)
+    wanted = {name: named[name] for name in watched if name in layers} | ({at_last.name: at_last} if at_last else {})
+    found = gradients(scores, [*(at.output for at in wanted.values()), *([] if leaf is None else [leaf])])
+    read = {name: _seen(at, gradient, explained.n) for (name, at), gradient in zip(wanted.items(), found, strict=False)}
+    values, gradient = (None, None) if leaf is None else (leaf.detach(), found[-1])
+    return Pass(explained, outputs.detach(), values, gradient, read, last.name if last else "")
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, At]]:
+    """Collect the output of the last call of each layer, and hand on a copy, since what follows may write into it."""
+    found: dict[str, At] = {}
 
     def hook(layer: str, part: nn.Module, _: Any, output: Any) -> Any:
         given = next(tensors(output), None)
         if given is None or not given.is_floating_point():
             raise ValueError(f"layer={layer!r}: expected a layer that gives floats, got {type(output).__name__}")
         held = given if given.requires_grad else given.detach().requires_grad_()
-        kept[layer] = (part, held)
-        copy = held.clone()  # what follows may write into it
+        found[layer] = At(layer, part, held)
+        copy = held.clone()
         return map_tensors(lambda t: copy if t is given else t, output)
 
-    with hooked(model, watched, hook), relu_rule(rule):
-        leaf, outputs = explained.with_leaf() if of_input else (None, explained.outputs_of(explained.raw.clone()))
-    if missing := [layer for layer in watched if layer not in kept]:
-        raise ValueError(f"layer={missing[0]!r}: expected a layer that forward calls, but it was not called")
-    channels = {layer: positions_of(layer, part, output, explained.n) for layer, (part, output) in kept.items()}
-    scores = goal(outputs, channels, target)
-    wanted = [kept[layer][1] for layer in layers] + ([leaf] if leaf is not None else [])
-    found = gradients(scores, wanted)
-    at_layers = {
-        layer: Seen(channels[layer].detach(), positions_of(layer, kept[layer][0], gradient, explained.n))
-        for layer, gradient in zip(layers, found, strict=False)
-    }
-    values, gradient = (None, None) if leaf is None else (leaf.detach(), found[-1])
-    return Pass(explained, outputs.detach(), values, gradient, at_layers)
+    with hooked(model, layers, hook):
+        yield found
+
+
+def _traced(explained: Explained, wanted: bool) -> contextlib.AbstractContextManager[list[Traced]]:
+    return outputs_traced(explained.model) if wanted else contextlib.nullcontext([])
+
+
+def _seen(at: At, gradient: Tensor, n: int) -> Seen:
+    return Seen(positions_of(at.name, at.part, at.output, n).detach(), positions_of(at.name, at.part, gradient, n))
 
 
 def check_layers(model: nn.Module, layers: Sequence[str]) -> None:
