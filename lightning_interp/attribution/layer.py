@@ -56,8 +56,9 @@ class Traced(NamedTuple):
     @property
     def at(self) -> At | None:
         """The layer and its output; None where that is gone or was written into."""
-        gone = self.output is None or self.output._version != self.version
-        return None if gone else At(self.name, self.part, self.output)
+        if self.output is None or self.output._version != self.version:
+            return None
+        return At(self.name, self.part, self.output)
 
 
 @contextlib.contextmanager
