@@ -14,15 +14,16 @@ class Block(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outputs)
+        self.norm1, self.relu1 = nn.BatchNorm2d(outputs), nn.ReLU()
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
+        self.norm2, self.relu2 = nn.BatchNorm2d(outputs), nn.ReLU()
         narrow = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
         self.shortcut = nn.Identity() if inputs == outputs else narrow
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        return F.relu(y + self.shortcut(x))
+        y = self.norm2(self.conv2(self.relu1(self.norm1(self.conv1(x)))))
+        shown: Tensor = self.relu2(y + self.shortcut(x))
+        return shown
 
 
 class ResNet20(nn.Module):
@@ -37,6 +38,24 @@ class ResNet20(nn.Module):
         self.blocks = nn.Sequential(*(Block(*shape) for shape in shapes))
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.pool(self.blocks(self.stem(x))).flatten(1))
+        return logits
+
+
+class ResNet18(nn.Module):
+    """Eight residual blocks behind an ImageNet stem (7 × 7 / 2 and max pooling); every ReLU a module of its own."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+        )
+        shapes = [(64, 64, 1)] * 2 + [s for c in (64, 128, 256) for s in ((c, 2 * c, 2), (2 * c, 2 * c, 1))]
+        self.blocks = nn.Sequential(*(Block(*shape) for shape in shapes))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(512, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.pool(self.blocks(self.stem(x))).flatten(1))

@@ -11,23 +11,20 @@ import argparse
 import contextlib
 import importlib
 import io
-import multiprocessing
 import statistics
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.nets import ResNet20, digits, trained
+from benchmarks.timing import Work, cpu_seconds, peak_mb, ratios, spread
 from lightning_interp.records import Snapshot
 from lightning_interp.representation import Form, Representation
 from lightning_interp.similarity import CKA, SVCCA, AnyMeasure, Measure, Procrustes, matrix
@@ -37,7 +34,6 @@ from lightning_interp.storage import Folder, new_store
 
 BATCHES = (16, 32, 64, 128, 256)
 LAYERS = list(ResNet20.LAYERS)
-Work = Callable[[], Any]
 
 
 def forward(net: nn.Module, images: Tensor, batch: int) -> None:
@@ -122,52 +118,11 @@ def installed(name: str, net: nn.Module) -> bool:
     return True
 
 
-def cpu_seconds(work: Work) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
-def ratios(
-    works: Mapping[str, Work], bare: Mapping[str, Work], rounds: int
-) -> tuple[dict[str, list[float]], list[float]]:
-    """Return each work's cost in the fastest bare forwards of its round, and those forwards' seconds."""
-    found: dict[str, list[float]] = {name: [] for name in works}
-    fastest = []
-    for work in (*bare.values(), *works.values()):
-        work()
-    for _ in range(rounds):
-        fastest.append(min(cpu_seconds(work) for work in bare.values()))
-        for name, work in works.items():
-            found[name].append(cpu_seconds(work) / fastest[-1])
-    return found, fastest
-
-
-def spread(values: Sequence[float]) -> str:
-    low, high = np.percentile(values, [25, 75])
-    return f"{statistics.median(values):.2f} ({low:.2f} to {high:.2f})"
-
-
-def peak_mb(name: str, n: int) -> float:
-    """Return a work's peak memory in MB, in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (name, n))
-
-
-def _peak(name: str, n: int) -> float:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+def of_memory(name: str, n: int) -> tuple[Work, Work]:
+    """Return a forward, and the work whose memory is asked for."""
     net, (images, _) = trained(), digits(n)
-    forward(net, images, 64)
-    Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
-    before = _peak_so_far()
-    (works(net, images) | {"all kept, pair by pair": partial(pairwise, net, images)})[name]()
-    return _peak_so_far() - before
-
-
-def _peak_so_far() -> float:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024 / 1e6
+    naive = {"all kept, pair by pair": partial(pairwise, net, images)}
+    return partial(forward, net, images, 64), (works(net, images) | naive)[name]
 
 
 def works(net: nn.Module, images: Tensor) -> dict[str, Work]:
@@ -195,7 +150,7 @@ def layer_by_layer(net: nn.Module, n: int, rounds: int, peers: Sequence[str]) ->
     for name, values in found.items():
         truth = debiased if name in PEERS else exact
         away = (mine[name]().float().reshape(truth.shape) - truth).abs().max()
-        print(f"| {name} | {spread(values)} | {peak_mb(name, n):.0f} | {float(away):.1e} |")
+        print(f"| {name} | {spread(values)} | {peak_mb(of_memory, name, n):.0f} | {float(away):.1e} |")
 
 
 def operations(n: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Baseline = float | Sequence[float] | Tensor | Callable[[Tensor], Tensor]
+Baseline = int | float | Sequence[float] | Tensor | Callable[[Tensor], Tensor]
 
 
 def baseline_like(baseline: Baseline, values: Tensor) -> Tensor:

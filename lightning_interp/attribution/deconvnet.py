@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_interp.attribution.cam import check_layer
 from lightning_interp.attribution.layer import positions_of
-from lightning_interp.attribution.one_pass import Goal, OfTarget, Pass, SinglePass, check_layers
+from lightning_interp.attribution.one_pass import INPUT, Goal, OfTarget, Pass, SinglePass, check_layers
 from lightning_interp.attribution.relu import ReluRule, deconvnet, guided
 from lightning_interp.attribution.saliency import of_input
 from lightning_interp.attribution.target import Target
@@ -65,7 +65,7 @@ class DeconvNet(SinglePass):
     @property
     def at(self) -> str:
         """Where: at the input."""
-        return "input"
+        return INPUT
 
     def read(self, seen: Pass, layer: str) -> Tensor:
         """Return what arrives at the input; of tokens its norm."""
@@ -101,7 +101,7 @@ class GuidedBackprop(SinglePass):
     @property
     def at(self) -> str:
         """Where: at the input."""
-        return "input"
+        return INPUT
 
     def read(self, seen: Pass, layer: str) -> Tensor:
         """Return what arrives at the input; of tokens its norm."""

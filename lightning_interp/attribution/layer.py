@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,13 +20,14 @@ LINEAR_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 class _Candidate(NamedTuple):
-    """A tensor with positions that a forward gave, the copy that was handed on, and that copy's state then."""
+    """A tensor with positions that a forward gave, its gradient, the copy that was handed on and its state then."""
 
     site: str
     part: nn.Module
     held: Tensor
     copy: Tensor
     version: int
+    gradient: Tensor | None
 
 
 def find_layer(explained: Explained, target: Target) -> str:
@@ -37,16 +37,30 @@ def find_layer(explained: Explained, target: Target) -> str:
     Of a transformer that answers from one token, the last block's output has a gradient at that token alone, and what
     came before it is taken: the last layer whose other tokens still have one. Linear layers inside attention are passed
     over where anything else is left; of nested modules that hand on the same tensor, the innermost is named. One
-    forward and backward of one sample.
+    forward and backward of one sample; of the whole batch where that one has no gradient at all.
 
     Raises:
         ValueError: no layer gives a map or tokens.
     """
-    one = Explained(explained.model, picked(explained.inputs, explained.everything[:1]), explained.task)
+    last = ""
+    whole = explained.everything  # which a target that is a function may expect
+    for rows in [whole] if callable(target) else [whole[:1], whole]:
+        some = Explained(explained.model, picked(explained.inputs, rows), explained.task)
+        found = _candidates(some, target if callable(target) else target[: len(rows)])
+        live = [one for one in found if one.gradient is not None and _live_positions(one, len(rows)) > 1]
+        inner = [one for one in live if AFTER in one.site or not isinstance(one.part, nn.Linear)]
+        if live:
+            return (inner or live)[-1].site
+        last = found[-1].site
+    return last
+
+
+def _candidates(explained: Explained, target: Target) -> list[_Candidate]:
+    """Return what gave a map or tokens in one forward, with the target's gradient there."""
     found: list[_Candidate] = []
 
     def hook(site: str, part: nn.Module, given: Tensor) -> Tensor | None:
-        if not _has_positions(part, given):
+        if not _has_positions(part, given, explained.n):
             return None
         for place, earlier in enumerate(found):
             if given is earlier.copy and given._version == earlier.version:  # handed on by a container
@@ -54,18 +68,18 @@ def find_layer(explained: Explained, target: Target) -> str:
                 return None
         held = given if given.requires_grad else given.detach().requires_grad_()
         copy = held.clone()
-        found.append(_Candidate(site, part, held, copy, copy._version))
+        found.append(_Candidate(site, part, held, copy, copy._version, None))
         return copy
 
-    with watched(one.model, hook):
-        outputs = one.outputs_of(one.raw.clone())
+    with watched(explained.model, hook):
+        outputs = explained.outputs_of(explained.raw.clone())
     if not found:
         raise ValueError("layer: expected one giving a map (n, channels, H, W) or tokens (n, tokens, d), found none")
-    score = select(outputs, target if callable(target) else target[:1])
+    score = select(outputs, target)
     if not score.requires_grad:
         raise ValueError(NO_GRADIENT)
     gradients = torch.autograd.grad(score.sum(), [one.held for one in found], allow_unused=True)
-    return _last_that_matters(found, gradients)
+    return [one._replace(gradient=gradient) for one, gradient in zip(found, gradients, strict=True)]
 
 
 def positions_of(layer: str, part: nn.Module, output: Tensor, n: int) -> Float[Tensor, "n c *positions"]:
@@ -108,27 +122,19 @@ def at_inputs_size(maps: Float[Tensor, "n *positions"], raw: Tensor, layer: str)
     return F.interpolate(maps[:, None], size, mode=LINEAR_MODES[len(size)], align_corners=False)[:, 0]
 
 
-def _has_positions(part: nn.Module, output: Tensor) -> bool:
-    layout = layout_of(part, output, 1)
+def _has_positions(part: nn.Module, output: Tensor, n: int) -> bool:
+    layout = layout_of(part, output, n)
     if layout is None or layout.kind == "vector":
         return False
     positions = layout.shape[:-1] if layout.channels_last else layout.shape[1:]
     return torch.Size(positions).numel() > 1
 
 
-def _last_that_matters(found: Sequence[_Candidate], gradients: Sequence[Tensor | None]) -> str:
-    """Return the last site with a gradient at more than one position; the last of all where there is none."""
-    live = [
-        one
-        for one, gradient in zip(found, gradients, strict=True)
-        if gradient is not None and _live_positions(positions_of(one.site, one.part, gradient, 1)) > 1
-    ]
-    inner = [one for one in live if AFTER in one.site or not isinstance(one.part, nn.Linear)]
-    return (inner or live or list(found))[-1].site
-
-
-def _live_positions(gradient: Float[Tensor, "1 c *positions"]) -> int:
-    return int((gradient.flatten(2) != 0).any(dim=1).sum())
+def _live_positions(one: _Candidate, n: int) -> int:
+    """Return at how many positions a gradient is not zero, in the sample that has most."""
+    assert one.gradient is not None
+    gradient = positions_of(one.site, one.part, one.gradient, n).flatten(2)
+    return int((gradient != 0).any(dim=1).sum(dim=1).max())
 
 
 def _grid(maps: Float[Tensor, "n tokens"], size: torch.Size, layer: str) -> Float[Tensor, "n h w"]:

@@ -21,6 +21,8 @@ from lightning_interp.capture import explaining
 from lightning_interp.records import Explanation
 from lightning_interp.task import Task
 
+INPUT, LAST_MAP = "input", "last map"
+
 
 class Seen(NamedTuple):
     """A layer's output, channels first, and the goal's gradient with respect to it; `(n, c, *positions)` each."""
@@ -158,10 +160,10 @@ def _together(
     methods: Sequence[SinglePass], explained: Explained, target: Target
 ) -> list[tuple[SinglePass, Explanation]]:
     """Run one forward and backward for methods of one goal and rule, and read each from it."""
-    last = find_layer(explained, target) if any(method.at == "last map" for method in methods) else ""
-    places = [last if method.at == "last map" else method.at for method in methods]
-    goal, rule = methods[0].goal, methods[0].rule
-    seen = one_pass(explained, target, goal, rule, [place for place in places if place != "input"], "input" in places)
+    last = find_layer(explained, target) if any(method.at == LAST_MAP for method in methods) else ""
+    places = [last if method.at == LAST_MAP else method.at for method in methods]
+    goal, rule, layers = methods[0].goal, methods[0].rule, [place for place in places if place != INPUT]
+    seen = one_pass(explained, target, goal, rule, layers, INPUT in places)
     return [
         (
             method,
@@ -169,7 +171,7 @@ def _together(
                 method.name,
                 explained.kept(precise(method.read(seen, place).detach())).cpu(),
                 recorded(target, explained.n),
-                None if place == "input" else place,
+                None if place == INPUT else place,
             ),
         )
         for method, place in zip(methods, places, strict=True)

@@ -8,25 +8,26 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-ReluRule = Callable[[Tensor, Tensor], Tensor]
+Backward = Callable[[Tensor], Tensor]
+ReluRule = Callable[[Tensor, Backward], Tensor]
 PLAIN = {F.relu, torch.relu, Tensor.relu}
 IN_PLACE = {torch.relu_, Tensor.relu_}
 CLAMPS = {torch.clamp, Tensor.clamp, torch.clamp_min, Tensor.clamp_min, F.hardtanh, F.relu6}
 CLAMPS_IN_PLACE = {torch.clamp_, Tensor.clamp_, torch.clamp_min_, Tensor.clamp_min_}
 
 
-def deconvnet(gradient: Float[Tensor, " *n"], passed: Bool[Tensor, " *n"]) -> Float[Tensor, " *n"]:
+def deconvnet(gradient: Float[Tensor, " *n"], own: Backward) -> Float[Tensor, " *n"]:
     """Pass what is positive of the gradient."""
     return gradient.relu()
 
 
-def guided(gradient: Float[Tensor, " *n"], passed: Bool[Tensor, " *n"]) -> Float[Tensor, " *n"]:
+def guided(gradient: Float[Tensor, " *n"], own: Backward) -> Float[Tensor, " *n"]:
     """Pass what is positive of the gradient, where the input passed, too."""
-    return gradient.relu() * passed
+    return own(gradient).relu()
 
 
 @contextlib.contextmanager
@@ -37,7 +38,7 @@ def relu_rule(rule: ReluRule | None) -> Iterator[None]:
     is not touched. Other activations keep their own gradient.
 
     Args:
-        rule: (gradient, where the input passed) → gradient; nothing is changed when None.
+        rule: (gradient, what the ReLU itself would make of a gradient) → gradient; nothing is changed when None.
 
     Raises:
         ValueError: no ReLU was called.
@@ -66,25 +67,33 @@ class _Switched(TorchFunctionMode):
         self.met = True
         x = args[0] if args else kwargs["input"]
         in_place = func in IN_PLACE or func in CLAMPS_IN_PLACE or bool(_argument(args, kwargs, "inplace", func))
-        return _Rectified.apply(x, self.rule, ceiling, in_place)  # type: ignore[no-untyped-call]
+        return _Rectified.apply(x, self.rule, ceiling, in_place, func)  # type: ignore[no-untyped-call]
 
 
 class _Rectified(torch.autograd.Function):
     """min(max(x, 0), ceiling), whose backward is the rule."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rule: ReluRule, ceiling: float, in_place: bool) -> Tensor:
-        ctx.rule = rule
-        ctx.save_for_backward((x > 0) & (x < ceiling))
+    def forward(ctx: Any, x: Tensor, rule: ReluRule, ceiling: float, in_place: bool, func: Any) -> Tensor:
+        ctx.rule, ctx.ceiling = rule, ceiling
         if in_place:
             ctx.mark_dirty(x)
-            return x.clamp_(0, ceiling)
-        return x.clamp(0, ceiling)
+        output = x.clamp_(0, ceiling) if in_place else x.clamp(0, ceiling)
+        # Input and output tell alike what passed. Kept is what the function itself keeps, so that models may write into
+        # the other one as they may without a rule.
+        ctx.save_for_backward(output.clone() if func in CLAMPS_IN_PLACE else x if func in CLAMPS else output)
+        return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        (passed,) = ctx.saved_tensors
-        return ctx.rule(gradient, passed), None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (kept,) = ctx.saved_tensors
+
+        def own(gradient: Tensor) -> Tensor:
+            if ctx.ceiling == float("inf"):
+                return torch.ops.aten.threshold_backward(gradient, kept, 0)
+            return torch.ops.aten.hardtanh_backward(gradient, kept, 0, ctx.ceiling)
+
+        return ctx.rule(gradient, own), None, None, None, None
 
 
 def _ceiling(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_interp.attribution.one_pass import OfTarget, Pass, SinglePass
+from lightning_interp.attribution.one_pass import INPUT, OfTarget, Pass, SinglePass
 from lightning_interp.attribution.target import Score, logit
 
 
@@ -47,7 +47,7 @@ class Saliency(SinglePass):
     @property
     def at(self) -> str:
         """Where: at the input."""
-        return "input"
+        return INPUT
 
     def read(self, seen: Pass, layer: str) -> Tensor:
         """Return the gradient; of tokens its norm."""
@@ -84,7 +84,7 @@ class InputXGradient(SinglePass):
     @property
     def at(self) -> str:
         """Where: at the input."""
-        return "input"
+        return INPUT
 
     def read(self, seen: Pass, layer: str) -> Tensor:
         """Return the product; of tokens its sum over dimensions."""
