@@ -12,10 +12,28 @@ from torch import nn
 from lightning_interp.errors import ArgumentError
 
 MOST_BY_DEFAULT = 24
+COMPILED = "_orig_mod"
+
+
+def plain_name(name: str) -> str:
+    """Return a submodule's name without what `torch.compile` puts into it.
+
+    >>> plain_name("net._orig_mod.0"), plain_name("net._orig_mod")
+    ('net.0', 'net')
+    """
+    return ".".join(part for part in name.split(".") if part != COMPILED)
+
+
+def layer_names(module: nn.Module) -> list[str]:
+    """Return the names of all submodules, in the module's own order; of a compiled one, that of what it compiled."""
+    named = {plain_name(name): name for name, _ in module.named_modules() if plain_name(name)}
+    return list(named.values())
 
 
 def match_layers(module: nn.Module, patterns: Sequence[str], argument: str = "layers") -> list[str]:
     """Return the submodules that names or glob patterns mean, in the module's own order.
+
+    A layer inside a compiled one goes by its name before it was compiled, too.
 
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
     >>> match_layers(net, ["[02]"])
@@ -24,17 +42,19 @@ def match_layers(module: nn.Module, patterns: Sequence[str], argument: str = "la
     Raises:
         ArgumentError: a name or pattern matches nothing; close names are suggested.
     """
-    names = [name for name, _ in module.named_modules() if name]
+    names = layer_names(module)
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ArgumentError(
-                f"{argument}: {pattern!r} names no layer of {type(module).__name__}; {_hint(pattern, names)}"
-            )
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        if not any(_is_meant(name, pattern) for name in names):
+            hint = _hint(pattern, list(map(plain_name, names)))
+            raise ArgumentError(f"{argument}: {pattern!r} names no layer of {type(module).__name__}; {hint}")
+    return [name for name in names if any(_is_meant(name, pattern) for pattern in patterns)]
 
 
 def default_layers(module: nn.Module, called: Mapping[str, object]) -> list[str]:
     """Choose among the layers that a forward called: those with weights of their own, norms left out.
+
+    A layer is a module inside which none was called; the weights of modules that were not are its own (an attention's
+    projections).
 
     Args:
         module: the network.
@@ -43,7 +63,7 @@ def default_layers(module: nn.Module, called: Mapping[str, object]) -> list[str]
     Returns:
         At most 24 names in call order, evenly thinned; the first and the last always stay.
     """
-    leaves = [name for name in called if _is_leaf(module.get_submodule(name))]
+    leaves = [name for name in called if not any(_is_inside(other, name) for other in called)]
     weighted = [name for name in leaves if _has_weights(module.get_submodule(name))]
     names = weighted or leaves
     if len(names) <= MOST_BY_DEFAULT:
@@ -52,12 +72,16 @@ def default_layers(module: nn.Module, called: Mapping[str, object]) -> list[str]
     return [names[place] for place in places]
 
 
-def _is_leaf(part: nn.Module) -> bool:
-    return next(part.children(), None) is None
+def _is_meant(name: str, pattern: str) -> bool:
+    return fnmatchcase(plain_name(name), pattern) or fnmatchcase(name, pattern)
+
+
+def _is_inside(name: str, outer: str) -> bool:
+    return name != outer and (not outer or name.startswith(f"{outer}."))
 
 
 def _has_weights(part: nn.Module) -> bool:
-    return "Norm" not in type(part).__name__ and any(True for _ in part.parameters(recurse=False))
+    return "Norm" not in type(part).__name__ and any(True for _ in part.parameters())
 
 
 def _hint(pattern: str, names: Sequence[str]) -> str:

@@ -23,12 +23,14 @@ class Layout(NamedTuple):
         batch_first: whether the first dimension is the samples, else the second.
         channels_last: where a map's or a sequence's channels are.
         shape: of one sample's output, without the samples' dimension.
+        packed: whether it is a packed sequence, which says itself how many tokens of each sample count.
     """
 
     kind: Kind
     batch_first: bool
     channels_last: bool
     shape: tuple[int, ...]
+    packed: bool = False
 
 
 def layout_of(part: nn.Module, output: Any, n: int) -> Layout | None:
@@ -39,13 +41,14 @@ def layout_of(part: nn.Module, output: Any, n: int) -> Layout | None:
         output: what it gave for `n` samples; its first tensor counts.
         n: number of samples.
     """
-    tensor, _ = unpacked(output)
+    tensor, kept = unpacked(output)
     if tensor is None or tensor.is_nested or tensor.ndim < 2 or not tensor.is_floating_point():
         return None
     second = tensor.ndim == 3 and tensor.shape[1] == n
     batch_first = tensor.shape[0] == n
-    if isinstance(output, PackedSequence):
-        pass
+    packed = kept is not None
+    if packed:
+        batch_first = True
     elif getattr(part, "batch_first", None) is False and second:
         batch_first = False
     elif not batch_first and not second:
@@ -54,7 +57,7 @@ def layout_of(part: nn.Module, output: Any, n: int) -> Layout | None:
     if tensor.ndim == 2:
         return Layout("vector", True, True, shape)
     last = _channels_last(part, tensor.shape if batch_first else (tensor.shape[1], tensor.shape[0], *tensor.shape[2:]))
-    return Layout("tokens" if tensor.ndim == 3 and last else "map", batch_first, last, shape)
+    return Layout("tokens" if tensor.ndim == 3 and last else "map", batch_first, last, shape, packed)
 
 
 def settled(first: Layout | None, second: Layout | None) -> Layout | None:

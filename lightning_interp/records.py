@@ -78,6 +78,7 @@ class SimilarityMap:
         chance: what each value would be with one side's samples shuffled, `(rows, columns)`; NaN where not known.
         standard_error: how much each varies with the choice of samples, `(rows, columns)`; NaN where not known.
         legend: what 0 and 1 mean, where they do not mean unrelated and the same.
+        own_scale: whether the values are on a scale of the user's own, of which nothing is known.
     """
 
     measure: str
@@ -93,6 +94,7 @@ class SimilarityMap:
     chance: Float[Tensor, "rows columns"] | None = None
     standard_error: Float[Tensor, "rows columns"] | None = None
     legend: str = ""
+    own_scale: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -18,42 +20,39 @@ from lightning_interp.callbacks.shell import OnError, Shell, begun, progress_of,
 from lightning_interp.callbacks.similarity_arguments import (
     FEWEST,
     OWNER,
+    check_budget,
     check_layers,
     check_measures,
     check_storage,
     check_whole,
     checked_sketch,
     how_often,
+    length,
 )
+from lightning_interp.callbacks.similarity_layers import check_names, chosen
 from lightning_interp.callbacks.similarity_maps import tell
+from lightning_interp.callbacks.similarity_resume import resumed, state_of, why_not
 from lightning_interp.errors import ArgumentError
-from lightning_interp.layers import default_layers, match_layers
 from lightning_interp.probe import Probe, take_probe
 from lightning_interp.records import Snapshot
 from lightning_interp.similarity import CKA, SVCCA, AnyMeasure, Maps, Reading, Tokens
 from lightning_interp.similarity.features import Watch, representations, watch
-from lightning_interp.similarity.history import layerwise
+from lightning_interp.similarity.history import Failed, layerwise
 from lightning_interp.similarity.matrix import needs, similarity
-from lightning_interp.storage import (
-    Folder,
-    SnapshotStore,
-    new_store,
-    open_store,
-    snapshot_from_state,
-    snapshot_state,
-)
+from lightning_interp.storage import Folder, SnapshotStore, new_store, snapshot_from_state, snapshot_state
 from lightning_interp.task import Task
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What one fit goes by: its folder, its probe, what to watch, its history and where it began."""
+    """What one fit goes by: folder, probe, what to watch, history, where it began, and measures that failed."""
 
     folder: Folder
     probe: Probe
     watched: Watch
     store: SnapshotStore
     initial: dict[str, Any]
+    failed: Failed = field(default_factory=dict)
 
 
 class RepresentationSimilarity(Callback):
@@ -80,11 +79,12 @@ class RepresentationSimilarity(Callback):
             chance, its standard error, and why not to trust it.
         `similarity_notes/probe`: text after training: samples, layers, and which numbers to distrust.
         `interp_seconds/RepresentationSimilarity`: scalar: seconds that this callback took since the last one.
-        `interp_errors/RepresentationSimilarity`: text, only where it failed and switched itself off.
+        `interp_errors/RepresentationSimilarity`: text, only where a measure failed and is left out from then on, or
+            all of it did and switched itself off.
 
     Args:
-        layers: names or glob patterns of submodules; when None, those with weights of their own (norms left out),
-            at most 24, evenly thinned.
+        layers: names or glob patterns of submodules; "output" is what the network itself gives. When None, those with
+            weights of their own (norms left out), at most 24, evenly thinned, and the output where none gives it.
         measures: those of `lightning_interp.similarity`, any object with a `name` and `between(x, y)` of two
             representations, or any function of two `(n, d)` tensors. `PWCCA` and such functions see the neurons
             themselves: of layers wider than the probe is large only with `store="activations"`, NaN otherwise.
@@ -92,7 +92,7 @@ class RepresentationSimilarity(Callback):
         probe: a dataset or loader to take the probe from, instead of the validation set.
         maps: how convolutional maps become features: "flatten" `(n, C · H · W)`, "pool" (the mean over positions), or
             "positions" (each of up to 16 positions is a row). Another choice than the first is part of `M`.
-        tokens: how sequences do: "mean" over the tokens that `task.mask` keeps, "cls" (the first token), "positions"
+        tokens: how sequences do: "mean" over the tokens that `task.mask` keeps, "cls" (the first of them), "positions"
             (each of up to 16 tokens is a row) or "flatten". Another choice than the first is part of `M`.
         every_n_epochs: snapshots at the end of every so many epochs; each when neither is given.
         every_n_steps: snapshots after every so many optimizer steps instead.
@@ -138,26 +138,30 @@ class RepresentationSimilarity(Callback):
         self.form = "features" if store == "activations" else needs(measures, compact=True)
         self.budget_mb = budget_mb
         self.task = task
-        chosen = layers is not None or probe is not None or task != Task()
-        self._shell = Shell(OWNER, on_error, chosen)
+        given = layers is not None or probe is not None or task != Task()
+        self._shell = Shell(OWNER, on_error, given)
         self._run: _Run | None = None
         self._last_step = 0
+        self._finished = 0
         self._room = "similarity"
         self._restored: dict[str, Any] = {}
 
     @property
     def state_key(self) -> str:
         """Key of the state in a checkpoint; two instances with other arguments get other keys."""
-        return self._generate_state_key(layers=self.layers, measures=list(self.measures))
+        chosen = {"layers": self.layers, "measures": list(self.measures), "samples": self.samples}
+        probe = None if self.probe is None else f"{type(self.probe).__name__} of {length(self.probe)}"
+        often = {"every_n_epochs": self.every_n_epochs, "every_n_steps": self.every_n_steps}
+        return self._generate_state_key(**chosen, probe=probe, **often, sketch=self.sketch, form=self.form)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the layers' names, now that the model is configured."""
         if self.layers is not None:
-            match_layers(pl_module, self.layers, f"{OWNER}(layers=...)")
+            check_names(pl_module, self.layers)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the probe and the initial snapshot."""
-        self._last_step = trainer.global_step
+        self._last_step, self._finished = trainer.global_step, trainer.current_epoch
         folder = run_folder(trainer)
         self._room = _room(self, trainer)
         self._shell.start(partial(self._start, folder), trainer, pl_module)
@@ -167,13 +171,14 @@ class RepresentationSimilarity(Callback):
         every = self.every_n_steps
         if every is not None and trainer.global_step // every > self._last_step // every:
             self._last_step = trainer.global_step
-            self._shell.run(partial(self._look_and_tell, trainer.current_epoch), trainer, pl_module)
+            self._shell.run(partial(self._look_and_tell, _finished(trainer)), trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take a snapshot and compare it with the initial one, where it is this epoch's turn."""
-        epoch = trainer.current_epoch + 1
-        if self.every_n_epochs is not None and epoch % self.every_n_epochs == 0:
-            self._shell.run(partial(self._look_and_tell, epoch), trainer, pl_module)
+        self._finished = _finished(trainer)
+        whole = self._finished > trainer.current_epoch
+        if whole and self.every_n_epochs is not None and self._finished % self.every_n_epochs == 0:
+            self._shell.run(partial(self._look_and_tell, self._finished), trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compare every stored snapshot with the last one, and draw the maps."""
@@ -187,7 +192,15 @@ class RepresentationSimilarity(Callback):
             "folder": self._run.store.folder.path,
             "fingerprint": self._run.probe.fingerprint,
             "initial": self._run.initial,
+            "maps": self.reading.maps,
+            "tokens": self.reading.tokens,
         }
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Find the state of the run that is being resumed, where this callback had other arguments then."""
+        self._restored = state_of(self, getattr(trainer, "callbacks", []), checkpoint["callbacks"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state of the run that is being resumed until training starts."""
@@ -206,12 +219,12 @@ class RepresentationSimilarity(Callback):
             kind = ValueError if self.probe is None else ArgumentError
             raise kind(f"probe: expected at least {FEWEST} samples to compare, got {probe.n} of the {source.name}")
         watched = self._choose(trainer, module, probe)
-        if differs := _differs(earlier, probe, watched):
-            self._shell.switch_off(f"its {differs} differ from those of the run that it goes on with")
+        if why := why_not(earlier, probe, watched, self.reading, self.form):
+            self._shell.switch_off(why)
             return
         if earlier:
             store, initial = (
-                _resumed(folder.folder(self._room), self._facts(probe), trainer.global_step, earlier),
+                resumed(folder.folder(self._room), self._facts(probe), trainer.global_step, earlier),
                 earlier["initial"],
             )
         else:
@@ -221,6 +234,7 @@ class RepresentationSimilarity(Callback):
             store, initial = new_store(folder.folder(self._room), self._facts(probe)), snapshot_state(before)
             store.append(before)
         store.tidy()
+        check_budget(self.budget_mb, store)
         self._try(snapshot_from_state(initial))
         self._run, self._restored = _Run(folder, probe, watched, store, initial), {}
 
@@ -229,26 +243,14 @@ class RepresentationSimilarity(Callback):
         most = min(3, size(probe.batches[0]))
         few = [take(probe.batches[0], 0, count) for count in (most, max(1, most - 1))]
         found = watch(module, partial(self._forward, trainer, module), few, self.reading, self.task.mask)
-        called = found.layouts
-        if self.layers is None:
-            chosen = default_layers(module, called)
-        else:
-            chosen = match_layers(module, self.layers)
-            if silent := [layer for layer in chosen if layer not in called]:
-                raise ArgumentError(
-                    f"{OWNER}(layers=...): expected layers that forward calls and that give floats"
-                    f" with one row per sample, got {', '.join(silent)}"
-                )
-        if not chosen:
-            raise ValueError(f"{OWNER}: {type(module).__name__}'s forward calls no layer to look at")
-        return found.of(chosen)
+        return chosen(module, self.layers, found, few[0])
 
     def _try(self, snapshot: Snapshot) -> None:
         """Compare the narrowest layer with itself by every measure: one that fails does so before the first batch."""
         layer = min(snapshot.layers.values(), key=lambda held: held.width)
         for name, measure in self.measures.items():
             try:
-                similarity(measure, layer, layer)
+                float(similarity(measure, layer, layer))
             except Exception as error:
                 raise ArgumentError(f"{OWNER}(measures=...): {name} failed on a layer and itself: {error}") from error
 
@@ -276,13 +278,28 @@ class RepresentationSimilarity(Callback):
         run = begun(self._run)
         now = self._look(trainer, module, run.probe, run.watched, run.folder, epoch)
         self._keep(run, now)
-        compared = layerwise(self.measures, snapshot_from_state(run.initial), now)
+        with self._one_by_one(run, trainer) as failed:
+            compared = layerwise(self.measures, snapshot_from_state(run.initial), now, failed)
         values = {
             f"similarity_to_initial/{name}/{layer}": value
             for name, by_layer in compared.items()
             for layer, value in by_layer.items()
         }
         Board(trainer.loggers).scalars(values, now.step)
+
+    @contextmanager
+    def _one_by_one(self, run: _Run, trainer: pl.Trainer) -> Iterator[Failed | None]:
+        """Give where to note a measure that fails, None where it shall raise; say which did, and raise if all did."""
+        before = set(run.failed)
+        yield None if self._shell.on_error == "raise" else run.failed
+        if len(run.failed) == len(self.measures):
+            raise next(reversed(run.failed.values()))
+        for name in run.failed.keys() - before:
+            told = f"{name} failed and is left out from now on.\n" + "".join(
+                traceback.format_exception(run.failed[name])
+            )
+            rank_zero_warn(f"{OWNER}: {told}")
+            Board(trainer.loggers).text(f"interp_errors/{OWNER}", f"```\n{told}\n```", trainer.global_step)
 
     def _keep(self, run: _Run, snapshot: Snapshot) -> None:
         """Store a snapshot, and thin the history where it outgrows the budget."""
@@ -297,7 +314,7 @@ class RepresentationSimilarity(Callback):
     def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         run = begun(self._run)
         if run.store.steps[-1] != trainer.global_step:
-            self._keep(run, self._look(trainer, module, run.probe, run.watched, run.folder, trainer.current_epoch))
+            self._keep(run, self._look(trainer, module, run.probe, run.watched, run.folder, self._finished))
         notes = [
             f"Probe: {run.probe.n} samples of the {run.probe.source}, the same at every snapshot.",
             f"Layers: {', '.join(run.store.read(run.store.steps[-1]).layers)}. {self._told()}",
@@ -306,7 +323,11 @@ class RepresentationSimilarity(Callback):
             notes.append(f"Wide layers reduced to {self.sketch:,} features by random signs: CKA is an estimate.")
         if run.store.thinned:
             notes.append(f"{run.store.thinned} snapshots between the first and the last went, to stay in the budget.")
-        tell(self.measures, run.store, run.folder, self._room, Board(trainer.loggers), notes, progress_of(trainer))
+        if unmasked := run.watched.unmasked(run.probe.batches[0]):
+            notes.append(f"All tokens count in {', '.join(unmasked)}: task.mask is of another length.")
+        board, progress = Board(trainer.loggers), progress_of(trainer)
+        with self._one_by_one(run, trainer) as failed:
+            tell(self.measures, run.store, run.folder, self._room, board, notes, progress, failed)
 
     def _told(self) -> str:
         maps = {"flatten": "one feature per channel and position", "pool": "the mean over positions of each channel"}
@@ -328,34 +349,13 @@ class RepresentationSimilarity(Callback):
         }
 
 
+def _finished(trainer: pl.Trainer) -> int:
+    """Return how many epochs are over, the current one too if this was its last batch."""
+    return int(trainer.current_epoch) + bool(trainer.is_last_batch)
+
+
 def _room(callback: Callback, trainer: pl.Trainer) -> str:
     """Return the folder's name in the run's: a second callback of the kind gets a number."""
     same = [other for other in getattr(trainer, "callbacks", []) if isinstance(other, RepresentationSimilarity)]
     place = next((i for i, other in enumerate(same) if other is callback), 0)
     return "similarity" if place == 0 else f"similarity-{place + 1}"
-
-
-def _differs(earlier: dict[str, Any], probe: Probe, watched: Watch) -> str:
-    """Say what keeps a run from going on with an earlier one's snapshots; empty if nothing does."""
-    if not earlier:
-        return ""
-    if earlier["fingerprint"] != probe.fingerprint:
-        return "probe's samples"
-    return "" if set(earlier["initial"]["layers"]) == set(map(watched.label, watched.widths())) else "layers"
-
-
-def _resumed(folder: Folder, facts: dict[str, Any], step: int, earlier: dict[str, Any]) -> SnapshotStore:
-    """Take over the initial reference, and the history up to the checkpoint's step if it is still there."""
-    initial = snapshot_from_state(earlier["initial"])
-    before = Folder(earlier["folder"])
-    history = open_store(before) if before.exists("manifest.json") else None
-    if history is not None and before == folder:
-        history.forget_after(step)
-        return history
-    store = new_store(folder, facts)
-    store.append(initial)
-    if history is None:
-        rank_zero_warn(f"{OWNER}: the snapshots before step {step} are gone from {before.path}")
-    else:
-        store.adopt(history.read(s) for s in history.steps if initial.step < s <= step)
-    return store

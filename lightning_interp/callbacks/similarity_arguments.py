@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lightning_interp.board import tag
 from lightning_interp.similarity import AnyMeasure
 from lightning_interp.similarity.matrix import needs
+from lightning_interp.storage import SnapshotStore
 
 FEWEST = 4
 OWNER = "RepresentationSimilarity"
@@ -61,6 +64,24 @@ def how_often(epochs: int | None, steps: int | None) -> tuple[int | None, int | 
     if epochs is not None and steps is not None:
         raise ValueError(f"{OWNER}(every_n_steps=...): expected it or every_n_epochs=, got both")
     return (1 if steps is None else None) if epochs is None else epochs, steps
+
+
+def check_budget(budget_mb: float, store: SnapshotStore) -> None:
+    """Say where the first and the last snapshot, which always stay, will take more than the budget."""
+    least = 2 * store.manifest["snapshots"][0]["bytes"] / 1e6
+    if least > budget_mb:
+        rank_zero_warn(
+            f"{OWNER}: the first and the last snapshot alone take {least:.2g} MB, more than budget_mb={budget_mb:g};"
+            " they stay"
+        )
+
+
+def length(given: Any) -> str:
+    """Return how many items something has, in words."""
+    try:
+        return str(len(given))
+    except TypeError:
+        return "unknown length"
 
 
 def check_storage(store: Any, budget_mb: Any) -> None:

@@ -12,7 +12,18 @@ from lightning_interp.board import Board, clean
 from lightning_interp.callbacks.showing import write_section
 from lightning_interp.progress import Progress
 from lightning_interp.records import Doubt, SimilarityMap, Snapshot
-from lightning_interp.similarity.history import History, cautions, doubts, histories, layer_by_layer
+from lightning_interp.similarity.history import (
+    Failed,
+    History,
+    by_chance,
+    cautions,
+    doubts,
+    histories,
+    is_distance,
+    is_own_scale,
+    isolated,
+    layer_by_layer,
+)
 from lightning_interp.similarity.matrix import AnyMeasure
 from lightning_interp.storage import Folder, SnapshotStore
 
@@ -27,6 +38,7 @@ def tell(
     board: Board,
     notes: Sequence[str],
     progress: Progress,
+    failed: Failed | None = None,
 ) -> None:
     """Compare all stored snapshots, and bring what comes out to the board, their folder and the report.
 
@@ -38,30 +50,50 @@ def tell(
         board: its loggers.
         notes: what to say first of the samples and layers.
         progress: shows how far it is.
+        failed: measures that are left out; one that fails is added to them, with its error. When None it raises.
     """
     snapshots = [store.read(step) for step in store.steps]
-    final, n = snapshots[-1], int(store.manifest["probe"]["n"])
-    compared = histories(measures, snapshots, progress)
+    first, final, n = snapshots[0], snapshots[-1], int(store.manifest["probe"]["n"])
+    compared = histories(measures, snapshots, progress, failed)
     drawn: dict[str, dict[str, bytes]] = {}
     tables: dict[str, list[list[str]]] = {}
+    doubted: dict[str, str] = {}
     for name, history in compared.items():
-        _curves(board, name, store.steps, history)
-        found = doubts(measures[name], snapshots[0], final, n)
-        drawn[name] = {
-            file: _draw(board, folder.folder(room), where, step, file, _noted(table, n, found))
-            for where, step, file, table in _maps(name, measures[name], snapshots, history)
-        }
-        tables[name] = doubt_table(found)
-        board.text(f"similarity_doubt/{clean(name)}", _markdown(tables[name]), final.step)
-    said = [*notes, "1 means the same up to the measure's invariance, 0 unrelated."]
-    said += [f"{name}: {why}." for name, measure in measures.items() if (why := cautions(measure, final))]
+        with isolated(name, failed):
+            found = doubts(measures[name], first, final, n)
+            maps = _maps(name, measures[name], snapshots, history)
+            doubted[name] = cautions(measures[name], first, final)
+            _curves(board, name, store.steps, history)
+            drawn[name] = {
+                file: _draw(board, folder.folder(room), where, step, file, _noted(table, n, found))
+                for where, step, file, table in maps
+            }
+            tables[name] = doubt_table(found, is_distance(measures[name]))
+            board.text(f"similarity_doubt/{clean(name)}", markdown(tables[name]), final.step)
+    told = {name: measures[name] for name in tables}
+    said = [*notes, *meanings(told), *(f"{name}: {doubted[name]}." for name in told if doubted[name])]
+    said += [f"{name} failed, and is left out: {error}" for name, error in (failed or {}).items()]
     board.text(f"{room.replace('similarity', 'similarity_notes/probe')}", "\n\n".join(said), final.step)
-    write_section(folder, room, report.similarity_section(drawn, tables, said))
+    write_section(folder, room, report.similarity_section({name: drawn[name] for name in told}, tables, said))
 
 
-def doubt_table(found: Mapping[str, Doubt]) -> list[list[str]]:
+def meanings(measures: Mapping[str, AnyMeasure]) -> list[str]:
+    """Return in words what the measures' values mean, those alike together."""
+    meaning: dict[str, list[str]] = {}
+    for name, measure in measures.items():
+        words = "1 means the same up to the measure's invariance, 0 unrelated"
+        if is_own_scale(measure):
+            words = "values are on the function's own scale"
+        elif is_distance(measure):
+            words = "a distance, 0 means the same up to the measure's invariance"
+        meaning.setdefault(words, []).append(name)
+    return [f"{', '.join(names)}: {words}." for words, names in meaning.items()]
+
+
+def doubt_table(found: Mapping[str, Doubt], distance: bool = False) -> list[list[str]]:
     """Return each layer's similarity and how far to trust it as rows of text, a heading first."""
-    heading = ["layer", "similarity of start and end", "by chance", "standard error", "caution"]
+    what = "distance" if distance else "similarity"
+    heading = ["layer", f"{what} of start and end", "by chance", "standard error", "caution"]
     return [heading] + [
         [layer, *(_number(x) for x in (d.value, d.chance, d.standard_error)), _said(d)] for layer, d in found.items()
     ]
@@ -69,12 +101,10 @@ def doubt_table(found: Mapping[str, Doubt]) -> list[list[str]]:
 
 def _noted(table: SimilarityMap, n: int, found: Mapping[str, Doubt]) -> SimilarityMap:
     """Return the map with the number of samples, and what its values would be by chance."""
-    known = [doubt.chance for doubt in found.values() if doubt.chance == doubt.chance]
-    if not known or table.legend:
+    chances = by_chance([doubt.chance for doubt in found.values()])
+    if not chances or table.legend:
         return replace(table, n=n)
-    low, high = f"{min(known):.2f}", f"{max(known):.2f}"
-    said = f"By chance a layer's start and end score {low if low == high else f'{low} to {high}'}. {table.note}"
-    return replace(table, n=n, note=said)
+    return replace(table, n=n, note=f"By chance a layer's start and end score {chances}. {table.note}")
 
 
 def _said(doubt: Doubt) -> str:
@@ -85,7 +115,8 @@ def _number(value: float) -> str:
     return f"{value:.3f}" if value == value else "–"
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of text, a heading first, as a table in Markdown."""
     heading, *others = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([heading, "|---" * len(rows[0]) + "|", *others])
 

@@ -76,13 +76,16 @@ class CKA:
             return None
         return Caution("width ≥ n, biased upwards, compare with the debiased values", f"d = {x.width:,}")
 
+    def kernel_of(self, x: Representation) -> Float[Tensor, "n n"]:
+        """Return the kernel's matrix of a layer, made once and shared by all measures with this kernel."""
+        return x.derived(("kernel", self.kernel), self.kernel)
+
     def spread(self, x: Representation) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Return the trace and the Frobenius norm of a layer's centred kernel matrix."""
         if self.kernel == LinearKernel():
             total = _squares(x).sum()
             return total, _without_noise(x, _hsic(x, x)).sqrt()
-        centred = recentred(self.kernel(x))
-        return centred.trace(), centred.norm()
+        return x.derived((self, "spread"), lambda layer: _spread(recentred(self.kernel_of(layer))))
 
     def _own(self, x: Representation) -> Float[Tensor, ""]:
         return x.derived((self, "own"), lambda layer: _without_noise(layer, self._hsic(layer, layer)))
@@ -94,7 +97,7 @@ class CKA:
         return torch.dot(*(z.derived((self, "kernel"), self._centred).flatten() for z in (x, y)))
 
     def _centred(self, x: Representation) -> Float[Tensor, "n n"]:
-        return _u_centred(self.kernel(x)) if self.debiased else recentred(self.kernel(x))
+        return _u_centred(self.kernel_of(x)) if self.debiased else recentred(self.kernel_of(x))
 
 
 def _hsic(x: Representation, y: Representation) -> Float[Tensor, ""]:
@@ -118,6 +121,10 @@ def _hsic_unbiased(x: Representation, y: Representation) -> Float[Tensor, ""]:
 def _without_noise(x: Representation, own: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """Take off what a sketch adds to a layer's product with itself."""
     return squared_norm(own, _squares(x).sum(), x.width, x.sketch) if x.sketch else own
+
+
+def _spread(centred: Float[Tensor, "n n"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    return centred.trace(), centred.norm()
 
 
 def _squares(x: Representation) -> Float[Tensor, " n"]:

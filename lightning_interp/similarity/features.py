@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from lightning_interp.batch import precise, size
 from lightning_interp.capture import hooked
-from lightning_interp.layout import Layout, layout_of, settled
+from lightning_interp.layers import layer_names, plain_name
+from lightning_interp.layout import Layout, layout_of, settled, unpacked
 from lightning_interp.representation import Form, Representation
 from lightning_interp.similarity.gram import Block, centred_gram, check_rows
-from lightning_interp.similarity.reading import Reading, many_rows, rows, width
+from lightning_interp.similarity.reading import Reading, fitted, many_rows, rows, width
 from lightning_interp.similarity.sketch import Sketch
 
 BYTES_PER_PASS = 440 * 2**20
+OUTPUT = "output"
 Forward = Callable[[Any], object]
 Mask = Callable[[Any], Tensor | None]
 
@@ -42,14 +44,17 @@ class Watch:
     """What to take from a network, found by running a few samples.
 
     Args:
-        layouts: layer → what each of its calls gives (None where it is no features), in the order of first calls.
+        layouts: layer → what each of its calls gives (None where it is no features), in the order of first calls; ""
+            is the network itself.
         reading: what to make of maps and sequences.
         mask: batch → which tokens count, `(n, tokens)`, or None.
+        ends: layers that give what the network itself does.
     """
 
     layouts: Mapping[str, Sequence[Layout | None]]
     reading: Reading
     mask: Mask
+    ends: Set[str] = frozenset()
 
     def widths(self) -> dict[Call, int]:
         """Return how many features each call gives."""
@@ -67,11 +72,27 @@ class Watch:
 
     def of(self, layers: Sequence[str]) -> Watch:
         """Return the same for some of the layers."""
-        return Watch({layer: c for layer, c in self.layouts.items() if layer in layers}, self.reading, self.mask)
+        chosen = {layer: calls for layer, calls in self.layouts.items() if layer in layers}
+        return Watch(chosen, self.reading, self.mask, self.ends)
 
     def label(self, call: Call) -> str:
         """Return a call's name: the layer's, with the number of the call where there are several."""
-        return call.layer if len(self.layouts[call.layer]) == 1 else f"{call.layer}#{call.place}"
+        name = plain_name(call.layer) or OUTPUT
+        return name if len(self.layouts[call.layer]) == 1 else f"{name}#{call.place}"
+
+    def unmasked(self, batch: Any) -> list[str]:
+        """Return the names of sequences for which the batch's mask is of a wrong length."""
+        mask = self.mask(batch)
+        if mask is None or self.reading.tokens == "flatten":
+            return []
+        return [
+            self.label(call)
+            for call in self.widths()
+            if (layout := self.layouts[call.layer][call.place])
+            and layout.kind == "tokens"
+            and not layout.packed
+            and fitted(mask, layout.shape[0]) is None
+        ]
 
 
 def watch(
@@ -81,7 +102,9 @@ def watch(
     reading: Reading = Reading(),
     mask: Mask = lambda _: None,
 ) -> Watch:
-    """Run a few samples and see what each submodule gives, call by call.
+    """Run a few samples and see what the network and each submodule gives, call by call.
+
+    The network itself is left out where a submodule has the name that it would go by, "output".
 
     Args:
         module: the network.
@@ -92,12 +115,17 @@ def watch(
         mask: batch → which tokens count, `(n, tokens)`, or None.
     """
     seen: list[dict[str, list[Layout | None]]] = []
-    names = [name for name, _ in module.named_modules() if name]
+    given: dict[str, Tensor | None] = {}
+    names = layer_names(module)
+    if OUTPUT not in map(plain_name, names):
+        names.append("")
     for batch in batches:
         found: dict[str, list[Layout | None]] = {}
 
         def hook(layer: str, part: nn.Module, _: Any, output: Any, n: int = size(batch), found: Any = found) -> None:
             found.setdefault(layer, []).append(layout_of(part, output, n))
+            tensor = unpacked(output)[0]
+            given[layer] = None if tensor is None or tensor.is_nested else tensor.clone()
 
         with torch.no_grad(), hooked(module, names, hook):
             forward(batch)
@@ -107,7 +135,9 @@ def watch(
     wide = {
         layer: [call if call and width(call, reading) else None for call in calls] for layer, calls in layouts.items()
     }
-    return Watch({layer: calls for layer, calls in wide.items() if any(calls)}, reading, mask)
+    end = given.get("")
+    ends = frozenset(layer for layer, tensor in given.items() if layer and _equal(tensor, end))
+    return Watch({layer: calls for layer, calls in wide.items() if any(calls)}, reading, mask, ends)
 
 
 def representations(
@@ -157,16 +187,20 @@ def representations(
     for columns in _passes(plan, max(1, bytes_per_pass // (4 * n))):
         held = _run(module, forward, batches, columns, plan)
         for column in list(held):
-            call, features = column.call, held.pop(column)
-            if call in summed:
-                product = centred_gram(watched.label(call), features)
+            call, kept = column.call, held.pop(column)
+            if isinstance(kept, Block):
+                product = centred_gram(watched.label(call), kept)
                 grams[call] = grams[call].add_(product) if call in grams else product
             else:
-                made[call] = plan.whole(call, features.cpu())
-    for call, kept in grams.items():
+                made[call] = plan.whole(call, kept.cpu())
+    for call, gram in grams.items():
         size, signs = (sketches[call].size, sketches[call].signs) if call in sketches else (0, 0)
-        made[call] = Representation(kept.cpu(), "gram", widths[call], size, signs)
+        made[call] = Representation(gram.cpu(), "gram", widths[call], size, signs)
     return {watched.label(call): made[call].reduced(form) for call in widths}
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
 
 
 @dataclass(frozen=True)
@@ -189,7 +223,8 @@ class _Plan:
         assert layout is not None
         features = precise(rows(output, layout, self.watched.reading, mask).detach())
         if features.shape[1] != self.widths[call]:
-            raise ValueError(f"{call.layer}: expected {self.widths[call]} features, got {features.shape[1]}")
+            label = self.watched.label(call)
+            raise ValueError(f"{label}: expected {self.widths[call]} features, got {features.shape[1]}")
         return self.sketches[call](features) if call in self.sketches else features
 
     def whole(self, call: Call, features: Tensor) -> Representation:
@@ -204,7 +239,7 @@ class _Plan:
 
 def _run(
     module: nn.Module, forward: Forward, batches: Sequence[Any], columns: Sequence[Columns], plan: _Plan
-) -> dict[Columns, Tensor]:
+) -> dict[Columns, Tensor | Block]:
     """Return the wanted columns of all samples, `(rows, columns)` each; to be summed: less the first batch's mean."""
     wanted = {column.call: column for column in columns}
     blocks = {column: Block(plan.n) for column in columns if column.call in plan.summed}
@@ -230,8 +265,7 @@ def _run(
             forward(batch)
     for column, kept in parts.items():
         check_rows(plan.watched.label(column.call), len(batches), len(kept), "batches")
-    whole = {column: torch.cat(parts.pop(column)) for column in list(parts)}
-    return whole | {column: block.whole(plan.watched.label(column.call)) for column, block in blocks.items()}
+    return {column: torch.cat(parts.pop(column)) for column in list(parts)} | blocks
 
 
 def _passes(plan: _Plan, columns_per_pass: int) -> list[list[Columns]]:

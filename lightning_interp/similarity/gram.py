@@ -9,6 +9,8 @@ from torch import Tensor
 from lightning_interp.products import symmetric_product
 from lightning_interp.representation import double
 
+ROUNDING = 8
+
 
 class Block:
     """Rows of wide features, written batch by batch into memory that is reserved once, less the first batch's mean."""
@@ -47,23 +49,26 @@ def check_rows(label: str, expected: int, got: int, what: str = "samples") -> No
         )
 
 
-def centred_gram(label: str, block: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
-    """Return the Gram matrix of a block's centred columns.
+def centred_gram(label: str, block: Block) -> Float[Tensor, "n n"]:
+    """Return the Gram matrix of a block's centred columns; zero where they differ by rounding alone.
 
     The block lacks the mean of its first batch. What is left of the mean is taken off the product, which costs no digit
     where it is small, as it is unless the first batch was unlike the rest; then it is taken off the block before.
 
     Raises:
-        ValueError: features are not finite; `label` is named.
+        ValueError: features are not finite, or more or fewer rows were written than reserved; `label` is named.
     """
-    product = _product(block)
+    rows = block.whole(label)
+    product = _product(rows)
     spread = product.diagonal().mean()
     if not bool(spread.isfinite()):
         raise ValueError(f"{label}: activations hold NaN or infinity, or are too large to be squared")
+    if spread <= (ROUNDING * torch.finfo(rows.dtype).eps) ** 2 * block.shift.square().sum():
+        return product.zero_()
     if product.mean() > spread / 2:
-        product = _product(block.sub_(block.mean(0)))
-    rows = product.mean(0) - product.mean() / 2
-    return product.sub_(rows + rows[:, None])
+        product = _product(rows.sub_(rows.mean(0)))
+    means = product.mean(0) - product.mean() / 2
+    return product.sub_(means + means[:, None])
 
 
 def _product(block: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,11 +14,13 @@ from torch import Tensor
 from lightning_interp.progress import Progress, quiet
 from lightning_interp.records import Caution, Doubt, SimilarityMap, Snapshot
 from lightning_interp.representation import Representation
+from lightning_interp.similarity.gram import ROUNDING
 from lightning_interp.similarity.matrix import AnyMeasure, matrix, similarity
 from lightning_interp.similarity.null import chance, is_exact, standard_error
 
 MOST_NAMED = 6
 STILL = 0.01
+Failed = dict[str, Exception]
 
 
 class History(NamedTuple):
@@ -35,10 +38,22 @@ class History(NamedTuple):
     normalised: SimilarityMap
 
 
+@contextmanager
+def isolated(name: str, failed: Failed | None) -> Iterator[None]:
+    """Note an error under a measure's name, so that the others go on; let it through where `failed` is None."""
+    try:
+        yield
+    except Exception as error:
+        if failed is None:
+            raise
+        failed[name] = error
+
+
 def histories(
     measures: Mapping[str, AnyMeasure],
     snapshots: Sequence[Snapshot],
     progress: Progress = quiet,
+    failed: Failed | None = None,
 ) -> dict[str, History]:
     """Compare every snapshot with the first and the last, by every measure.
 
@@ -48,6 +63,7 @@ def histories(
         measures: tag → measure.
         snapshots: all of them in order of time.
         progress: shows how far it is.
+        failed: measures that are left out; one that fails is added to them, with its error. When None it raises.
     """
     initial, final = snapshots[0], snapshots[-1]
     layers = list(final.layers)
@@ -56,20 +72,28 @@ def histories(
         first, last = initial.layers[layer], final.layers[layer]
         for column, snapshot in enumerate(snapshots):
             then = {initial.step: first, final.step: last}.get(snapshot.step) or snapshot.layers[layer]
-            for name, measure in measures.items():
-                found[name][0, row, column] = similarity(measure, first, then)
-                found[name][1, row, column] = similarity(measure, then, last)
-    return {name: _history(name, measures[name], snapshots, *values) for name, values in found.items()}
+            for name in _working(measures, failed):
+                with isolated(name, failed):
+                    found[name][0, row, column] = similarity(measures[name], first, then)
+                    found[name][1, row, column] = similarity(measures[name], then, last)
+    working = _working(measures, failed)
+    return {name: _history(name, measures[name], snapshots, *found[name]) for name in working}
 
 
-def layerwise(measures: Mapping[str, AnyMeasure], a: Snapshot, b: Snapshot) -> dict[str, dict[str, float]]:
-    """Compare each layer in one snapshot with the same layer in another: measure → layer → similarity."""
+def layerwise(
+    measures: Mapping[str, AnyMeasure], a: Snapshot, b: Snapshot, failed: Failed | None = None
+) -> dict[str, dict[str, float]]:
+    """Compare each layer in one snapshot with the same layer in another: measure → layer → similarity.
+
+    A measure in `failed` is left out, and one that fails is added to them; when None it raises.
+    """
     found: dict[str, dict[str, float]] = {name: {} for name in measures}
     for layer in b.layers:
         x, y = replace(a.layers[layer]), replace(b.layers[layer])  # what they derive is given up with them
-        for name, measure in measures.items():
-            found[name][layer] = float(similarity(measure, x, y))
-    return found
+        for name in _working(measures, failed):
+            with isolated(name, failed):
+                found[name][layer] = float(similarity(measures[name], x, y))
+    return {name: found[name] for name in _working(measures, failed)}
 
 
 def layer_by_layer(name: str, measure: AnyMeasure, then: Snapshot, final: Snapshot) -> SimilarityMap:
@@ -77,8 +101,9 @@ def layer_by_layer(name: str, measure: AnyMeasure, then: Snapshot, final: Snapsh
     rows, columns = dict(then.layers), dict(final.layers)
     same = then.step == final.step
     values = matrix(measure, list(columns.values() if same else rows.values()), None if same else [*columns.values()])
-    title = "layers of the final network" if same else f"layers at epoch {then.epoch} and at the end"
-    row_title = "layer" if same else f"layer at epoch {then.epoch}"
+    title = "layers of the final network" if same else f"layers at epoch {then.epoch} (step {then.step}) and at the end"
+    row_title = "layer" if same else f"layer at epoch {then.epoch} (step {then.step})"
+    held = [replace(final, layers=columns)] if same else [replace(then, layers=rows), replace(final, layers=columns)]
     return SimilarityMap(
         name,
         title,
@@ -88,8 +113,9 @@ def layer_by_layer(name: str, measure: AnyMeasure, then: Snapshot, final: Snapsh
         row_title,
         "layer" if same else "layer at the end",
         next(iter(columns.values())).n,
-        cautions(measure, final),
+        cautions(measure, *held),
         is_distance(measure),
+        own_scale=is_own_scale(measure),
     )
 
 
@@ -117,7 +143,8 @@ def doubts(measure: AnyMeasure, a: Snapshot, b: Snapshot, n: int) -> dict[str, D
         x, y = a.layers[layer], b.layers[layer]
         value = float(similarity(measure, x, y))
         by_chance, error = (chance(measure, x, y), standard_error(measure, x, y)) if x.n == y.n == n else (nan, nan)
-        found[layer] = Doubt(value, by_chance, error, _caution(measure, y))
+        caution = _constant(x, "at the start") or _constant(y, "at the end") or _said(measure, y) or _said(measure, x)
+        found[layer] = Doubt(value, by_chance, error, caution)
     return found
 
 
@@ -131,13 +158,27 @@ def normalised(values: Float[Tensor, "layer snapshot"]) -> Float[Tensor, "layer 
     return torch.where(still, torch.nan, (values - start) / torch.where(still, 1.0, end - start))
 
 
-def cautions(measure: AnyMeasure, snapshot: Snapshot) -> str:
+def cautions(measure: AnyMeasure, *snapshots: Snapshot) -> str:
     """Return when not to trust a measure, with the layers it concerns; empty where nothing is known."""
-    found: dict[str, list[str]] = {}
-    for layer in snapshot.layers:
-        if warning := _caution(measure, snapshot.layers[layer]):
-            found.setdefault(warning.reason, []).append(f"{layer} ({warning.detail})")
-    return "; ".join(f"{_named(layers, snapshot)}: {reason}" for reason, layers in found.items())
+    found: dict[str, dict[str, list[str]]] = {}
+    for snapshot in snapshots:
+        for layer in snapshot.layers:
+            held = snapshot.layers[layer]
+            if warning := _constant(held, f"at epoch {snapshot.epoch}") or _said(measure, held):
+                details = found.setdefault(warning.reason, {}).setdefault(layer, [])
+                details += [warning.detail] if warning.detail not in details else []
+    total = len({layer for snapshot in snapshots for layer in snapshot.layers})
+    return "; ".join(f"{_named(layers, total)}: {reason}" for reason, layers in found.items())
+
+
+def by_chance(values: Sequence[float], digits: int = 2) -> str:
+    """Return the range of layers' values by chance, and of how many it is known if not of all; empty where of none."""
+    known = sorted(value for value in values if value == value)
+    if not known:
+        return ""
+    low, high = f"{known[0]:.{digits}f}", f"{known[-1]:.{digits}f}"
+    of = "" if len(known) == len(values) else f" (known for {len(known)} of {len(values)} layers)"
+    return (low if low == high else f"{low} to {high}") + of
 
 
 def is_distance(measure: AnyMeasure) -> bool:
@@ -145,15 +186,36 @@ def is_distance(measure: AnyMeasure) -> bool:
     return bool(getattr(measure, "distance", False))
 
 
-def _caution(measure: AnyMeasure, layer: Representation) -> Caution | None:
+def is_own_scale(measure: AnyMeasure) -> bool:
+    """Say whether nothing is known of a measure's values: those of a plain function."""
+    return not hasattr(measure, "between")
+
+
+def _working(measures: Mapping[str, AnyMeasure], failed: Failed | None) -> list[str]:
+    return [name for name in measures if name not in (failed or {})]
+
+
+def _constant(layer: Representation, when: str) -> Caution | None:
+    values, rounding = layer.values, 0.0
+    if layer.form == "features":
+        rounding = ROUNDING * torch.finfo(values.dtype).eps * float(values.abs().max())
+        values = values - values[:1]
+    if bool((values.abs() > rounding).any()):
+        return None
+    return Caution("the same for all samples, so that no similarity is defined", when)
+
+
+def _said(measure: AnyMeasure, layer: Representation) -> Caution | None:
     if not hasattr(measure, "between") and layer.features is None:
         return Caution('not defined without the neurons, which store="activations" keeps', f"d = {layer.width:,}")
     say: Callable[[Representation], Caution | None] | None = getattr(measure, "caution", None)
     return None if say is None else say(layer)
 
 
-def _named(layers: Sequence[str], snapshot: Snapshot) -> str:
-    return ", ".join(layers) if len(layers) <= MOST_NAMED else f"{len(layers)} of {len(snapshot.layers)} layers"
+def _named(layers: Mapping[str, Sequence[str]], total: int) -> str:
+    if len(layers) > MOST_NAMED:
+        return f"{len(layers)} of {total} layers"
+    return ", ".join(f"{layer} ({' and '.join(details)})" if details else layer for layer, details in layers.items())
 
 
 def _history(
@@ -161,18 +223,24 @@ def _history(
 ) -> History:
     final = snapshots[-1]
     layers, (by, columns) = tuple(final.layers), _moments(snapshots)
-    n, note, distance = next(iter(final.layers.values())).n, cautions(measure, final), is_distance(measure)
+    n, note = next(iter(final.layers.values())).n, cautions(measure, snapshots[0], final)
 
-    def by_epoch(title: str, values: Tensor, distance: bool) -> SimilarityMap:
-        return SimilarityMap(name, title, layers, columns, values, "layer", by, n, note, distance)
+    def by_epoch(title: str, values: Tensor) -> SimilarityMap:
+        distance, own = is_distance(measure), is_own_scale(measure)
+        return SimilarityMap(name, title, layers, columns, values, "layer", by, n, note, distance, own_scale=own)
 
     way = normalised(to_final)
+    undefined = to_final[:, [0, -1]].isnan().any(1)
+    still = {layer: () for layer, out in zip(layers, way[:, 0].isnan() & ~undefined, strict=True) if out}
+    left_out = f"Left out, as they end where they began, within {STILL:g}: {_named(still, len(layers))}. "
     return History(
-        by_epoch("to the initial state", to_initial, distance),
-        by_epoch("to the final state", to_final, distance),
+        by_epoch("to the initial state", to_initial),
+        by_epoch("to the final state", to_final),
         replace(
-            by_epoch("share of the way to the final state", way, distance=False),
-            note=f"Left out: layers that end where they began, within {STILL:g}. {note}",
+            by_epoch("share of the way to the final state", way),
+            note=(left_out if still else "") + note,
+            distance=False,
+            own_scale=False,
             legend="0: as at the start, 1: at its end",
         ),
     )

@@ -52,7 +52,7 @@ def _asked(measure: AnyMeasure) -> Form:
 def similarity(measure: AnyMeasure, x: Representation, y: Representation) -> Tensor:
     """Compare two layers by any measure; NaN where they did not keep what it needs, or rows differ.
 
-    A function of the user's that refuses layers of different widths gives NaN for them, too.
+    A function of the user's that fails on layers of different widths gives NaN for them, too.
     """
     if x.n != y.n:
         return torch.tensor(torch.nan)
@@ -62,7 +62,7 @@ def similarity(measure: AnyMeasure, x: Representation, y: Representation) -> Ten
         return torch.tensor(torch.nan)
     try:
         return torch.as_tensor(measure(x.features, y.features))
-    except (RuntimeError, ValueError):
+    except Exception:
         if x.width == y.width:
             raise
         return torch.tensor(torch.nan)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -101,31 +101,45 @@ def cka_standard_error(measure: CKA, x: Representation, y: Representation) -> Fl
 def cka_without_each(measure: CKA, x: Representation, y: Representation) -> Float[Tensor, " n"]:
     """Return CKA with each of the n samples left out in turn."""
     same_samples(x, y)
-    k, m = measure.kernel(x), measure.kernel(y)
-    hsic: Callable[[Tensor, Tensor], Tensor] = _hsic1_without_each if measure.debiased else _hsic_without_each
-    return hsic(k, m) / (hsic(k, k) * hsic(m, m)).clamp(min=0).sqrt()
+    a, b = (_summed(measure, r) for r in (x, y))
+    norms = _own_without_each(measure, x) * _own_without_each(measure, y)
+    return _hsic_without_each(measure, a, b) / norms.clamp(min=0).sqrt()
 
 
-def _hsic_without_each(k: Tensor, m: Tensor) -> Tensor:
-    """Return tr(K H L H) of the remaining n − 1 samples, for each sample left out."""
-    n = len(k) - 1
-    trace, cross, totals = _sums_without_each(k, m)
+def _own_without_each(measure: CKA, x: Representation) -> Float[Tensor, " n"]:
+    kept = _summed(measure, x)
+    return x.derived((measure, "own without each"), lambda _: _hsic_without_each(measure, kept, kept))
+
+
+class _Summed(NamedTuple):
+    """A kernel's matrix K, for the debiased measure without its diagonal, and what is needed of it again and again."""
+
+    matrix: Float[Tensor, "n n"]
+    rows: Float[Tensor, " n"]
+    diagonal: Float[Tensor, " n"]
+
+
+def _summed(measure: CKA, x: Representation) -> _Summed:
+    return x.derived((measure, "summed"), lambda layer: _sums(measure, measure.kernel_of(layer)))
+
+
+def _sums(measure: CKA, kernel: Float[Tensor, "n n"]) -> _Summed:
+    if measure.debiased:
+        kernel = kernel - torch.diag(kernel.diagonal())
+    return _Summed(kernel, kernel.sum(1), kernel.diagonal())
+
+
+def _hsic_without_each(measure: CKA, k: _Summed, m: _Summed) -> Float[Tensor, " n"]:
+    """Return tr(K H L H), or n(n − 3) HSIC₁, of the remaining n samples, for each sample left out.
+
+    From tr(K L), 1ᵀK L 1 and 1ᵀK 1 · 1ᵀL 1 without row and column i, for each i.
+    """
+    n = len(k.rows) - 1
+    product, diagonal = torch.linalg.vecdot(k.matrix, m.matrix), k.diagonal * m.diagonal
+    trace = product.sum() - 2 * product + diagonal
+    totals = (k.rows.sum() - 2 * k.rows + k.diagonal) * (m.rows.sum() - 2 * m.rows + m.diagonal)
+    cross = k.rows @ m.rows - m.matrix @ k.rows - k.matrix @ m.rows + product
+    cross = cross - (k.rows - k.diagonal) * (m.rows - m.diagonal)
+    if measure.debiased:
+        return trace + totals / ((n - 1) * (n - 2)) - 2 / (n - 2) * cross
     return trace - 2 / n * cross + totals / n**2
-
-
-def _hsic1_without_each(k: Tensor, m: Tensor) -> Tensor:
-    """Return n(n − 3) HSIC₁ of the remaining samples, for each sample left out."""
-    n = len(k) - 1
-    trace, cross, totals = _sums_without_each(k - torch.diag(k.diagonal()), m - torch.diag(m.diagonal()))
-    return trace + totals / ((n - 1) * (n - 2)) - 2 / (n - 2) * cross
-
-
-def _sums_without_each(k: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tr(K L), 1ᵀK L 1 and 1ᵀK 1 · 1ᵀL 1 without row and column i, for each i."""
-    product, rows_k, rows_m = k * m, k.sum(1), m.sum(1)
-    diagonal = product.diagonal()
-    trace = product.sum() - 2 * product.sum(1) + diagonal
-    totals = (k.sum() - 2 * rows_k + k.diagonal()) * (m.sum() - 2 * rows_m + m.diagonal())
-    others = (rows_k * rows_m).sum() - m @ rows_k - k @ rows_m + product.sum(1)
-    own = (rows_k - k.diagonal()) * (rows_m - m.diagonal())
-    return trace, others - own, totals

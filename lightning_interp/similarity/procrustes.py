@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_interp.records import Caution
 from lightning_interp.representation import Representation, prepare, same_samples
 
 
@@ -53,3 +54,9 @@ class Procrustes:
         nuclear = torch.linalg.svdvals(x.s[:, None] * (x.u.T @ y.u) * y.s).sum()
         cosine = nuclear / (x.s.norm() * y.s.norm())
         return cosine.clamp(max=1).arccos() if self.angle else cosine
+
+    def caution(self, x: Representation) -> Caution | None:
+        """Say when a comparison with this layer should not be trusted."""
+        if x.width < x.n:
+            return None
+        return Caution("width ≥ n, unrelated layers look alike, compare with the values by chance", f"d = {x.width:,}")

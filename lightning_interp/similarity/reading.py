@@ -15,6 +15,7 @@ from lightning_interp.layout import Kind, Layout, unpacked
 Maps = Literal["flatten", "pool", "positions"]
 Tokens = Literal["mean", "cls", "positions", "flatten"]
 PLACES = 16
+MOST_ADDED = 8
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Reading:
     Args:
         maps: "flatten" `(n, C · H · W)`, "pool" the mean over positions `(n, C)`, or "positions": each of up to 16
             positions on a regular grid is a row, `(n · 16, C)`.
-        tokens: "mean" over the tokens that the mask keeps `(n, d)`, "cls" the first token, "positions": each of up
+        tokens: "mean" over the tokens that the mask keeps `(n, d)`, "cls" the first of them, "positions": each of up
             to 16 evenly spread tokens that the mask keeps is a row, or "flatten" `(n, tokens · d)`.
     """
 
@@ -63,7 +64,7 @@ def rows(output: Any, layout: Layout, reading: Reading, mask: Bool[Tensor, "n to
         output: what the layer gave.
         layout: how it is laid out.
         reading: what to make of maps and sequences.
-        mask: True for tokens that count; taken where a sequence is as long as it.
+        mask: True for tokens that count; taken where a sequence is as long, or up to 8 tokens longer at its front.
     """
     tensor, own = unpacked(output)
     assert tensor is not None
@@ -79,14 +80,24 @@ def rows(output: Any, layout: Layout, reading: Reading, mask: Bool[Tensor, "n to
             return tokens.flatten(1, -2).mean(1)
         return _grid(tokens).flatten(0, -2)
     mask = own if own is not None else mask
-    if mask is None or mask.shape != tokens.shape[:2]:
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    return _of_tokens(tokens, choice, mask.to(tokens.device, torch.bool))
+    kept = None if mask is None else fitted(mask, tokens.shape[1])
+    if kept is None or len(kept) != len(tokens):
+        kept = torch.ones(tokens.shape[:2], dtype=torch.bool)
+    return _of_tokens(tokens, choice, kept.to(tokens.device, torch.bool))
+
+
+def fitted(mask: Tensor, tokens: int) -> Tensor | None:
+    """Return a mask `(n, given)` for sequences of so many tokens; None where it fits in no way.
+
+    Up to 8 more than the mask tells of are tokens that the network puts in front (a class token), and count.
+    """
+    added = tokens - mask.shape[1] if mask.ndim == 2 else -1
+    return torch.cat([mask.new_ones(len(mask), added), mask], dim=1) if 0 <= added <= MOST_ADDED else None
 
 
 def _of_tokens(tokens: Tensor, choice: str, mask: Tensor) -> Tensor:
     if choice == "cls":
-        return tokens[:, 0]
+        return tokens[torch.arange(len(tokens)), mask.int().argmax(1)]
     if choice == "mean":
         kept = mask[..., None]
         return (tokens * kept).sum(1) / kept.sum(1).clamp(min=1)

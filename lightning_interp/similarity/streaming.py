@@ -9,17 +9,20 @@ from torchmetrics import Metric
 
 from lightning_interp.representation import check_features
 
+ROUNDING = 16 * torch.finfo(torch.float64).eps
+
 
 class StreamingCKA(Metric):
     """Exact linear CKA over any number of batches, equal to `CKA()` or `CKA(debiased=True)` on all samples at once.
 
     ‖XᵀY‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F) of features centred over all samples, from sums of products in float64; for the
     debiased one, what HSIC₁ takes off follows from the samples' squared lengths and their products with the features.
-    All states are sums, added up over ranks, so that it is exact under DDP, too. Memory is 8 bytes times (d_x + d_y)²;
-    a mean of per-batch values would be wrong, however large the batches.
+    Each rank sums what is left of its samples less the mean of its first batch, so that an offset costs no digits; sums
+    about one point follow from those about another exactly, so that ranks add up, under DDP, too. Memory: 8 bytes times
+    (d_x + d_y + 4)²; a mean of per-batch values would be wrong, however large the batches.
 
     Reference: Kornblith et al., Similarity of Neural Network Representations Revisited, 2019; Song et al.,
-    Feature Selection via Dependence Maximization, 2012.
+    Feature Selection via Dependence Maximization, 2012; Chan et al., Computing the Sample Variance, 1983.
 
     Args:
         width_x: number of features d_x of one side.
@@ -45,18 +48,10 @@ class StreamingCKA(Metric):
                 raise ValueError(f"StreamingCKA({name}=...): expected a whole number from 1, got {width!r}")
         self.widths = (width_x, width_y)
         self.debiased = debiased
-        wide = width_x + width_y
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("sums", torch.zeros(wide, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("products", torch.zeros(wide, wide, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("lengths", torch.zeros(2, 2, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("along", torch.zeros(2, wide, dtype=torch.float64), dist_reduce_fx="sum")
+        size = width_x + width_y + 3
+        self.add_state("sums", torch.zeros(size + 1, size, dtype=torch.float64), dist_reduce_fx=self._merged)
         self.set_dtype(torch.float64)
-        self.count: Tensor
         self.sums: Tensor
-        self.products: Tensor
-        self.lengths: Tensor
-        self.along: Tensor
 
     def update(self, x: Float[Tensor, "n d1"], y: Float[Tensor, "n d2"]) -> None:
         """Add a batch.
@@ -73,47 +68,68 @@ class StreamingCKA(Metric):
             if features.shape != (len(x), width):
                 raise ValueError(f"{name}: expected shape ({len(x)}, {width}), got {tuple(features.shape)}")
         both = torch.cat([x, y], dim=1).detach().to(self.sums)
-        self.count += len(both)
-        self.sums += both.sum(0)
-        self.products += both.T @ both
-        lengths = torch.stack([side.square().sum(1) for side in both.split(self.widths, dim=1)])
-        self.lengths += lengths @ lengths.T
-        self.along += lengths @ both
+        if not self.sums[0, 0]:
+            self.sums[-1, 1:-2] = both.mean(0)
+        shifted = both - self.sums[-1, 1:-2]
+        lengths = [side.square().sum(1) for side in shifted.split(self.widths, dim=1)]
+        rows = torch.column_stack([torch.ones_like(lengths[0]), shifted, *lengths])
+        self.sums[:-1] += rows.T @ rows
 
     def compute(self) -> Float[Tensor, ""]:
-        """Return CKA of all samples so far; NaN if a side is constant.
+        """Return CKA of all samples so far; NaN if a side is constant, up to rounding.
 
         Raises:
             ValueError: debiased, of fewer than four samples.
         """
-        if self.debiased and self.count < 4:
-            raise ValueError(f"StreamingCKA(debiased=True): expected at least 4 samples, got {int(self.count)}")
-        means = self.sums / self.count
-        centred = self.products - self.count * torch.outer(means, means)
-        xx, xy, yy = (self._hsic(centred, means, a, b) for a, b in ((0, 0), (0, 1), (1, 1)))
-        return xy / (xx * yy).clamp(min=0).sqrt()
+        n = self.sums[0, 0]
+        if self.debiased and n < 4:
+            raise ValueError(f"StreamingCKA(debiased=True): expected at least 4 samples, got {int(n)}")
+        sums = self._about(self.sums, self.sums[-1, 1:-2] + self.sums[0, 1:-2] / n)
+        xx, xy, yy = (self._hsic(sums, a, b) for a, b in ((0, 0), (0, 1), (1, 1)))
+        norms = torch.where(self._varies(sums, 0) & self._varies(sums, 1), (xx * yy).clamp(min=0), 0)
+        return xy / torch.where(norms > 0, norms, torch.nan).sqrt()
 
-    def _hsic(self, centred: Tensor, means: Tensor, a: int, b: int) -> Tensor:
-        """Return tr(K L) of sides a and b, or n(n−3) HSIC₁."""
-        sides = (slice(0, self.widths[0]), slice(self.widths[0], None))
-        trace = centred[sides[a], sides[b]].square().sum()
+    def _hsic(self, sums: Tensor, a: int, b: int) -> Tensor:
+        """Return tr(K L) of sides a and b, or n(n−3) HSIC₁, from sums about the mean."""
+        trace = sums[self._side(a), self._side(b)].square().sum()
         if not self.debiased:
             return trace
-        n, diagonals = self.count, self._diagonals(means, sides, a, b)
-        totals = centred.diagonal()[sides[a]].sum() * centred.diagonal()[sides[b]].sum()
+        n, diagonals = sums[0, 0], sums[a - 3, b - 2]  # the last row is the point
+        totals = sums[0, a - 2] * sums[0, b - 2]
         return trace - diagonals + totals / ((n - 1) * (n - 2)) - 2 / (n - 2) * diagonals
 
-    def _diagonals(self, means: Tensor, sides: tuple[slice, slice], a: int, b: int) -> Tensor:
-        """Return Σ_i K_ii L_ii of the centred Gram matrices, with K_ii = |x_i|² − 2 x_iᵀm + |m|²."""
-        p, q = means[sides[a]], means[sides[b]]
-        inner = p @ self.products[sides[a], sides[b]] @ q
-        totals = [self.products.diagonal()[side].sum() for side in (sides[a], sides[b])]
-        norms = p @ p, q @ q
-        return (
-            self.lengths[a, b]
-            - 2 * (self.along[a, sides[b]] @ q + self.along[b, sides[a]] @ p)
-            + 4 * inner
-            + norms[1] * (totals[0] - 2 * self.count * norms[0])
-            + norms[0] * (totals[1] - 2 * self.count * norms[1])
-            + self.count * norms[0] * norms[1]
-        )
+    def _varies(self, sums: Tensor, side: int) -> Tensor:
+        """Say whether a side's squared lengths about the mean are more than rounding of the sums or of the features."""
+        n, spread, place = sums[0, 0], sums[0, side - 2], self._side(side)
+        summed, offset = self.sums[0, side - 2], sums[-1, place].square().sum()
+        return (spread > ROUNDING * summed) & (spread > n * ROUNDING**2 * offset)
+
+    def _side(self, side: int) -> slice:
+        return slice(1, 1 + self.widths[0]) if side == 0 else slice(1 + self.widths[0], 1 + sum(self.widths))
+
+    def _about(self, sums: Tensor, point: Tensor) -> Tensor:
+        """Return the same sums about another point.
+
+        A sample's row is w = (1, z, |z_x|², |z_y|²), z its features less the point, and the sums are Σ w wᵀ, with the
+        point as a last row. Moving the point by m is the linear map 1 → 1, z → z − m, |z|² → |z|² − 2 mᵀz + |m|².
+        """
+        move = torch.zeros_like(sums[-1])
+        move[1:-2] = point - sums[-1, 1:-2]
+        about = sums.clone()
+        about[:-1] = self._moved(self._moved(sums[:-1], move).T, move)
+        about[-1, 1:-2] = point
+        return about
+
+    def _moved(self, sums: Tensor, move: Tensor) -> Tensor:
+        moved = sums - torch.outer(move, sums[0])
+        for side, place in ((0, self._side(0)), (1, self._side(1))):
+            part = move[place]
+            moved[side - 2] = sums[side - 2] - 2 * part @ sums[place] + part.square().sum() * sums[0]
+        return moved
+
+    def _merged(self, ranks: Float[Tensor, "ranks rows columns"]) -> Float[Tensor, "rows columns"]:
+        """Return the sums of several ranks, or of before and a batch, about the point of the first with any."""
+        point = ranks[int(ranks[:, 0, 0].ne(0).int().argmax()), -1, 1:-2]
+        merged = torch.stack([self._about(sums, point) for sums in ranks if sums[0, 0]] or [ranks[0]]).sum(0)
+        merged[-1, 1:-2] = point
+        return merged

@@ -175,7 +175,7 @@ def test_chance_from_narrow_features_equals_that_from_gram_matrices() -> None:
         assert float(measure.between(x, y)) == pytest.approx(float(measure.between(x, wide[1])), abs=1e-12)
 
 
-@pytest.mark.parametrize(("offset", "digits"), [(0, 1e-12), (100, 1e-8)])  # fourth powers of the offset cancel
+@pytest.mark.parametrize(("offset", "digits"), [(0, 1e-12), (100, 1e-12), (1e4, 1e-10), (1e8, 1e-6)])
 def test_a_debiased_stream_equals_the_whole(offset: float, digits: float, pair: tuple[Tensor, Tensor]) -> None:
     x, y = (z + offset for z in pair)
     metric = StreamingCKA(30, 20, debiased=True)
@@ -186,3 +186,52 @@ def test_a_debiased_stream_equals_the_whole(offset: float, digits: float, pair: 
     few.update(torch.randn(3, 2), torch.randn(3, 2))
     with pytest.raises(ValueError, match="at least 4 samples, got 3"):
         few.compute()
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+@pytest.mark.parametrize("constant", [0.0, 0.1, 3.3e6])
+def test_a_stream_of_a_constant_side_is_not_a_number(constant: float, debiased: bool) -> None:
+    ranks = [StreamingCKA(3, 2, debiased) for _ in range(2)]
+    for metric, sizes in zip(ranks, ((7, 11), (5, 64)), strict=True):
+        for size in sizes:
+            metric.update(torch.randn(size, 3) + 1e4, torch.full((size, 2), constant))
+    assert ranks[0].compute().isnan()
+    merged = StreamingCKA(3, 2, debiased)
+    merged.sums = merged._reductions["sums"](torch.stack([metric.sums for metric in ranks]))
+    merged._update_count = 1
+    assert merged.compute().isnan()
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+def test_ranks_of_other_offsets_add_up_exactly(debiased: bool, pair: tuple[Tensor, Tensor]) -> None:
+    """One rank saw nothing, the others saw samples around other points; forward merges its batches alike."""
+    x, y = (z + torch.where(torch.arange(200) < 80, 1e3, -1e3)[:, None] for z in pair)
+    ranks = [StreamingCKA(30, 20, debiased) for _ in range(3)]
+    ranks[1].update(x[:80], y[:80])
+    ranks[2].forward(x[80:90], y[80:90])
+    ranks[2].forward(x[90:], y[90:])
+    merged = StreamingCKA(30, 20, debiased)
+    merged.sums = merged._reductions["sums"](torch.stack([metric.sums for metric in ranks]))
+    merged._update_count = 1
+    assert float(merged.compute()) == pytest.approx(float(CKA(debiased=debiased)(x, y)), abs=1e-12)
+
+
+@pytest.mark.parametrize("measure", [Procrustes(), Procrustes(angle=True)], ids=lambda m: m.name)
+def test_wide_layers_look_alike_to_procrustes(measure: Procrustes) -> None:
+    wide, narrow = prepare(torch.randn(100, 500)), prepare(torch.randn(100, 99))
+    assert float(Procrustes().between(wide, prepare(torch.randn(100, 500)))) > 0.9
+    said = measure.caution(wide)
+    assert said is not None
+    assert said == ("width ≥ n, unrelated layers look alike, compare with the values by chance", "d = 500")
+    assert measure.caution(narrow) is None
+
+
+def test_masks_and_class_tokens() -> None:
+    from lightning_interp.similarity.reading import fitted
+
+    mask = torch.tensor([[False, True, True], [True, True, False]])
+    found = fitted(mask, 5)
+    assert found is not None
+    assert found.tolist() == [[True, True, False, True, True], [True, True, True, True, False]]
+    assert fitted(mask, 2) is None
+    assert fitted(mask, 12) is None

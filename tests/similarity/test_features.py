@@ -41,7 +41,7 @@ def batches(n: int = 20) -> list[Tensor]:
 def test_widths(net: Twice) -> None:
     found = watch(net, net, [torch.randn(5, 2, 2, 4), torch.randn(4, 2, 2, 4)], FLAT)
     widths = {found.label(call): width for call, width in found.widths().items()}
-    assert widths == {"conv#0": 16, "conv#1": 16, "act#0": 16, "act#1": 16, "gru": 8}
+    assert widths == {"conv#0": 16, "conv#1": 16, "act#0": 16, "act#1": 16, "gru": 8, "output": 4}
 
 
 @pytest.mark.parametrize("columns_per_pass", [3, 17, 10_000])
@@ -59,6 +59,7 @@ def test_equals_all_at_once(net: Twice, columns_per_pass: int, n: int) -> None:
         "act#0": first.relu(),
         "act#1": second.relu(),
         "gru": net.gru(second.relu().flatten(2))[0],
+        "output": net(whole),
     }
     assert list(found) == list(expected)
     for layer, features in expected.items():
@@ -80,7 +81,7 @@ def test_a_first_batch_unlike_the_rest_costs_no_digits() -> None:
     net = nn.Sequential(nn.Identity())
     features = torch.randn(60, 300)
     features[6:] += 1000
-    watched = watch(net, net, [features[:3], features[:2]], FLAT)
+    watched = watch(net, net, [features[:3], features[:2]], FLAT).of(["0"])
     (found,) = representations(net, net, list(features.split(6)), watched, 60, "gram").values()
     centred = features.double() - features.double().mean(0)
     exact = centred @ centred.T

@@ -42,7 +42,7 @@ def test_wide_layers_of_low_rank(n: int, rank: int, width: int) -> None:
     x = torch.randn(n, rank)
     net = nn.ModuleList([nn.Linear(rank, width), nn.Linear(rank, width)])
     net.forward = lambda batch: [layer(batch) for layer in net]  # type: ignore[method-assign]
-    watched = watch(net, net, [x[:3], x[:2]], Reading())
+    watched = watch(net, net, [x[:3], x[:2]], Reading()).of(["0", "1"])
     a, b = representations(net, net, x.split(32), watched, n).values()
     assert a.rank == b.rank == rank
     assert float(CCA().between(a, b)) == pytest.approx(1, abs=1e-4)
@@ -64,14 +64,14 @@ def test_dead_layers_wider_than_the_probe(form: str, tmp_path: Path) -> None:
 
 def test_positions_of_more_channels_than_samples() -> None:
     net, x = nn.Sequential(nn.Conv2d(1, 32, 3)), torch.randn(12, 1, 8, 8)
-    watched = watch(net, net, [x[:3], x[:2]], Reading("positions"))
+    watched = watch(net, net, [x[:3], x[:2]], Reading("positions")).of(["0"])
     (found,) = representations(net, net, x.split(5), watched, 12, "gram").values()
     assert (found.n, found.width) == (12 * 16, 32)
 
 
 def test_a_sketch_and_itself_are_the_same() -> None:
     net, x = nn.Sequential(nn.Linear(8, 2000)), torch.randn(64, 8)
-    watched = watch(net, net, [x[:3], x[:2]], Reading())
+    watched = watch(net, net, [x[:3], x[:2]], Reading()).of(["0"])
 
     def taken(key: str) -> list[Tensor]:
         return list(representations(net, net, [x], watched, 64, "gram", sketch=64, key=key).values())
@@ -106,7 +106,7 @@ def test_layers_called_a_varying_number_of_times_are_named() -> None:
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_layers_without_features_are_left_out() -> None:
     net, x = nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 3)), torch.randn(6, 4)
-    assert list(watch(net, net, [x[:3], x[:2]], Reading()).layouts) == ["1"]
+    assert list(watch(net, net, [x[:3], x[:2]], Reading()).layouts) == ["1", ""]
 
 
 def test_functions_may_give_floats_and_refuse_other_widths() -> None:

@@ -93,3 +93,10 @@ def test_means_of_half_precision_outputs_are_taken_in_float32() -> None:
         found = read(nn.Linear(4, 4), x, 3)
     assert found.dtype is torch.float32
     assert torch.allclose(found, x.float().mean(1), atol=1e-4)
+
+
+def test_the_class_token_is_the_first_that_counts() -> None:
+    x, part = torch.randn(2, 4, 3), nn.Linear(3, 3)
+    left_padded = torch.tensor([[False, False, True, True], [True, True, True, True]])
+    assert torch.equal(read(part, x, 2, left_padded, tokens="cls"), torch.stack([x[0, 2], x[1, 0]]))
+    assert torch.equal(read(part, x, 2, left_padded[:, 1:], tokens="cls"), x[:, 0])
