@@ -6,6 +6,7 @@ import argparse
 import csv
 import io
 import sys
+import warnings
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_interp import figures
 from lightning_interp.board import clean
-from lightning_interp.compare import Comparison, compare, table_of
+from lightning_interp.compare import Comparison, compare, table_of, told_correspondence
 from lightning_interp.similarity import CCA, CKA, PWCCA, SVCCA, Measure, Procrustes, RBFKernel
 from lightning_interp.storage import Folder
 
@@ -21,11 +22,15 @@ MEASURES: dict[str, Measure] = {
     "cka": CKA(),
     "cka-debiased": CKA(debiased=True),
     "cka-rbf": CKA(RBFKernel()),
+    "cka-rbf-debiased": CKA(RBFKernel(), debiased=True),
     "cca": CCA(),
+    "cca-largest": CCA("largest"),
     "pwcca": PWCCA(),
     "r2-cca": CCA("mean_squared"),
     "svcca": SVCCA(),
+    "r2-svcca": SVCCA(summary="mean_squared"),
     "procrustes": Procrustes(),
+    "procrustes-angle": Procrustes(angle=True),
 }
 
 
@@ -33,13 +38,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; errors of the user's are one line on standard error."""
     options = _parser().parse_args(arguments)
     try:
-        chosen = [MEASURES[name] for name in options.measure or ("cka-debiased", "cka", "svcca")]
-        found = compare(*options.runs, measures=chosen, epochs=options.epoch)
+        chosen = [MEASURES[name] for name in options.measure] if options.measure else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is left out is printed
+            found = compare(*options.runs, measures=chosen, epochs=options.epoch)
     except (ValueError, FileNotFoundError) as error:
         print(f"lightning-interp: {error}", file=sys.stderr)
         return 2
     for measure in found.maps:
         _print(measure, found)
+    for name in found.left_out:
+        print(f"\n{name} is left out: a run kept too little for it (name it in measures= when training)")
     if options.out:
         _write(found, Folder(options.out))
         print(f"\nHeat maps, tables and TensorBoard events are in {options.out}")
@@ -60,15 +69,25 @@ def _parser() -> argparse.ArgumentParser:
 def _print(measure: str, found: Comparison) -> None:
     rows = table_of(found, measure)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    print(f"\n{measure} of each layer with the layer of the same name (n = {found.maps[measure][0].n} samples)")
+    first = found.maps[measure][0]
+    same = "; 0 means the same" if first.distance else ""
+    print(f"\n{measure} of each layer with the layer of the same name (n = {first.n} samples{same})")
     for row in rows:
         print("  " + "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    for note in dict.fromkeys(table.note for table in found.maps[measure] if table.note):
+    for note in _notes(measure, found):
         print(f"  {note}")
-    share = found.correspondence(measure)
-    print(
-        f"  most similar layer has the same name: {share:.0%}" if share == share else "  no layer with a value to match"
-    )
+
+
+def _notes(measure: str, found: Comparison) -> list[str]:
+    notes = dict.fromkeys(table.note for table in found.maps[measure] if table.note)
+    return [*notes, told_correspondence(found, measure)]
+
+
+def _markdown(measure: str, found: Comparison) -> str:
+    """Return a measure's table of layers and what is said of it."""
+    heading, *rows = ["| " + " | ".join(row) + " |" for row in table_of(found, measure)]
+    table = "\n".join([heading, "|---" * (len(found.pairs) + 1) + "|", *rows])
+    return "\n\n".join([f"## {measure}", table, *_notes(measure, found)])
 
 
 def _write(found: Comparison, folder: Folder) -> None:
@@ -79,7 +98,9 @@ def _write(found: Comparison, folder: Folder) -> None:
                 pixels = figures.heat_map(table)
                 folder.write(f"{name}.png", figures.png(pixels))
                 board.add_image(f"compare/{name}", pixels, 0, dataformats="HWC")
+            board.add_text(f"compare/{clean(measure)}", _markdown(measure, found), 0)
     folder.write("compare.csv", _csv(found))
+    folder.write("compare.md", "\n\n".join(_markdown(measure, found) for measure in found.maps) + "\n")
 
 
 def _csv(found: Comparison) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import PurePath
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +17,13 @@ from torch import Tensor
 from lightning_interp.board import tag
 from lightning_interp.records import SimilarityMap, Snapshot
 from lightning_interp.similarity import CKA, SVCCA, AnyMeasure, matrix
-from lightning_interp.similarity.history import cautions, is_distance, with_doubt
+from lightning_interp.similarity.history import by_chance, cautions, is_distance, is_own_scale, with_doubt
 from lightning_interp.similarity.matrix import needs
 from lightning_interp.storage import Folder, SnapshotStore, open_store
 
 Run = str | PathLike[str]
 PLACES = ("", "similarity", "interp/similarity")
+DEFAULT: tuple[AnyMeasure, ...] = (CKA(debiased=True), CKA(), SVCCA())
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +34,13 @@ class Comparison:
         runs: name of each run.
         maps: measure → one table per pair of runs, layers of the one × layers of the other, in the order of `pairs`.
         pairs: indices into `runs`, the earlier first.
+        left_out: measures that were not asked for by name, and that the runs did not keep enough for.
     """
 
     runs: tuple[str, ...]
     maps: dict[str, list[SimilarityMap]]
     pairs: tuple[tuple[int, int], ...]
+    left_out: tuple[str, ...] = ()
 
     def same_layers(self, measure: str) -> dict[str, list[float]]:
         """Return layer → similarity of that layer in each pair of runs; layers that all pairs have."""
@@ -71,15 +76,17 @@ class Comparison:
 
 def compare(
     *runs: Run,
-    measures: Sequence[AnyMeasure] = (CKA(debiased=True), CKA(), SVCCA()),
+    measures: Sequence[AnyMeasure] | None = None,
     epochs: int | Sequence[int] | None = None,
 ) -> Comparison:
     """Compare the layers of two or more runs that `RepresentationSimilarity` recorded on the same samples.
 
     Args:
         runs: each a run's log folder, its `interp` folder or its `similarity` folder; local or an fsspec address.
-        measures: `CKA()`, `SVCCA()`, any with a `name` and `between`, or a function of two `(n, d)` tensors.
-        epochs: the epoch to take, one for all runs or one for each; the last snapshot when None.
+        measures: `CKA()`, `SVCCA()`, any with a `name` and `between`, or a function of two `(n, d)` tensors. When None,
+            debiased and plain CKA and SVCCA, less those that the runs did not keep enough for, which is said.
+        epochs: the number of finished epochs to compare after, one for all runs or one for each; the last snapshot when
+            None.
 
     Raises:
         FileNotFoundError: a run has no snapshots.
@@ -94,14 +101,20 @@ def compare(
     if len(wanted) != len(runs):
         raise ValueError(f"epochs: expected one for each of {len(runs)} runs, got {len(wanted)}")
     snapshots = [_snapshot(store, epoch) for store, epoch in zip(stores, wanted, strict=True)]
-    _enough_kept(runs, snapshots, measures)
+    chosen, left_out = list(DEFAULT if measures is None else measures), []
+    if measures is None:
+        left_out = [tag(measure) for measure in DEFAULT if _too_little(runs, snapshots, measure)]
+        chosen = [measure for measure in DEFAULT if tag(measure) not in left_out]
+        if left_out:
+            warnings.warn(f"compare: {', '.join(left_out)} left out, for which a run kept too little", stacklevel=2)
+    _enough_kept(runs, snapshots, chosen)
     n = stores[0].manifest["probe"]["n"]
     names, pairs = _names(runs), tuple(itertools.combinations(range(len(runs)), 2))
     maps = {
         tag(measure): [_table(measure, snapshots[a], snapshots[b], names[a], names[b], n) for a, b in pairs]
-        for measure in measures
+        for measure in chosen
     }
-    return Comparison(names, maps, pairs)
+    return Comparison(names, maps, pairs, tuple(left_out))
 
 
 def _table(measure: AnyMeasure, a: Snapshot, b: Snapshot, row_title: str, column_title: str, n: int) -> SimilarityMap:
@@ -109,29 +122,52 @@ def _table(measure: AnyMeasure, a: Snapshot, b: Snapshot, row_title: str, column
     values = matrix(measure, list(a.layers.values()), list(b.layers.values()))
     title = f"epoch {a.epoch} and epoch {b.epoch}"
     layers = tuple(a.layers), tuple(b.layers)
-    note = "; ".join(dict.fromkeys(said for snapshot in (a, b) if (said := cautions(measure, snapshot))))
-    distance = is_distance(measure)
+    distance, own, note = is_distance(measure), is_own_scale(measure), cautions(measure, a, b)
     table = SimilarityMap(tag(measure), title, *layers, values, row_title, column_title, n, note, distance)
-    return with_doubt(table, measure, a, b)
+    table = dataclasses.replace(with_doubt(table, measure, a, b), own_scale=own)
+    shared = [layer for layer in table.rows if layer in table.columns]
+    if chances := by_chance([_at(table, table.chance, layer) for layer in shared]):
+        return dataclasses.replace(table, note=f"By chance layers of one name score {chances}. {note}")
+    return table
 
 
 def _enough_kept(runs: Sequence[Run], snapshots: Sequence[Snapshot], measures: Sequence[AnyMeasure]) -> None:
     """Raise a ValueError where a measure asks for singular vectors, of which half precision leaves too little."""
     for measure in measures:
-        for run, snapshot in zip(runs, snapshots, strict=True):
-            if needs([measure]) != "gram" and not all(layer.factorable for layer in snapshot.layers.values()):
-                raise ValueError(
-                    f"measures: expected kinds of linear CKA, for which alone {run} kept its layers, got"
-                    f" {tag(measure)}; name it in RepresentationSimilarity(measures=...) when training"
-                )
+        if too_little := _too_little(runs, snapshots, measure):
+            raise ValueError(
+                f"measures: expected kinds of linear CKA, for which alone {too_little[0]} kept its layers, got"
+                f" {tag(measure)}; name it in RepresentationSimilarity(measures=...) when training"
+            )
+
+
+def _too_little(runs: Sequence[Run], snapshots: Sequence[Snapshot], measure: AnyMeasure) -> list[Run]:
+    """Return the runs that kept too little of their layers for a measure."""
+    if needs([measure]) == "gram":
+        return []
+    pairs = zip(runs, snapshots, strict=True)
+    return [run for run, snapshot in pairs if not all(layer.factorable for layer in snapshot.layers.values())]
 
 
 def _open(run: Run) -> SnapshotStore:
-    for place in PLACES:
-        folder = Folder(str(run)).folder(place) if place else Folder(str(run))
-        if folder.exists("manifest.json"):
-            return open_store(folder)
-    raise FileNotFoundError(f"{run}: expected a run with snapshots (interp/similarity/manifest.json), found none")
+    root = Folder(str(run))
+    if found := _places(root, PLACES):
+        return open_store(found[0])
+    inside = [
+        place
+        for above in (root, root.folder("interp"))
+        for name in sorted(above.names("*"))
+        for place in _places(above.folder(name), PLACES[1:])
+    ]
+    if len(inside) == 1:
+        return open_store(inside[0])
+    hint = f"; there are {', '.join(folder.path for folder in inside)}" if inside else ", found none"
+    raise FileNotFoundError(f"{run}: expected a run with snapshots (interp/similarity/manifest.json){hint}")
+
+
+def _places(root: Folder, places: Sequence[str]) -> list[Folder]:
+    folders = [root.folder(place) if place else root for place in places]
+    return [folder for folder in folders if folder.exists("manifest.json")]
 
 
 def _same_probe(runs: Sequence[Run], stores: Sequence[SnapshotStore]) -> None:
@@ -141,7 +177,7 @@ def _same_probe(runs: Sequence[Run], stores: Sequence[SnapshotStore]) -> None:
         if probe["fingerprint"] != first["fingerprint"]:
             raise ValueError(
                 f"runs: expected snapshots of the same samples; {runs[0]} shows {_told(first)}, {run} {_told(probe)},"
-                " with other values; train with the same probe= dataset to compare"
+                f" {_difference(first, probe)}; train with the same probe= dataset to compare"
             )
         for choice in ("maps", "tokens"):
             if probe.get(choice) != first.get(choice):
@@ -155,13 +191,25 @@ def _told(probe: dict[str, object]) -> str:
     return f"{probe['n']} of the {probe['source']}"
 
 
+def _difference(first: dict[str, Any], other: dict[str, Any]) -> str:
+    """Say in words how two probes of other values differ."""
+    ids, others = list(first["ids"]), list(other["ids"])
+    if len(ids) != len(others):
+        return "another number of samples"
+    if ids == others:
+        return "the same ids with other values"
+    if sorted(ids) == sorted(others):
+        return "the same ids in another order"
+    return f"other ids, {len(set(ids) & set(others))} of them shared"
+
+
 def _snapshot(store: SnapshotStore, epoch: int | None) -> Snapshot:
     entries = store.manifest["snapshots"]
     found = [e["step"] for e in entries if epoch is None or e["epoch"] == epoch]
     if not found:
         there = sorted({e["epoch"] for e in entries})
         raise ValueError(f"epochs: expected one of {there} for {store.folder.path}, got {epoch}")
-    return store.read(found[-1])
+    return store.read(found[-1 if epoch is None else 0])  # the first after so many epochs is nearest to their end
 
 
 def _names(runs: Sequence[Run]) -> tuple[str, ...]:
@@ -188,23 +236,34 @@ def table_of(comparison: Comparison, measure: str) -> list[list[str]]:
         for layer, values in same.items()
     ]
     if same:
-        means = torch.tensor(list(same.values())).mean(0).tolist()
-        rows.append(["mean", *(f"{value:.3f}" for value in means)])
+        rows.append(["mean", *(_mean([values[i] for values in same.values()]) for i in range(len(tables)))])
         rows.append(["by chance", *(_chances(table, list(same)) for table in tables)])
     return [heading, *rows]
 
 
 def _cell(table: SimilarityMap, layer: str, value: float) -> str:
     error = _at(table, table.standard_error, layer)
-    return f"{value:.3f}" + (f" ± {error:.3f}" if error == error else "")
+    return (f"{value:.3f}" if value == value else "–") + (f" ± {error:.3f}" if error == error else "")
+
+
+def told_correspondence(comparison: Comparison, measure: str) -> str:
+    """Return in words how often the most similar layer is that of the same name, and over how many layers."""
+    share, same = comparison.correspondence(measure), comparison.same_layers(measure)
+    defined = sum(any(value == value for value in values) for values in same.values())
+    over = f"{defined} of {len(same)} layers with a value"
+    return f"most similar layer has the same name: {share:.0%}, over {over}" if share == share else f"{over} to match"
+
+
+def _mean(values: Sequence[float]) -> str:
+    known = [value for value in values if value == value]
+    if not known:
+        return "not defined"
+    of = "" if len(known) == len(values) else f" ({len(known)} of {len(values)} layers)"
+    return f"{sum(known) / len(known):.3f}{of}"
 
 
 def _chances(table: SimilarityMap, layers: Sequence[str]) -> str:
-    known = [value for layer in layers if (value := _at(table, table.chance, layer)) == value]
-    if not known:
-        return "unknown"
-    low, high = f"{min(known):.3f}", f"{max(known):.3f}"
-    return low if low == high else f"{low} to {high}"
+    return by_chance([_at(table, table.chance, layer) for layer in layers], 3) or "unknown"
 
 
 def _at(table: SimilarityMap, values: Tensor | None, layer: str) -> float:

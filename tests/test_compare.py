@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_interp import compare
-from lightning_interp.cli import main
+from lightning_interp.cli import MEASURES, main
+from lightning_interp.compare import table_of, told_correspondence
 from lightning_interp.records import Snapshot
-from lightning_interp.similarity import CKA, SVCCA, Procrustes, prepare
+from lightning_interp.similarity import CCA, CKA, SVCCA, Procrustes, RBFKernel, prepare
 from lightning_interp.storage import Folder, new_store
 
 LAYERS = ("conv", "hidden", "head")
@@ -97,6 +99,11 @@ def test_the_command(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFix
     with Image.open(pictures[0]) as image:
         assert min(image.size) > 200
     assert list(out.glob("events.out*"))
+    told = (out / "compare.md").read_text()
+    assert re.search(r"\| head \| 1\.000 ± 0\.000 \|", told)
+    assert told.count("most similar layer has the same name") == 2
+    texts = EventAccumulator(str(out), size_guidance={"tensors": 0}).Reload().Tags()["tensors"]
+    assert "compare/CKA/text_summary" in texts
 
 
 def test_the_command_tells_an_error_in_one_line(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,7 +138,7 @@ def test_each_number_has_its_doubt(runs: list[Path], tmp_path: Path) -> None:
     assert all(bool(row["by_chance"]) == (row["layer_a"] == row["layer_b"]) for row in rows)
 
 
-def test_what_a_run_did_not_keep_is_not_compared(tmp_path: Path) -> None:
+def test_what_a_run_did_not_keep_is_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run(name: str, reading: str) -> Path:
         facts = {"n": 60, "source": "test", "fingerprint": "p", "ids": list(range(60)), "maps": reading}
         store = new_store(Folder(str(tmp_path / name)), facts)
@@ -143,6 +150,67 @@ def test_what_a_run_did_not_keep_is_not_compared(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"expected kinds of linear CKA, for which alone .* got SVCCA_0.99; name it in"
     ):
-        compare(a, b)
+        compare(a, b, measures=[CKA(), SVCCA()])
+    with pytest.warns(UserWarning, match="SVCCA_0.99 left out, for which a run kept too little"):
+        found = compare(a, b)
+    assert list(found.maps) == ["CKA_debiased", "CKA"]
+    assert found.left_out == ("SVCCA_0.99",)
+    assert main(["compare", str(a), str(b)]) == 0
+    assert "SVCCA_0.99 is left out" in capsys.readouterr().out
     with pytest.raises(ValueError, match="expected the same maps= in RepresentationSimilarity"):
         compare(a, c, measures=[CKA()])
+
+
+def stored(path: Path, ids: list[int], layers: dict[str, torch.Tensor], fingerprint: str = "p") -> Path:
+    facts = {"n": len(ids), "source": "test", "fingerprint": fingerprint, "ids": ids}
+    held = {layer: prepare(x) for layer, x in layers.items()}
+    new_store(Folder(str(path)), facts).append(Snapshot(1, 10, held))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("ids", "says"),
+    [
+        ([0, 1, 2], "another number of samples"),
+        ([0, 1, 2, 3], "the same ids with other values"),
+        ([3, 2, 1, 0], "the same ids in another order"),
+        ([2, 3, 4, 5], "other ids, 2 of them shared"),
+    ],
+)
+def test_how_probes_differ(ids: list[int], says: str, tmp_path: Path) -> None:
+    a = stored(tmp_path / "a", [0, 1, 2, 3], {"conv": torch.randn(4, 2)})
+    b = stored(tmp_path / "b", ids, {"conv": torch.randn(len(ids), 2)}, "q")
+    with pytest.raises(ValueError, match=says):
+        compare(a, b)
+
+
+def test_what_is_not_defined_is_left_out_of_means_and_counted(tmp_path: Path) -> None:
+    runs = [
+        stored(tmp_path / name, list(range(30)), {"wide": torch.randn(30, 40), "thin": torch.randn(30, 3)})
+        for name in "ab"
+    ]
+    found = compare(*runs, measures=[CCA()])
+    rows = {row[0]: row[1] for row in table_of(found, "CCA_mean")}
+    assert rows["wide"] == "–"
+    assert rows["mean"] == f"{found.same_layers('CCA_mean')['thin'][0]:.3f} (1 of 2 layers)"
+    assert rows["by chance"].endswith("(known for 1 of 2 layers)")
+    assert told_correspondence(found, "CCA_mean") == (
+        "most similar layer has the same name: 100%, over 1 of 2 layers with a value"
+    )
+    note = found.maps["CCA_mean"][0].note
+    assert note.startswith("By chance layers of one name score")
+    assert note.count("wide (") == 1, "what is said of both runs is said once"
+
+
+def test_runs_without_a_logger_are_found(tmp_path: Path) -> None:
+    for name in "ab":
+        stored(tmp_path / name / "interp" / "20260101" / "similarity", list(range(9)), {"conv": torch.randn(9, 2)})
+    assert compare(tmp_path / "a", tmp_path / "b" / "interp", measures=[CKA()]).maps["CKA"]
+    stored(tmp_path / "b" / "interp" / "20260102" / "similarity", list(range(9)), {"conv": torch.randn(9, 2)})
+    with pytest.raises(FileNotFoundError, match=r"there are .*20260101/similarity, .*20260102/similarity"):
+        compare(tmp_path / "a", tmp_path / "b")
+
+
+def test_the_command_knows_every_measure() -> None:
+    wanted = [CCA("largest"), SVCCA(summary="mean_squared"), CKA(RBFKernel(), debiased=True), Procrustes(angle=True)]
+    assert all(measure in MEASURES.values() for measure in wanted)

@@ -150,3 +150,26 @@ def test_column_names_stay_on_the_picture() -> None:
     table = SimilarityMap("CKA", "final", names, names, torch.eye(6), "layer", "layer", 8)
     edge = np.concatenate([figures.heat_map(table)[:2].ravel(), figures.heat_map(table)[:, :2].ravel()])
     assert (edge == 255).all()
+
+
+def test_the_range_of_colours_fits_the_measure() -> None:
+    values = np.ma.masked_invalid(np.array([[-3.0, 40.0]]))
+
+    def ranged(**kind: bool) -> tuple[float, float]:
+        table = SimilarityMap("m", "t", ("a",), ("b", "c"), torch.tensor(values.filled()), "r", "c", 8, **kind)
+        return figures._range(table, values)
+
+    assert ranged(own_scale=True) == (-3, 40)
+    assert ranged(distance=True) == (0, 40)
+    assert ranged() == pytest.approx((0, 1), abs=0.005)
+
+
+def test_long_names_widen_the_map_and_lose_their_front() -> None:
+    name = "model.backbone.stages.3.blocks.11.attention.output.projection"
+    short, long = (
+        figures.heat_map(SimilarityMap("CKA", "t", (n, n), ("0",), torch.rand(2, 1), "layer", "epoch", 8))
+        for n in ("a", name)
+    )
+    assert long.shape[1] > short.shape[1] + 200
+    assert figures._short(name).endswith("output.projection")
+    assert len(figures._short(name)) == figures.LONGEST
