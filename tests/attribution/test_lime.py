@@ -132,6 +132,15 @@ def test_a_linear_model_is_found_exactly() -> None:
     assert not torch.allclose(shrunk.maps, expected, atol=1e-3)
 
 
+def test_a_part_of_an_image_has_all_its_pixels_and_channels() -> None:
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(2 * 6 * 6, 3)).double(), torch.randn(2, 2, 6, 6).double()
+    colour = torch.tensor([0.3, -0.2]).double()
+    found = LIME(samples=200, parts=Grid(3), baseline=[0.3, -0.2], ridge=0.0)(net, x, TARGET[:2])
+    terms = (net[1].weight[TARGET[:2]].view(2, 2, 6, 6) * (x - colour[:, None, None])).sum(1).detach()
+    sums = nn.functional.avg_pool2d(terms, 2) * 4
+    assert torch.allclose(found.maps, sums.repeat_interleave(2, 1).repeat_interleave(2, 2), atol=1e-10)
+
+
 class Bag(nn.Module):
     """Adds a number per token id and class."""
 
