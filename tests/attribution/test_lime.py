@@ -456,19 +456,31 @@ def test_errors_are_named(run: Callable[[], Any], says: str, unchecked: None) ->
         run()
 
 
-def test_a_fixed_sum_is_kept_by_the_naive_solution() -> None:
+def naive_fixed_sum(masks: Tensor, scores: Tensor, weights: Tensor, none: Tensor, total: Tensor) -> Tensor:
     """Lagrange's equations, solved as they stand."""
+    z, parts = masks.double(), masks.shape[1]
+    system = torch.ones(parts + 1, parts + 1, dtype=torch.float64)
+    system[:parts, :parts], system[parts, parts] = z.T @ weights.diag() @ z, 0
+    right = torch.cat([z.T @ weights.diag() @ (scores - none), total[None]])
+    return torch.linalg.solve(system, right)[:parts]
+
+
+def test_a_fixed_sum_is_kept_by_the_naive_solution() -> None:
     masks, scores, weights = bernoulli(4, 20, generator()), torch.randn(20, 1).double(), torch.rand(20).double()
     none, total = torch.tensor([0.3]).double(), torch.tensor([1.7]).double()
     found = with_fixed_sum(masks, scores, weights, none, total)
-    z = masks.double()
-    system = torch.ones(5, 5, dtype=torch.float64)
-    system[:4, :4], system[4, 4] = z.T @ weights.diag() @ z, 0
-    right = torch.cat([z.T @ weights.diag() @ (scores - none), total[None]])
-    assert torch.allclose(found.coefficients, torch.linalg.solve(system, right)[:4], atol=1e-10)
-    fitted = none + z @ found.coefficients
+    assert torch.allclose(found.coefficients, naive_fixed_sum(masks, scores, weights, none, total), atol=1e-10)
+    fitted = none + masks.double() @ found.coefficients
     spread = scores - (weights @ scores) / weights.sum()
     assert float(found.r2) == pytest.approx(float(1 - weights @ (scores - fitted) ** 2 / (weights @ spread**2)))
+
+
+def test_what_was_drawn_by_the_kernel_is_not_weighted_by_it_again() -> None:
+    masks, scores = KernelSHAP(samples=100).coalitions(8, generator()), torch.randn(102, 1).double()
+    found = KernelSHAP(samples=100).fit(masks, scores).coefficients
+    alike = torch.ones(100, dtype=torch.float64)
+    expected = naive_fixed_sum(masks[2:], scores[2:], alike, scores[1], scores[0] - scores[1])
+    assert torch.allclose(found, expected, atol=1e-10)
 
 
 def test_the_lime_package_agrees() -> None:
