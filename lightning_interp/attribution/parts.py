@@ -49,8 +49,8 @@ class Grid:
 class Superpixels:
     """Connected patches of about one colour, by SLIC (scikit-image).
 
-    An image's own smallest and largest value are taken for 0 and 1, so that normalised inputs do as they are. One and three channels are taken as grey and
-    RGB; more channels are clustered as they are, without a colour space.
+    An image's own smallest and largest value are taken for 0 and 1, so that normalised inputs do as they are. One and
+    three channels are taken as grey and RGB; more channels are clustered as they are, without a colour space.
 
     Reference: Achanta et al., SLIC superpixels compared to state-of-the-art superpixel methods, 2012.
 
