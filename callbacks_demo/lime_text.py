@@ -325,7 +325,7 @@ def remarks(train: Documents, test: Documents, models: Sequence[Reasoned]) -> li
         sizes = torch.stack([model.gold(document).sum() for document in test.present])
         lines.append(
             f"{name}: held-out accuracy {model.accuracy:.1%} (the larger class has"
-            f" {float(torch.bincount(test.classes).max() / len(test.classes)):.1%}); gold sets of {int(sizes.min())} to"
+            f" {float(torch.bincount(test.classes).max() / len(test.classes)):.1%});\n  gold sets of at most"
             f" {int(sizes.max())} words, {float(sizes[sizes > 0].double().mean()):.1f} in the mean over the"
             f" {int((sizes > 0).sum())} functions that have one."
         )

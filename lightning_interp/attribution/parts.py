@@ -49,8 +49,8 @@ class Grid:
 class Superpixels:
     """Connected patches of about one colour, by SLIC (scikit-image).
 
-    The image is brought to [0, 1] by its own smallest and largest value. One and three channels are taken as grey and
-    RGB; more channels are clustered as they are, without a colour space.
+    An image's own smallest and largest value are taken for 0 and 1, so that normalised inputs do as they are. One and
+    three channels are taken as grey and RGB; more channels are clustered as they are, without a colour space.
 
     Reference: Achanta et al., SLIC superpixels compared to state-of-the-art superpixel methods, 2012.
 
@@ -84,7 +84,6 @@ class Superpixels:
                 "Superpixels: expected scikit-image to be installed (pip install scikit-image), or parts=Grid()"
             ) from error
         pixels = image.detach().cpu().double().nan_to_num(0, 0, 0)
-        pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp(min=1e-12)
         coloured = len(pixels) in (1, 3)
         if len(pixels) == 1:
             pixels = pixels.expand(3, *pixels.shape[1:])

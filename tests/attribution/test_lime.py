@@ -132,6 +132,15 @@ def test_a_linear_model_is_found_exactly() -> None:
     assert not torch.allclose(shrunk.maps, expected, atol=1e-3)
 
 
+def test_a_part_of_an_image_has_all_its_pixels_and_channels() -> None:
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(2 * 6 * 6, 3)).double(), torch.randn(2, 2, 6, 6).double()
+    colour = torch.tensor([0.3, -0.2]).double()
+    found = LIME(samples=200, parts=Grid(3), baseline=[0.3, -0.2], ridge=0.0)(net, x, TARGET[:2])
+    terms = (net[1].weight[TARGET[:2]].view(2, 2, 6, 6) * (x - colour[:, None, None])).sum(1).detach()
+    sums = nn.functional.avg_pool2d(terms, 2) * 4
+    assert torch.allclose(found.maps, sums.repeat_interleave(2, 1).repeat_interleave(2, 2), atol=1e-10)
+
+
 class Bag(nn.Module):
     """Adds a number per token id and class."""
 
@@ -447,19 +456,31 @@ def test_errors_are_named(run: Callable[[], Any], says: str, unchecked: None) ->
         run()
 
 
-def test_a_fixed_sum_is_kept_by_the_naive_solution() -> None:
+def naive_fixed_sum(masks: Tensor, scores: Tensor, weights: Tensor, none: Tensor, total: Tensor) -> Tensor:
     """Lagrange's equations, solved as they stand."""
+    z, parts = masks.double(), masks.shape[1]
+    system = torch.ones(parts + 1, parts + 1, dtype=torch.float64)
+    system[:parts, :parts], system[parts, parts] = z.T @ weights.diag() @ z, 0
+    right = torch.cat([z.T @ weights.diag() @ (scores - none), total[None]])
+    return torch.linalg.solve(system, right)[:parts]
+
+
+def test_a_fixed_sum_is_kept_by_the_naive_solution() -> None:
     masks, scores, weights = bernoulli(4, 20, generator()), torch.randn(20, 1).double(), torch.rand(20).double()
     none, total = torch.tensor([0.3]).double(), torch.tensor([1.7]).double()
     found = with_fixed_sum(masks, scores, weights, none, total)
-    z = masks.double()
-    system = torch.ones(5, 5, dtype=torch.float64)
-    system[:4, :4], system[4, 4] = z.T @ weights.diag() @ z, 0
-    right = torch.cat([z.T @ weights.diag() @ (scores - none), total[None]])
-    assert torch.allclose(found.coefficients, torch.linalg.solve(system, right)[:4], atol=1e-10)
-    fitted = none + z @ found.coefficients
+    assert torch.allclose(found.coefficients, naive_fixed_sum(masks, scores, weights, none, total), atol=1e-10)
+    fitted = none + masks.double() @ found.coefficients
     spread = scores - (weights @ scores) / weights.sum()
     assert float(found.r2) == pytest.approx(float(1 - weights @ (scores - fitted) ** 2 / (weights @ spread**2)))
+
+
+def test_what_was_drawn_by_the_kernel_is_not_weighted_by_it_again() -> None:
+    masks, scores = KernelSHAP(samples=100).coalitions(8, generator()), torch.randn(102, 1).double()
+    found = KernelSHAP(samples=100).fit(masks, scores).coefficients
+    alike = torch.ones(100, dtype=torch.float64)
+    expected = naive_fixed_sum(masks[2:], scores[2:], alike, scores[1], scores[0] - scores[1])
+    assert torch.allclose(found, expected, atol=1e-10)
 
 
 def test_the_lime_package_agrees() -> None:
