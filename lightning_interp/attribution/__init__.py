@@ -1,11 +1,33 @@
 """Attribution to input features: callables `attributor(model, inputs, target, task) -> Explanation`."""
 
+from lightning_interp.attribution.baselines import Centre, Edges
 from lightning_interp.attribution.cam import CAM, GradCAM, GradCAMPlusPlus, grad_cam, grad_cam_plus_plus, last_map_layer
 from lightning_interp.attribution.deconvnet import DeconvNet, GuidedBackprop, strongest
+from lightning_interp.attribution.faithfulness import (
+    DeadMaps,
+    DeletionArea,
+    InsertionArea,
+    dead,
+    deletion_curve,
+    insertion_curve,
+)
 from lightning_interp.attribution.integrated_gradients import IntegratedGradients
+from lightning_interp.attribution.localization import (
+    BestLocalizationError,
+    EnergyInside,
+    LocalizationError,
+    PointingGame,
+    box_overlap,
+    boxes_to_masks,
+    energy_inside,
+    localization_error,
+    pointing,
+)
 from lightning_interp.attribution.occlusion import Occlusion
 from lightning_interp.attribution.one_pass import explain
+from lightning_interp.attribution.rank import flat_map, rank_correlation
 from lightning_interp.attribution.saliency import InputXGradient, Saliency
+from lightning_interp.attribution.sanity import last_weights, reinitialized, sanity_similarity
 from lightning_interp.attribution.smoothgrad import SmoothGrad
 from lightning_interp.attribution.target import (
     Score,
@@ -19,25 +41,47 @@ from lightning_interp.attribution.target import (
 
 __all__ = [
     "CAM",
+    "BestLocalizationError",
+    "Centre",
+    "DeadMaps",
     "DeconvNet",
+    "DeletionArea",
+    "Edges",
+    "EnergyInside",
     "GradCAM",
     "GradCAMPlusPlus",
     "GuidedBackprop",
     "InputXGradient",
+    "InsertionArea",
     "IntegratedGradients",
+    "LocalizationError",
     "Occlusion",
+    "PointingGame",
     "Saliency",
     "Score",
     "SmoothGrad",
     "Target",
+    "box_overlap",
+    "boxes_to_masks",
+    "dead",
+    "deletion_curve",
+    "energy_inside",
     "explain",
+    "flat_map",
     "grad_cam",
     "grad_cam_plus_plus",
+    "insertion_curve",
     "label_probability",
     "last_map_layer",
+    "last_weights",
+    "localization_error",
     "log_probability",
     "logit",
+    "pointing",
     "probability",
+    "rank_correlation",
+    "reinitialized",
+    "sanity_similarity",
     "select",
     "strongest",
 ]
