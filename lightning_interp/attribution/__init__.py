@@ -2,6 +2,7 @@
 
 from lightning_interp.attribution.baselines import Centre, Edges
 from lightning_interp.attribution.cam import CAM, GradCAM, GradCAMPlusPlus, grad_cam, grad_cam_plus_plus, last_map_layer
+from lightning_interp.attribution.coalitions import any_size, bernoulli
 from lightning_interp.attribution.deconvnet import DeconvNet, GuidedBackprop, strongest
 from lightning_interp.attribution.faithfulness import (
     DeadMaps,
@@ -12,6 +13,8 @@ from lightning_interp.attribution.faithfulness import (
     insertion_curve,
 )
 from lightning_interp.attribution.integrated_gradients import IntegratedGradients
+from lightning_interp.attribution.kernel_shap import KernelSHAP
+from lightning_interp.attribution.lime import LIME, by_width
 from lightning_interp.attribution.localization import (
     BestLocalizationError,
     EnergyInside,
@@ -25,10 +28,12 @@ from lightning_interp.attribution.localization import (
 )
 from lightning_interp.attribution.occlusion import Occlusion
 from lightning_interp.attribution.one_pass import explain
+from lightning_interp.attribution.parts import Grid, Superpixels
 from lightning_interp.attribution.rank import flat_map, rank_correlation
 from lightning_interp.attribution.saliency import InputXGradient, Saliency
 from lightning_interp.attribution.sanity import last_weights, reinitialized, sanity_similarity
 from lightning_interp.attribution.smoothgrad import SmoothGrad
+from lightning_interp.attribution.switched import LocalModels
 from lightning_interp.attribution.target import (
     Score,
     Target,
@@ -41,6 +46,7 @@ from lightning_interp.attribution.target import (
 
 __all__ = [
     "CAM",
+    "LIME",
     "BestLocalizationError",
     "Centre",
     "DeadMaps",
@@ -50,19 +56,26 @@ __all__ = [
     "EnergyInside",
     "GradCAM",
     "GradCAMPlusPlus",
+    "Grid",
     "GuidedBackprop",
     "InputXGradient",
     "InsertionArea",
     "IntegratedGradients",
+    "KernelSHAP",
+    "LocalModels",
     "LocalizationError",
     "Occlusion",
     "PointingGame",
     "Saliency",
     "Score",
     "SmoothGrad",
+    "Superpixels",
     "Target",
+    "any_size",
+    "bernoulli",
     "box_overlap",
     "boxes_to_masks",
+    "by_width",
     "dead",
     "deletion_curve",
     "energy_inside",
