@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Int
@@ -27,7 +27,7 @@ def chunks(
         yield part // variants, part % variants
 
 
-def of_rows(target: Target, rows: Int[Tensor, " m"]) -> Target:
+def of_rows(target: Target, rows: Int[Tensor, " m"]) -> Int[Tensor, " m"] | Callable[[Tensor], Tensor]:
     """Return the target of the given samples."""
     return target if callable(target) else target.to(rows.device)[rows]
 

@@ -109,7 +109,7 @@ def box_overlap(
     _check_share("box_overlap", "threshold", threshold)
     maps, masks = _checked(maps, masks)
     peak = maps.amax((1, 2), keepdim=True)
-    above = (maps > threshold * peak) & (peak > 0)
+    above = maps > threshold * peak  # nowhere, where the maximum is not positive
     drawn, true = _box(_largest_component(above)), _box(masks)
     overlap = _area(torch.cat([torch.maximum(drawn, true)[:, :2], torch.minimum(drawn, true)[:, 2:]], dim=1))
     found = overlap / (_area(drawn) + _area(true) - overlap)
