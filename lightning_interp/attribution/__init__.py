@@ -15,6 +15,7 @@ from lightning_interp.attribution.faithfulness import (
 from lightning_interp.attribution.integrated_gradients import IntegratedGradients
 from lightning_interp.attribution.kernel_shap import KernelSHAP
 from lightning_interp.attribution.lime import LIME, by_width
+from lightning_interp.attribution.local_models import LocalModels
 from lightning_interp.attribution.localization import (
     BestLocalizationError,
     EnergyInside,
@@ -33,7 +34,6 @@ from lightning_interp.attribution.rank import flat_map, rank_correlation
 from lightning_interp.attribution.saliency import InputXGradient, Saliency
 from lightning_interp.attribution.sanity import last_weights, reinitialized, sanity_similarity
 from lightning_interp.attribution.smoothgrad import SmoothGrad
-from lightning_interp.attribution.switched import LocalModels
 from lightning_interp.attribution.target import (
     Score,
     Target,

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from lightning_interp.attribution.answers import answers
 from lightning_interp.attribution.baseline import Baseline
 from lightning_interp.attribution.chunks import check_count
 from lightning_interp.attribution.coalitions import countable, shapley, shapley_kernel
-from lightning_interp.attribution.local_model import LocalModel, with_fixed_sum
+from lightning_interp.attribution.least_squares import LocalModel, with_fixed_sum
+from lightning_interp.attribution.local_models import LocalModels, local_models
 from lightning_interp.attribution.parts import Parts, parts_tag
 from lightning_interp.attribution.saliency import suffix
-from lightning_interp.attribution.switched import LocalModels, local_models, switched
 from lightning_interp.attribution.target import Score, Target, logit, recorded
 from lightning_interp.records import Explanation
 from lightning_interp.task import Task
@@ -73,12 +74,12 @@ class KernelSHAP:
         Raises:
             ValueError: the target, the parts or the baseline do not fit, or the samples are too few for the parts.
         """
-        asked = switched(self, model, inputs, target, task)
+        asked = answers(self, model, inputs, target, task)
         return local_models(self, asked).of_target(recorded(target, len(asked.labels)))
 
     def all_classes(self, model: nn.Module, inputs: Any, task: Task = Task()) -> LocalModels:
         """Find every class's values from one set of forwards; `.of(target)` gives the maps of a class per sample."""
-        return local_models(self, switched(self, model, inputs, None, task))
+        return local_models(self, answers(self, model, inputs, None, task))
 
     def coalitions(self, parts: int, generator: Generator) -> Tensor:
         """Return the full and the empty coalition, and those drawn."""

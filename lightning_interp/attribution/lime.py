@@ -9,13 +9,14 @@ from typing import Any
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor, nn
 
+from lightning_interp.attribution.answers import answers
 from lightning_interp.attribution.baseline import Baseline
 from lightning_interp.attribution.chunks import check_count
 from lightning_interp.attribution.coalitions import Draw, bernoulli, distance_to_all
-from lightning_interp.attribution.local_model import LocalModel, k_lasso, weighted_ridge
+from lightning_interp.attribution.least_squares import LocalModel, k_lasso, weighted_ridge
+from lightning_interp.attribution.local_models import LocalModels, local_models
 from lightning_interp.attribution.parts import Parts, parts_tag
 from lightning_interp.attribution.saliency import suffix
-from lightning_interp.attribution.switched import LocalModels, local_models, switched
 from lightning_interp.attribution.target import Score, Target, logit, recorded
 from lightning_interp.records import Explanation
 from lightning_interp.task import Task
@@ -98,12 +99,12 @@ class LIME:
         Raises:
             ValueError: the target, the parts or the baseline do not fit.
         """
-        asked = switched(self, model, inputs, target, task)
+        asked = answers(self, model, inputs, target, task)
         return local_models(self, asked).of_target(recorded(target, len(asked.labels)))
 
     def all_classes(self, model: nn.Module, inputs: Any, task: Task = Task()) -> LocalModels:
         """Fit the models of every class to one set of forwards; `.of(target)` gives the maps of a class per sample."""
-        return local_models(self, switched(self, model, inputs, None, task))
+        return local_models(self, answers(self, model, inputs, None, task))
 
     def coalitions(self, parts: int, generator: Generator) -> Tensor:
         """Return which parts are on, `(samples, parts)`."""
@@ -133,5 +134,5 @@ def by_width(
         task: how to call the model.
     """
     methods = [replace(lime, width=width) for width in widths]
-    asked = switched(lime, model, inputs, target, task)
+    asked = answers(lime, model, inputs, target, task)
     return tuple(local_models(method, asked).of_target(recorded(target, len(asked.labels))) for method in methods)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lightning_interp.attribution.chunks import check_count
 from lightning_interp.attribution.explained import Explained
 
 Parts = Callable[[Tensor], Tensor]
@@ -26,6 +27,9 @@ class Grid:
     """
 
     side: int = 8
+
+    def __post_init__(self) -> None:
+        check_count("Grid", "side", self.side)
 
     @property
     def name(self) -> str:
@@ -60,6 +64,11 @@ class Superpixels:
 
     count: int = 50
     compactness: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_count("Superpixels", "count", self.count)
+        if not self.compactness > 0:
+            raise ValueError(f"Superpixels(compactness=...): expected a positive number, got {self.compactness!r}")
 
     @property
     def name(self) -> str:

@@ -1,10 +1,10 @@
-"""What a model says of samples with some of their parts switched off."""
+"""Answers: what a model says of samples with some of their parts switched off."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,15 +14,15 @@ from torch.nn.utils.rnn import pad_sequence
 from lightning_interp.attribution.baseline import Baseline, baseline_like
 from lightning_interp.attribution.chunks import chunks, of_rows
 from lightning_interp.attribution.explained import Explained
-from lightning_interp.attribution.local_model import LocalModel
-from lightning_interp.attribution.parts import Parts, fitting, parts_of, parts_tag
+from lightning_interp.attribution.least_squares import LocalModel
+from lightning_interp.attribution.parts import Parts, fitting, parts_of
 from lightning_interp.attribution.target import Score, Target, logit, per_class, select
 from lightning_interp.batch import precise
 from lightning_interp.capture import explaining
-from lightning_interp.records import Explanation
 from lightning_interp.task import Task
 
 
+@runtime_checkable
 class Method(Protocol):
     """What LIME and KernelSHAP have in common: an input's parts are switched off, and a linear model is fitted."""
 
@@ -45,7 +45,7 @@ class Method(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Switched:
+class Answers:
     """Each sample's coalitions, and what a model says of the sample with just these parts.
 
     Args:
@@ -58,56 +58,11 @@ class Switched:
 
     parts: Parts
     labels: Int[Tensor, "n *positions"]
-    coalitions: tuple[Bool[Tensor, "draws parts"], ...]
-    scores: tuple[Float[Tensor, "draws outputs"], ...]
+    coalitions: tuple[Tensor, ...]
+    scores: tuple[Tensor, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class LocalModels:
-    """Linear models that stand for the network around each sample, one per class.
-
-    Args:
-        method: tag of what fitted them.
-        labels: the part at each position, −1 where it has none, `(n, *positions)`.
-        models: per sample, with one output per class.
-        dtype: of the maps.
-    """
-
-    method: str
-    labels: Int[Tensor, "n *positions"]
-    models: tuple[LocalModel, ...]
-    dtype: torch.dtype = torch.float32
-
-    def of(self, target: Int[Tensor, " n"]) -> Explanation:
-        """Return the maps of the given class per sample, `(n, *positions)`: each position has its part's coefficient.
-
-        Raises:
-            ValueError: there is no such class.
-        """
-        classes = [] if not self.models else list(range(len(self.models[0].r2)))
-        if target.shape != (len(self.models),) or not all(c in classes for c in target.tolist()):
-            raise ValueError(
-                f"target: expected {len(self.models)} classes among 0 to {len(classes) - 1}, got {target.tolist()}"
-            )
-        return self._painted(target.tolist(), target.detach().cpu().long())
-
-    def of_target(self, recorded: Int[Tensor, " n"]) -> Explanation:
-        """Return the maps of models that were fitted to one target alone."""
-        return self._painted([0] * len(self.models), recorded)
-
-    def _painted(self, outputs: Sequence[int], target: Tensor) -> Explanation:
-        maps = torch.zeros(self.labels.shape, dtype=self.dtype)
-        r2 = torch.zeros(len(outputs))
-        for place, (model, output) in enumerate(zip(self.models, outputs, strict=True)):
-            # One more for the label −1.
-            values = torch.cat([model.coefficients[:, output], torch.zeros(1)])
-            maps[place] = values[self.labels[place]].to(self.dtype)
-            r2[place] = model.r2[output]
-        parts = torch.tensor([float(len(model.coefficients)) for model in self.models])
-        return Explanation(self.method, maps, target, facts={"r2": r2, "parts": parts})
-
-
-def switched(method: Method, model: nn.Module, inputs: Any, target: Target | None, task: Task) -> Switched:
+def answers(method: Method, model: nn.Module, inputs: Any, target: Target | None, task: Task) -> Answers:
     """Draw coalitions of each sample's parts, seeded by the sample, and ask the model about all of them.
 
     Args:
@@ -125,14 +80,7 @@ def switched(method: Method, model: nn.Module, inputs: Any, target: Target | Non
         generators = [Generator().manual_seed(seed) for seed in explained.seeds()]
         drawn = [_checked(method.coalitions(*of), of[0]) for of in zip(counts, generators, strict=True)]
         scores = _scores(explained, method, labels, drawn, target)
-    return Switched(parts, labels, tuple(drawn), scores)
-
-
-def local_models(method: Method, asked: Switched) -> LocalModels:
-    """Fit each sample's linear models."""
-    models = tuple(method.fit(*drawn) for drawn in zip(asked.coalitions, asked.scores, strict=True))
-    name = method.name + ("" if method.parts else parts_tag(asked.parts))
-    return LocalModels(name, asked.labels, models, asked.scores[0].dtype if asked.scores else torch.float32)
+    return Answers(parts, labels, tuple(drawn), scores)
 
 
 def every_class(outputs: Tensor, score: Score) -> Float[Tensor, "n classes"]:
@@ -148,42 +96,50 @@ def _scores(
     explained: Explained, method: Method, labels: Tensor, drawn: Sequence[Tensor], target: Target | None
 ) -> tuple[Tensor, ...]:
     raw, empty = explained.raw, baseline_like(method.baseline, explained.raw)
-    on, draws = _padded(drawn).to(raw.device), torch.tensor([len(masks) for masks in drawn], device=raw.device)
+    on, draws = _padded(drawn).to(raw.device), [len(masks) for masks in drawn]
     places = (labels.flatten(1) % on.shape[2]).to(raw.device)  # label −1 becomes the last column, which is always on
     which = explained.everything if target is None else target
     found: list[Tensor] = []
-    for rows, variants in _asked_for(draws, method.batch_size, which):
+    for rows, variants in _asked_for(draws, method.batch_size, which, raw.device):
         kept = on[rows, variants].gather(1, places[rows]).unflatten(1, labels.shape[1:])
         copies = torch.where(kept[:, None] if raw.ndim > 2 else kept, raw[rows], empty[rows])
         outputs = explained.outputs_of(copies, rows)
-        asked = select(outputs, of_rows(target, rows), method.score)[:, None] if target is not None else None
-        values = precise(every_class(outputs, method.score) if asked is None else asked)
+        values = precise(_read(outputs, None if target is None else of_rows(target, rows), method.score))
         found = found or [values.new_zeros(*on.shape[:2], values.shape[1])]
         found[0][rows, variants] = values
-    together = found[0].cpu() if found else torch.zeros(len(drawn), 0, 1)
-    return tuple(scores[: len(masks)] for scores, masks in zip(together, drawn, strict=True))
+    return tuple(scores[:count] for scores, count in zip(found[0].cpu(), draws, strict=True))
 
 
-def _asked_for(draws: Tensor, batch_size: int, target: Target) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (sample, draw) pairs as `chunks` does, without those that a sample does not have.
+def _read(outputs: Tensor, target: Target | None, score: Score) -> Float[Tensor, "m outputs"]:
+    return every_class(outputs, score) if target is None else select(outputs, target, score)[:, None]
+
+
+def _asked_for(
+    draws: Sequence[int], batch_size: int, target: Target, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (sample, draw) pairs as `chunks` does, without those that a sample with fewer draws does not have.
 
     Where all samples go together, such a draw is asked for all the same: everything is on in it.
     """
-    for rows, variants in chunks(len(draws), max(draws.tolist(), default=0), batch_size, target, draws.device):
-        real = torch.full_like(rows, True, dtype=torch.bool) if callable(target) else variants < draws[rows]
-        if bool(real.any()):
+    counts = torch.tensor(draws, device=device)
+    for rows, variants in chunks(len(draws), max(draws), batch_size, target, device):
+        real = variants < counts[rows]
+        if callable(target) or min(draws) == max(draws):
+            yield rows, variants
+        elif bool(real.any()):
             yield rows[real], variants[real]
 
 
 def _padded(coalitions: Sequence[Tensor]) -> Bool[Tensor, "n draws parts"]:
     """Return coalitions in one tensor, where what is missing counts as on, with one more part that is always on."""
-    most = max((drawn.shape[1] for drawn in coalitions), default=0)
+    most = max(drawn.shape[1] for drawn in coalitions)
     off = [nn.functional.pad(~drawn, (0, most + 1 - drawn.shape[1])) for drawn in coalitions]
     return ~pad_sequence(off, batch_first=True)
 
 
 def _checked(coalitions: Tensor, parts: int) -> Tensor:
-    if coalitions.dtype is not torch.bool or coalitions.ndim != 2 or coalitions.shape[1] != parts:
+    fits = coalitions.ndim == 2 and len(coalitions) and coalitions.shape[1] == parts
+    if coalitions.dtype is not torch.bool or not fits:
         raise ValueError(
             f"draw: expected booleans (draws, {parts}), got {tuple(coalitions.shape)} of {coalitions.dtype}"
         )

@@ -112,11 +112,13 @@ def with_fixed_sum(
     Raises:
         ValueError: the equations are singular: fewer different draws than parts.
     """
+    if not masks.shape[1]:
+        return LocalModel(none.new_zeros(0, len(none)), torch.full_like(none, torch.nan))
     z, y = masks.double(), scores.double() - none
     last = z[:, -1:]
     free, rest = z[:, :-1] - last, y - last * total
     firsts = solved((free.T * weights) @ free, (free.T * weights) @ rest)
-    coefficients = torch.cat([firsts, (total - firsts.sum(0))[None]])[: masks.shape[1]]
+    coefficients = torch.cat([firsts, (total - firsts.sum(0))[None]])
     return LocalModel(coefficients, r_squared(scores.double(), y - z @ coefficients, weights))
 
 
