@@ -181,7 +181,9 @@ def sheet(explained: Mapping[Photograph, tuple[Found, Mapping[str, Tensor]]]) ->
             ax.contour(inside.numpy(), levels=[0.5], colors="white", linewidths=1)
             ax.set_title(name or named, fontsize=10)
             ax.set_axis_off()
-    return Image.fromarray(render(figure))
+    drawn = Image.fromarray(render(figure))
+    palette = drawn.quantize(256, Image.Quantize.MAXCOVERAGE)  # a third of the file
+    return drawn.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ Images: a vision transformer that answers from its class token learns the shapes
 pointing and energy are as there.
 
 What the last block gives at tokens other than the class token has no gradient, so that Grad-CAM's layer is found before
-it. Grad-CAM averages a channel's gradient over positions, as if it meant the same in each: so it is where positions are
-averaged at the end, but hardly before attention.
+it. Grad-CAM is the weakest here: it averages a channel's gradient over tokens, as if it meant the same in each, and
+after a block of attention a token's state is no longer about that token alone.
 """
 
 from __future__ import annotations
@@ -308,17 +308,16 @@ def remarks(found: Mapping[str, Mapping[str, Sequence[Pointed]]]) -> list[str]:
     """Say which methods point at what decides, and which do not."""
     text = {kind: {name: mean_first(networks) for name, networks in found[kind].items()} for kind in NETS}
     images = {name: mean_first(networks) for name, networks in found["images"].items()}
-    known = ("saliency", "input × gradient", "integrated gradients", "LIME")
-    lines = [
-        f"Text, {kind}: "
-        + ", ".join(f"{name} {first[name]:.0%}" for name in (*known, "Grad-CAM"))
-        + f" at a planted word first; chance {first['chance']:.0%}."
-        for kind, first in text.items()
-    ]
-    lines.append(
-        f"Images: saliency {images['saliency']:.0%}, Grad-CAM {images['Grad-CAM']:.0%} in the box,"
-        f" Centre {images['Centre']:.0%}."
-    )
+    lines = []
+    for kind, first in text.items():
+        shares = ", ".join(f"{name} {first[name]:.0%}" for name in OF_TEXT if name != "Grad-CAM, embedding")
+        lines += [
+            f"Text, {kind}: the largest value is at a planted word in",
+            f"  {shares}; by chance in {first['chance']:.0%}.",
+        ]
+    shares = ", ".join(f"{name} {images[name]:.0%}" for name in ("saliency", "input × gradient", "Grad-CAM"))
+    beats = "more" if images["Grad-CAM"] > images["Centre"] else "no more"
+    lines += [f"Images: it is in the box in {shares}; Grad-CAM finds {beats} than Centre, {images['Centre']:.0%}."]
     return lines
 
 
