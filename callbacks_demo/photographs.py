@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from callbacks_demo.shapes import overlay
+from callbacks_demo.shapes import overlay, with_palette
 from lightning_interp.attribution import (
     LIME,
     GradCAM,
@@ -181,9 +181,7 @@ def sheet(explained: Mapping[Photograph, tuple[Found, Mapping[str, Tensor]]]) ->
             ax.contour(inside.numpy(), levels=[0.5], colors="white", linewidths=1)
             ax.set_title(name or named, fontsize=10)
             ax.set_axis_off()
-    drawn = Image.fromarray(render(figure))
-    palette = drawn.quantize(256, Image.Quantize.MAXCOVERAGE)  # a third of the file
-    return drawn.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+    return with_palette(Image.fromarray(render(figure)))
 
 
 if __name__ == "__main__":

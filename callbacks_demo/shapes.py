@@ -286,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[Found]]:
             for name, method in METHODS.items():
                 found[name].append(measure(method, net, drawn))
             if options.picture and seed == 0:
-                sheet(net, drawn).save(options.picture)
+                sheet(net, drawn).save(options.picture, optimize=True)
     print("\n".join([*table(found), "", *remarks(found)]))
     print(f"Took {time.perf_counter() - started:.0f} s, {time.process_time() - worked:.0f} s of one core.")
     return found
@@ -369,7 +369,13 @@ def sheet(net: nn.Module, drawn: Drawn, rows: int = 5) -> Image.Image:
             ax.set_axis_off()
             if row == 0:
                 ax.set_title(name, fontsize=8)
-    return Image.fromarray(render(figure))
+    return with_palette(Image.fromarray(render(figure)))
+
+
+def with_palette(drawn: Image.Image) -> Image.Image:
+    """Return a picture in 256 colours: its file is a third as large."""
+    palette = drawn.quantize(256, Image.Quantize.MAXCOVERAGE)
+    return drawn.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
 
 
 def overlay(image: Tensor, attribution: Tensor) -> Tensor:
