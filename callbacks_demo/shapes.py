@@ -269,7 +269,7 @@ def fit(
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[Found]]:
     """Train from each seed, measure, print the table and what it shows, and draw a few maps."""
     parser = argparse.ArgumentParser(prog="python -m callbacks_demo shapes", description=__doc__)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--images", type=int, default=4000, help="to train on")
     parser.add_argument("--measured", type=int, default=250, help="unseen images that the maps are measured on")
     parser.add_argument("--picture", type=Path, help="where to draw a few maps of the first network, as PNG")
@@ -342,8 +342,8 @@ def remarks(found: Mapping[str, Sequence[Found]]) -> list[str]:
     points = mean["Grad-CAM"].pointing
     said = " > ".join(f"{value:.2f}" for value in kept)
     return [
-        f"Means over {len(found['CAM'])} networks ± standard deviation. A method is right if error is low and the rest",
-        "high, but for kept.",
+        f"Means over {len(found['CAM'])} networks ± standard deviation. Good are low errors, much pointing and energy, and",
+        "little that is kept.",
         f"Do CAM and Grad-CAM localise better than saliency, at 0.2 and at best? {answer(below)}.",
         f"Does Grad-CAM's maximum lie in the box in at least 95%? {answer(points >= 0.95)}: {points:.1%}.",
         "Is more kept of guided backpropagation than of the gradient, and of that than of Grad-CAM, when the last",
