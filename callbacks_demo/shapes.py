@@ -342,8 +342,8 @@ def remarks(found: Mapping[str, Sequence[Found]]) -> list[str]:
     points = mean["Grad-CAM"].pointing
     said = " > ".join(f"{value:.2f}" for value in kept)
     return [
-        f"Means over {len(found['CAM'])} networks ± standard deviation. Good are low errors, much pointing and energy, and",
-        "little that is kept.",
+        f"Means over {len(found['CAM'])} networks ± standard deviation. Good are low errors, much pointing and",
+        "energy, and little that is kept.",
         f"Do CAM and Grad-CAM localise better than saliency, at 0.2 and at best? {answer(below)}.",
         f"Does Grad-CAM's maximum lie in the box in at least 95%? {answer(points >= 0.95)}: {points:.1%}.",
         "Is more kept of guided backpropagation than of the gradient, and of that than of Grad-CAM, when the last",
