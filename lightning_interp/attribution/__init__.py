@@ -1,7 +1,15 @@
 """Attribution to input features: callables `attributor(model, inputs, target, task) -> Explanation`."""
 
 from lightning_interp.attribution.baselines import Centre, Edges
-from lightning_interp.attribution.cam import CAM, GradCAM, GradCAMPlusPlus, grad_cam, grad_cam_plus_plus, last_map_layer
+from lightning_interp.attribution.cam import (
+    CAM,
+    GradCAM,
+    GradCAMPlusPlus,
+    HiResCAM,
+    grad_cam,
+    grad_cam_plus_plus,
+    last_map_layer,
+)
 from lightning_interp.attribution.coalitions import any_size, bernoulli
 from lightning_interp.attribution.deconvnet import DeconvNet, GuidedBackprop, strongest
 from lightning_interp.attribution.faithfulness import (
@@ -58,6 +66,7 @@ __all__ = [
     "GradCAMPlusPlus",
     "Grid",
     "GuidedBackprop",
+    "HiResCAM",
     "InputXGradient",
     "InsertionArea",
     "IntegratedGradients",

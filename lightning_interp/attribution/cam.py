@@ -1,4 +1,4 @@
-"""Class activation maps: of pooled linear networks (CAM), and by gradients (Grad-CAM, Grad-CAM++)."""
+"""Class activation maps: of pooled linear networks (CAM), and by gradients (Grad-CAM, Grad-CAM++, HiResCAM)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_interp.attribution.explained import Explained
-from lightning_interp.attribution.layer import at_inputs_size, find_layer
-from lightning_interp.attribution.one_pass import LAST_MAP, OfTarget, Pass, SinglePass
+from lightning_interp.attribution.layer import at_inputs_size
+from lightning_interp.attribution.one_pass import LAST_MAP, OfTarget, Pass, SinglePass, one_pass
 from lightning_interp.attribution.saliency import suffix
 from lightning_interp.attribution.target import Score, Target, logit, per_class
 from lightning_interp.batch import precise
@@ -104,6 +104,50 @@ class GradCAMPlusPlus(SinglePass):
         """Return the map after its ReLU, at the input's size."""
         held = with_positions(seen.layers[layer], layer)
         return at_inputs_size(precise(grad_cam_plus_plus(*held)).relu(), seen.explained.raw, layer)
+
+
+@dataclass(frozen=True)
+class HiResCAM(SinglePass):
+    """Activation times gradient at each position: Grad-CAM without the mean over positions.
+
+    map = ReLU(Σ_k A_k ⊙ ∂ logit_target / ∂A_k). Equal to Grad-CAM, up to the number of positions, where all positions
+    have the same gradient, as under global average pooling; elsewhere it shows the positions that were used, where
+    Grad-CAM's mean spreads one position's gradient over all. The one to take for transformers, whose tokens have very
+    different gradients.
+
+    Reference: Draelos and Carin, Use HiResCAM instead of Grad-CAM for faithful explanations of convolutional neural
+    networks, 2020.
+
+    Args:
+        layer: as of `GradCAM`.
+        score: what is differentiated.
+    """
+
+    layer: str | None = None
+    score: Score = logit
+
+    def __post_init__(self) -> None:
+        check_layer("HiResCAM", self.layer)
+
+    @property
+    def name(self) -> str:
+        """Tag of the method."""
+        return tagged("HiResCAM", self.layer) + suffix(self.score)
+
+    @property
+    def goal(self) -> OfTarget:
+        """What is differentiated: the target's score."""
+        return OfTarget(self.score)
+
+    @property
+    def at(self) -> str:
+        """Where: at the layer."""
+        return self.layer or LAST_MAP
+
+    def read(self, seen: Pass, layer: str) -> Tensor:
+        """Return the map after its ReLU, at the input's size."""
+        activations, gradients = with_positions(seen.layers[layer], layer)
+        return at_inputs_size(precise((activations * gradients).sum(1)).relu(), seen.explained.raw, layer)
 
 
 @dataclass(frozen=True)
@@ -214,4 +258,4 @@ def last_map_layer(model: nn.Module, inputs: object, target: Target, task: Task 
         ValueError: no layer gives a map or tokens.
     """
     with explaining(model):
-        return find_layer(Explained(model, inputs, task), target)
+        return one_pass(Explained(model, inputs, task), target, layers=[LAST_MAP], of_input=False).last

@@ -9,77 +9,75 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_interp.attribution.explained import NO_GRADIENT, Explained
-from lightning_interp.attribution.sites import AFTER, watched
-from lightning_interp.attribution.target import Target, select
-from lightning_interp.batch import picked
+from lightning_interp.attribution.explained import NO_GRADIENT
+from lightning_interp.attribution.sites import AFTER
 from lightning_interp.layout import layout_of
 
 MOST_EXTRA_TOKENS = 16
 LINEAR_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
-class _Candidate(NamedTuple):
-    """A tensor with positions that a forward gave, its gradient, the copy that was handed on and its state then."""
+class Candidate(NamedTuple):
+    """What a site gave in a forward, of which gradients can be taken until something is written into it."""
 
     site: str
     part: nn.Module
-    held: Tensor
-    copy: Tensor
+    output: Tensor
     version: int
-    gradient: Tensor | None
 
 
-def find_layer(explained: Explained, target: Target) -> str:
-    """Return the last site of a forward that gives a map or tokens, more than one position of which matters.
+class Trace:
+    """Collects, as a hook, what may be the last map of a forward: what all sites give that give maps or tokens.
 
-    That is the last spatial map of a convolutional network: a layer, or `layer>relu` where a function comes after it.
-    Of a transformer that answers from one token, the last block's output has a gradient at that token alone, and what
-    came before it is taken: the last layer whose other tokens still have one. Linear layers inside attention are passed
-    over where anything else is left; of nested modules that hand on the same tensor, the innermost is named. One
-    forward and backward of one sample; of the whole batch where that one has no gradient at all.
+    Of nested modules that hand on the same tensor, the innermost is named. Nothing is copied but what has no gradient
+    yet, and it gets one.
 
-    Raises:
-        ValueError: no layer gives a map or tokens.
+    Args:
+        n: number of samples.
     """
-    last = ""
-    whole = explained.everything  # which a target that is a function may expect
-    for rows in [whole] if callable(target) else [whole[:1], whole]:
-        some = Explained(explained.model, picked(explained.inputs, rows), explained.task)
-        found = _candidates(some, target if callable(target) else target[: len(rows)])
-        live = [one for one in found if one.gradient is not None and _live_positions(one, len(rows)) > 1]
-        inner = [one for one in live if AFTER in one.site or not isinstance(one.part, nn.Linear)]
-        if live:
-            return (inner or live)[-1].site
-        last = found[-1].site
-    return last
 
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.found: list[Candidate] = []
+        self._handed_on: list[Tensor] = []
 
-def _candidates(explained: Explained, target: Target) -> list[_Candidate]:
-    """Return what gave a map or tokens in one forward, with the target's gradient there."""
-    found: list[_Candidate] = []
-
-    def hook(site: str, part: nn.Module, given: Tensor) -> Tensor | None:
-        if not _has_positions(part, given, explained.n):
+    def __call__(self, site: str, part: nn.Module, given: Tensor) -> Tensor | None:
+        """Note what a site gives; return what to go on with where it is another tensor."""
+        if not _has_positions(part, given, self.n):
             return None
-        for place, earlier in enumerate(found):
-            if given is earlier.copy and given._version == earlier.version:  # handed on by a container
-                found[place] = earlier._replace(site=site) if AFTER in earlier.site and AFTER not in site else earlier
+        for place, (earlier, on) in enumerate(zip(self.found, self._handed_on, strict=True)):
+            if given is on and given._version == earlier.version:  # a container hands it on
+                if AFTER in earlier.site and AFTER not in site:
+                    self.found[place] = earlier._replace(site=site)
                 return None
-        held = given if given.requires_grad else given.detach().requires_grad_()
-        copy = held.clone()
-        found.append(_Candidate(site, part, held, copy, copy._version, None))
-        return copy
+        begins = not given.requires_grad
+        held = given.detach().requires_grad_() if begins else given
+        on = held.clone() if begins else given
+        self.found.append(Candidate(site, part, held, on._version))
+        self._handed_on.append(on)
+        return on if begins else None
 
-    with watched(explained.model, hook):
-        outputs = explained.outputs_of(explained.raw.clone())
-    if not found:
-        raise ValueError("layer: expected one giving a map (n, channels, H, W) or tokens (n, tokens, d), found none")
-    score = select(outputs, target)
-    if not score.requires_grad:
-        raise ValueError(NO_GRADIENT)
-    gradients = torch.autograd.grad(score.sum(), [one.held for one in found], allow_unused=True)
-    return [one._replace(gradient=gradient) for one, gradient in zip(found, gradients, strict=True)]
+    def last_that_matters(self, scores: Float[Tensor, " n"]) -> Candidate:
+        """Return the last site more than one of whose positions has a gradient in some sample; the last where none has.
+
+        That is the last spatial map of a convolutional network: a layer, or `layer>relu` where a function comes after
+        it. Of a transformer that answers from one token, the last block's output has a gradient at that token alone,
+        and what came before it is taken. Linear layers inside attention are passed over where anything else is left.
+        The backward goes no deeper than it must.
+
+        Raises:
+            ValueError: no site gave a map or tokens, or no gradient flows.
+        """
+        usable = [one for one in reversed(self.found) if one.output.is_leaf or one.output._version == one.version]
+        if not usable:
+            raise ValueError(
+                "layer: expected one giving a map (n, channels, H, W) or tokens (n, tokens, d), found none"
+            )
+        if not scores.requires_grad:
+            raise ValueError(NO_GRADIENT)
+        linear = [one for one in usable if AFTER not in one.site and isinstance(one.part, nn.Linear)]
+        others = [one for one in usable if one not in linear]
+        return next((one for one in (*others, *linear) if _live_positions(one, scores) > 1), usable[0])
 
 
 def positions_of(layer: str, part: nn.Module, output: Tensor, n: int) -> Float[Tensor, "n c *positions"]:
@@ -130,11 +128,13 @@ def _has_positions(part: nn.Module, output: Tensor, n: int) -> bool:
     return torch.Size(positions).numel() > 1
 
 
-def _live_positions(one: _Candidate, n: int) -> int:
-    """Return at how many positions a gradient is not zero, in the sample that has most."""
-    assert one.gradient is not None
-    gradient = positions_of(one.site, one.part, one.gradient, n).flatten(2)
-    return int((gradient != 0).any(dim=1).sum(dim=1).max())
+def _live_positions(one: Candidate, scores: Tensor) -> int:
+    """Return at how many positions of a site the scores' gradient is not zero, in the sample that has most."""
+    gradient: Tensor | None = torch.autograd.grad(scores.sum(), one.output, retain_graph=True, allow_unused=True)[0]
+    if gradient is None:
+        return 0
+    live = positions_of(one.site, one.part, gradient, len(scores)).flatten(2) != 0
+    return int(live.any(dim=1).sum(dim=1).max())
 
 
 def _grid(maps: Float[Tensor, "n tokens"], size: torch.Size, layer: str) -> Float[Tensor, "n h w"]:

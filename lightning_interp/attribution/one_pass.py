@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_interp.attribution.explained import Explained, gradients
-from lightning_interp.attribution.layer import find_layer, positions_of
+from lightning_interp.attribution.layer import Candidate, Trace, positions_of
 from lightning_interp.attribution.relu import ReluRule, relu_rule
 from lightning_interp.attribution.sites import layer_of, watched
 from lightning_interp.attribution.target import Score, Target, logit, recorded, select
@@ -41,6 +41,7 @@ class Pass:
         values: the explained input's floats; None where no method asked for their gradient.
         gradient: the goal's with respect to them.
         layers: name → what was seen there.
+        last: the site that "last map" meant; empty where no method asked for it.
     """
 
     explained: Explained
@@ -48,6 +49,7 @@ class Pass:
     values: Tensor | None = None
     gradient: Tensor | None = None
     layers: Mapping[str, Seen] = field(default_factory=dict)
+    last: str = ""
 
 
 class Goal(ABC):
@@ -160,22 +162,16 @@ def _together(
     methods: Sequence[SinglePass], explained: Explained, target: Target
 ) -> list[tuple[SinglePass, Explanation]]:
     """Run one forward and backward for methods of one goal and rule, and read each from it."""
-    last = find_layer(explained, target) if any(method.at == LAST_MAP for method in methods) else ""
-    places = [last if method.at == LAST_MAP else method.at for method in methods]
+    places = list(dict.fromkeys(method.at for method in methods))
     goal, rule, layers = methods[0].goal, methods[0].rule, [place for place in places if place != INPUT]
     seen = one_pass(explained, target, goal, rule, layers, INPUT in places)
-    return [
-        (
-            method,
-            Explanation(
-                method.name,
-                explained.kept(precise(method.read(seen, place).detach())).cpu(),
-                recorded(target, explained.n),
-                None if place == INPUT else place,
-            ),
-        )
-        for method, place in zip(methods, places, strict=True)
-    ]
+    return [(method, _read(method, seen, target)) for method in methods]
+
+
+def _read(method: SinglePass, seen: Pass, target: Target) -> Explanation:
+    layer = seen.last if method.at == LAST_MAP else method.at
+    maps = seen.explained.kept(precise(method.read(seen, layer).detach())).cpu()
+    return Explanation(method.name, maps, recorded(target, seen.explained.n), None if layer == INPUT else layer)
 
 
 def one_pass(
@@ -188,36 +184,41 @@ def one_pass(
 ) -> Pass:
     """Run one forward, and one backward of the goal to the input and the layers; none goes below what is asked for.
 
+    Of layers, "last map" is the one that `Trace.last_that_matters` finds in that same forward.
+
     Raises:
         ValueError: a layer is unknown, was not called or gives no floats; or no gradient flows.
     """
-    model = explained.model
-    watch = list(dict.fromkeys([*goal.layers, *layers]))
-    check_layers(model, watch)
-    kept: dict[str, tuple[nn.Module, Tensor]] = {}
+    named = list(dict.fromkeys([*goal.layers, *(layer for layer in layers if layer != LAST_MAP)]))
+    check_layers(explained.model, named)
+    kept: dict[str, Candidate] = {}
+    trace = Trace(explained.n) if LAST_MAP in layers else None
 
-    def hook(site: str, part: nn.Module, given: Tensor) -> Tensor:
+    def hook(site: str, part: nn.Module, given: Tensor) -> Tensor | None:
+        if site not in named:
+            return trace(site, part, given) if trace else None
         held = given if given.requires_grad else given.detach().requires_grad_()
-        kept[site] = (part, held)
+        kept[site] = Candidate(site, part, held, held._version)
         return held.clone()  # what follows may write into it
 
-    sites = watched(model, hook, watch) if watch else contextlib.nullcontext()
+    sites = watched(explained.model, hook, None if trace else named) if layers or named else contextlib.nullcontext()
     with relu_rule(rule), sites:
         leaf, outputs = explained.with_leaf() if of_input else (None, explained.outputs_of(explained.raw.clone()))
-    if missing := [layer for layer in watch if layer not in kept]:
-        raise ValueError(
-            f"layer={missing[0]!r}: expected a layer that forward calls and that gives floats, but it was not called"
-        )
-    channels = {layer: positions_of(layer, part, output, explained.n) for layer, (part, output) in kept.items()}
+    if missing := [layer for layer in named if layer not in kept]:
+        raise ValueError(f"layer={missing[0]!r}: expected a layer that forward calls and that gives floats, not called")
+    channels = {site: positions_of(site, one.part, one.output, explained.n) for site, one in kept.items()}
     scores = goal(outputs, channels, target)
-    wanted = [kept[layer][1] for layer in layers] + ([leaf] if leaf is not None else [])
-    found = gradients(scores, wanted)
-    at_layers = {
-        layer: Seen(channels[layer].detach(), positions_of(layer, kept[layer][0], gradient, explained.n))
-        for layer, gradient in zip(layers, found, strict=False)
-    }
+    last = trace.last_that_matters(scores) if trace else None
+    wanted = [kept[layer] for layer in layers if layer != LAST_MAP] + ([last] if last else [])
+    found = gradients(scores, [*(one.output for one in wanted), *([] if leaf is None else [leaf])])
+    read = {one.site: _seen(one, gradient, explained.n) for one, gradient in zip(wanted, found, strict=False)}
     values, gradient = (None, None) if leaf is None else (leaf.detach(), found[-1])
-    return Pass(explained, outputs.detach(), values, gradient, at_layers)
+    return Pass(explained, outputs.detach(), values, gradient, read, last.site if last else "")
+
+
+def _seen(one: Candidate, gradient: Tensor, n: int) -> Seen:
+    output, at = one.output.detach(), (one.site, one.part)
+    return Seen(positions_of(*at, output, n), positions_of(*at, gradient, n))
 
 
 def check_layers(model: nn.Module, layers: Sequence[str]) -> None:

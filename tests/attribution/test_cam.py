@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_interp.attribution import CAM, GradCAM, GradCAMPlusPlus, grad_cam, grad_cam_plus_plus
+from lightning_interp.attribution import CAM, GradCAM, GradCAMPlusPlus, HiResCAM, grad_cam, grad_cam_plus_plus
 from tests.attribution.nets import Pooled, Text
 from tests.attribution.test_gradients import GOLDEN, TARGET, golden, small
 
@@ -101,3 +101,23 @@ def test_grad_cam_over_tokens_has_one_number_per_token() -> None:
     (g,) = torch.autograd.grad(score, states[0])
     expected = (states[0] * g.mean(1, keepdim=True)).sum(2).relu()
     assert torch.allclose(found.maps, expected.detach(), atol=1e-6)
+
+
+def test_hires_cam_is_activation_times_gradient_at_each_position() -> None:
+    torch.manual_seed(0)
+    body, x = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()).double(), torch.randn(2, 3, 6, 6).double()
+    net = nn.Sequential(body, nn.Flatten(), nn.Linear(4 * 36, 3).double())
+    target = torch.tensor([2, 0])
+    activations = body(x).detach()
+    weights = net[2].weight[target].reshape(2, 4, 6, 6)
+    found = HiResCAM()(net, x, target)
+    assert found.layer == "0.1"
+    assert torch.allclose(found.maps, (activations * weights).sum(1).relu().detach(), atol=1e-12)
+    assert not torch.allclose(found.maps, GradCAM()(net, x, target).maps, atol=1e-3)
+
+
+def test_hires_cam_is_grad_cam_times_the_positions_under_global_average_pooling() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).double()
+    x, target = torch.randn(2, 3, 8, 8).double(), torch.tensor([2, 0])
+    assert torch.allclose(HiResCAM()(net, x, target).maps, 36 * GradCAM()(net, x, target).maps, atol=1e-12)

@@ -16,6 +16,7 @@ from lightning_interp.attribution import (
     GradCAM,
     GradCAMPlusPlus,
     GuidedBackprop,
+    HiResCAM,
     InputXGradient,
     IntegratedGradients,
     Occlusion,
@@ -34,7 +35,7 @@ ON_INPUTS = [
     IntegratedGradients(steps=3, batch_size=4),
     SmoothGrad(draws=3, batch_size=4),
 ]
-ON_POSITIONS = [CAM(), GradCAM(), GradCAMPlusPlus(), GradCAM("act"), Occlusion(4, 2, batch_size=16)]
+ON_POSITIONS = [CAM(), GradCAM(), GradCAMPlusPlus(), HiResCAM(), GradCAM("act"), Occlusion(4, 2, batch_size=16)]
 EVERY = pytest.mark.parametrize("method", ON_INPUTS + ON_POSITIONS, ids=lambda method: method.name)
 OF_TOKENS = [
     Saliency(),
@@ -199,12 +200,8 @@ def test_together_they_are_what_they_are_alone() -> None:
 def test_what_can_be_read_from_one_pass_takes_one() -> None:
     net, sizes = used(), []
     net.conv1.register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
-    named = [Saliency(), InputXGradient(), CAM("last"), GradCAM("last"), GradCAMPlusPlus("last")]
-    explain(named, net, images(), CLASSES)
+    explain([Saliency(), InputXGradient(), CAM(), GradCAM(), GradCAMPlusPlus()], net, images(), CLASSES)
     assert sizes == [len(CLASSES)]
-    sizes.clear()
-    explain([Saliency(), CAM(), GradCAM(), GradCAMPlusPlus()], net, images(), CLASSES)
-    assert sizes == [1, len(CLASSES)]  # one sample tells the layer for all three
 
 
 def test_no_gradient_is_taken_below_a_named_layer() -> None:
@@ -221,7 +218,7 @@ def test_no_gradient_is_taken_below_a_named_layer() -> None:
             return gradient
 
     net.act.register_forward_hook(lambda *given: Reached.apply(given[2]))
-    for method in (GradCAM("last"), CAM("last")):
+    for method in (GradCAM("last"), GradCAM(), CAM()):
         method(net, images(), CLASSES)
     assert not reached
     Saliency()(net, images(), CLASSES)
