@@ -31,7 +31,7 @@ def test_the_demo_learns_and_says_where_to_look(tmp_path: Path) -> None:
     interp = told[0].parent
     assert len(list(interp.glob("similarity/snapshot-*.safetensors"))) == 7
     assert len(list(interp.glob("similarity/*.png"))) == 21
-    assert len(list(interp.glob("attribution/*.png"))) == 16
+    assert len(list(interp.glob("attribution/*.png"))) == 32
     assert len(list(interp.glob("influence/query-*.png"))) == 6
     head = told[1].read_text().splitlines()[1].split(",")
     assert head[1] != head[2], "the first query is a wrong answer"

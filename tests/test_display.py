@@ -50,60 +50,10 @@ def test_kinds() -> None:
         main_tensor(("a", "b"))
 
 
-@pytest.mark.parametrize(
-    ("value", "attribution"),
-    [
-        (torch.rand(1, 8, 8), torch.randn(1, 8, 8)),
-        (torch.rand(3, 20, 10), torch.rand(20, 10)),
-        (torch.randn(30), torch.randn(30)),
-        (torch.randn(3, 40), torch.randn(3, 40)),
-        (torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)),
-        (torch.arange(40), torch.rand(40)),
-        ({"ids": torch.arange(4), "mask": torch.ones(4, dtype=torch.long)}, torch.rand(4)),
-    ],
-)
-def test_panels_of_every_kind(value: object, attribution: torch.Tensor) -> None:
-    shown = Shown("7", value, "cat", "dog", 0.75)
-    pixels = panels.attribution_panel(shown, attribution, "Saliency of dog", Display())
-    assert pixels.dtype == np.uint8
-    assert pixels.ndim == 3
-    assert pixels.shape[2] == 3
-    assert pixels.std() > 5
-
-
-def overlay_of(attribution: torch.Tensor) -> np.ndarray:
-    shown = Shown("7", torch.zeros(1, 8, 8), "a", "b")
-    pixels = panels.attribution_panel(shown, attribution, "t", Display())
-    caption = 2 * panels.LINE + 4
-    left = panels.SIDE + panels.GAP
-    return pixels[caption : caption + panels.SIDE, left : left + panels.SIDE].astype(float)
-
-
-def test_the_brightest_pixel_is_where_the_map_is_largest_in_absolute_value() -> None:
-    attribution = torch.full((1, 8, 8), 0.1)
-    attribution[0, 2, 5] = -1.0
-    bright = overlay_of(attribution).sum(2)
-    row, column = np.unravel_index(bright.argmax(), bright.shape)
-    assert (row * 8 // panels.SIDE, column * 8 // panels.SIDE) == (2, 5)
-
-
-def test_scaling_a_map_does_not_change_its_colours() -> None:
-    attribution = torch.rand(1, 8, 8)
-    assert np.array_equal(overlay_of(attribution), overlay_of(attribution * 1e-6))
-
-
-@pytest.mark.parametrize("attribution", [torch.zeros(8, 8), torch.full((8, 8), torch.nan)])
-def test_a_map_without_content_is_said_to_be_so(attribution: torch.Tensor) -> None:
-    colours = np.unique(overlay_of(attribution).reshape(-1, 3), axis=0)
-    assert (colours.max(1) - colours.min(1) == 0).all()
-
-
 def test_private_inputs_are_not_shown() -> None:
     value = torch.rand(1, 8, 8)
     shown = [Shown("7", v, "a", "b") for v in (value, 1 - value)]
     display = Display(show_inputs=False)
-    pictures = [panels.attribution_panel(s, value, "t", display) for s in shown]
-    assert np.array_equal(*pictures)
     galleries = [panels.gallery(s, "note", [("Helpful", [(s, "x")])], display) for s in shown]
     assert np.array_equal(*galleries)
 

@@ -110,9 +110,9 @@ class GradCAMPlusPlus(SinglePass):
 class HiResCAM(SinglePass):
     """Activation times gradient at each position: Grad-CAM without the mean over positions.
 
-    map = ReLU(Σ_k A_k ⊙ ∂ logit_target / ∂A_k). Equal to Grad-CAM, up to the number of positions, where all positions
-    have the same gradient, as under global average pooling; elsewhere it shows the positions that were used, where
-    Grad-CAM's mean spreads one position's gradient over all. The one to take for transformers, whose tokens have very
+    map = ReLU(Σ_k A_k ⊙ ∂ logit_target / ∂A_k). Equal to Grad-CAM where all positions have the same gradient, as
+    under global average pooling; elsewhere it shows the positions that were used, where Grad-CAM's mean spreads one
+    position's gradient over all. The one to take for transformers, whose tokens have very
     different gradients.
 
     Reference: Draelos and Carin, Use HiResCAM instead of Grad-CAM for faithful explanations of convolutional neural
