@@ -19,7 +19,7 @@ from lightning_interp.batch import map_tensors, tensors
 from lightning_interp.capture import hooked
 from lightning_interp.layout import layout_of
 
-KEPT = 16
+KEPT, PIECES = 16, 8
 MOST_EXTRA_TOKENS = 16
 LINEAR_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -38,20 +38,22 @@ class Traced(NamedTuple):
     Args:
         name: of the layer.
         part: the layer.
-        edge: where its output's gradient is found.
-        like: a tensor without values in the output's shape.
+        edge: where its output's gradient is found; None where the graph was cut.
+        like: a tensor in the output's shape.
         output: what gradients are taken of; None where it was not kept.
         handed_on: the tensor that the model goes on with, the output itself or a copy; None where it was not kept.
         version: of the output; another one tells later that it has been written into since.
+        below: the output with what it was computed from, where the graph was cut there.
     """
 
     name: str
     part: nn.Module
-    edge: GradientEdge
+    edge: GradientEdge | None
     like: Tensor
     output: Tensor | None
     handed_on: Tensor | None
     version: int
+    below: Tensor | None = None
 
     @property
     def at(self) -> At | None:
@@ -62,28 +64,39 @@ class Traced(NamedTuple):
 
 
 @contextlib.contextmanager
-def outputs_traced(model: nn.Module) -> Iterator[list[Traced]]:
+def outputs_traced(model: nn.Module, cut: bool = False) -> Iterator[list[Traced]]:
     """Collect what may be maps or tokens of all layers, in the order of the forwards inside.
 
-    Of nested modules that hand on the same tensor, the innermost is named. Nothing is copied but what has no gradient
-    yet, and it gets one. Only the last outputs are kept: all of them would take as much memory again as a backward
-    needs.
+    Of nested modules that hand on the same tensor, the innermost is named. Nothing is copied. Only the last outputs are
+    kept: all of them would take as much memory again as a backward needs.
+
+    Args:
+        model: whose layers.
+        cut: whether the graph begins anew at each output, so that what is far below the last ones is freed while the
+            forward runs, as without gradients. The last ones alone are then
+            collected, and no linear layers.
     """
     found: list[Traced] = []
 
     def hook(layer: str, part: nn.Module, _: Any, output: Any) -> Any:
         given = output if isinstance(output, Tensor) else next(tensors(output), None)
-        if given is None or given.ndim < 3 or not given.is_floating_point():
+        if given is None or given.ndim < 3 or not given.is_floating_point() or (cut and isinstance(part, nn.Linear)):
             return None
         if any(given is each.handed_on and each.version == given._version for each in found[-KEPT:]):
             return None
-        held = given if given.requires_grad else given.detach().requires_grad_()
-        copy = given if given is held else held.clone()
+        begins = cut or not given.requires_grad
+        held = given.detach().requires_grad_() if begins else given
+        on: Tensor = _Alias.apply(held) if begins else given  # type: ignore[no-untyped-call]
+        if cut:
+            below = given if given.requires_grad else None
+            found.append(Traced(layer, part, None, held, held, on, held._version, below))
+            del found[:-PIECES]
+            return on if given is output else map_tensors(lambda t: on if t is given else t, output)
         like = torch.empty_like(given, device="meta")
-        found.append(Traced(layer, part, get_gradient_edge(held), like, held, copy, held._version))
+        found.append(Traced(layer, part, get_gradient_edge(held), like, held, on, held._version))
         if len(found) > KEPT:
             found[-KEPT - 1] = found[-KEPT - 1]._replace(output=None, handed_on=None)
-        return None if copy is given else map_tensors(lambda t: copy if t is given else t, output)
+        return map_tensors(lambda t: on if t is given else t, output) if begins else None
 
     with hooked(model, [name for name, _ in model.named_modules() if name], hook):
         yield found
@@ -113,6 +126,47 @@ def last_that_matters(found: Sequence[Traced], scores: Float[Tensor, " n"]) -> T
     return _first_live(inner, scores) or _first_live(linear, scores) or last
 
 
+def last_of_pieces(found: Sequence[Traced], scores: Float[Tensor, " n"]) -> tuple[Traced, Tensor] | None:
+    """Return what `last_that_matters` does, of a graph that was cut, with its gradient; None where it is not known.
+
+    Raises:
+        ValueError: no gradient flows.
+    """
+    if not scores.requires_grad:
+        raise ValueError(NO_GRADIENT)
+    for each, gradient in _piece_by_piece(found, scores):
+        if gradient is None or not list(_with_positions([each], len(scores))):
+            continue
+        if _live_positions(positions_of(each.name, each.part, gradient, len(scores))) > 1:
+            return each, gradient
+    return None
+
+
+def _piece_by_piece(found: Sequence[Traced], scores: Tensor) -> Iterator[tuple[Traced, Tensor | None]]:
+    """Yield outputs and their whole gradients, the last first; the backward goes through one piece at a time."""
+    outputs = [each.output for each in found if each.output is not None]
+    totals = list(torch.autograd.grad(scores.sum(), outputs, None, True, allow_unused=True)) if outputs else []
+    for i in reversed(range(len(outputs))):
+        total, below = totals[i], found[i].below
+        yield found[i], total
+        if total is None or below is None or i == 0:
+            continue
+        more = torch.autograd.grad(below, outputs[:i], total, True, allow_unused=True)
+        totals[:i] = [a if b is None else b if a is None else a + b for a, b in zip(totals[:i], more, strict=True)]
+
+
+class _Alias(torch.autograd.Function):
+    """The same values in the same memory, as a tensor that may be written into where a leaf may not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
 def _with_positions(found: Sequence[Traced], n: int) -> Iterator[Traced]:
     """Yield those that give maps or tokens, the last first."""
     for each in reversed(found):
@@ -127,7 +181,9 @@ def _first_live(candidates: Iterator[Traced], scores: Tensor) -> Traced | None:
     """Return the first with a gradient at more than one position; the backward goes through more of them each time."""
     several = 1
     while some := list(itertools.islice(candidates, several)):
-        gradients = torch.autograd.grad(scores.sum(), [each.edge for each in some], None, True, allow_unused=True)
+        gradients = torch.autograd.grad(
+            scores.sum(), [each.edge for each in some if each.edge is not None], None, True, allow_unused=True
+        )
         for each, gradient in zip(some, gradients, strict=True):
             if gradient is not None and _live_positions(positions_of(each.name, each.part, gradient, len(scores))) > 1:
                 return each

@@ -12,7 +12,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_interp.attribution.explained import Explained, gradients
-from lightning_interp.attribution.layer import At, Traced, last_that_matters, outputs_traced, positions_of
+from lightning_interp.attribution.layer import (
+    At,
+    Traced,
+    last_of_pieces,
+    last_that_matters,
+    outputs_traced,
+    positions_of,
+)
 from lightning_interp.attribution.relu import ReluRule, relu_rule
 from lightning_interp.attribution.target import Score, Target, logit, recorded, select
 from lightning_interp.batch import map_tensors, precise, tensors
@@ -188,6 +195,10 @@ def one_pass(
     Raises:
         ValueError: a layer is unknown, was not called or gives no floats; or no gradient flows.
     """
+    if not (of_input or rule or goal.layers or set(layers) - {LAST_MAP}):
+        top = _at_last_map(explained, target, goal)
+        if top is not None:
+            return top
     watched = list(dict.fromkeys([*goal.layers, *(layer for layer in layers if layer != LAST_MAP)]))
     check_layers(explained.model, watched)
     with _watched(explained.model, watched) as named, _traced(explained, LAST_MAP in layers) as maps, relu_rule(rule):
@@ -207,6 +218,17 @@ def one_pass(
     read = {name: _seen(at, gradient, explained.n) for (name, at), gradient in zip(wanted.items(), found, strict=False)}
     values, gradient = (None, None) if leaf is None else (leaf.detach(), found[-1])
     return Pass(explained, outputs.detach(), values, gradient, read, last.name if last else "")
+
+
+def _at_last_map(explained: Explained, target: Target, goal: Goal) -> Pass | None:
+    """Run a pass that takes no more memory than a forward; None where the layer is not among the last of it."""
+    with outputs_traced(explained.model, cut=True) as pieces:
+        outputs = explained.outputs_of(explained.raw.clone())
+    found = last_of_pieces(pieces, goal(outputs, {}, target)) if pieces else None
+    if found is None or found[0].at is None:
+        return None
+    last, gradient = found
+    return Pass(explained, outputs.detach(), layers={last.name: _seen(last.at, gradient, explained.n)}, last=last.name)
 
 
 @contextlib.contextmanager

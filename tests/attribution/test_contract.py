@@ -23,7 +23,7 @@ from lightning_interp.attribution import (
     SmoothGrad,
     explain,
 )
-from tests.attribution.nets import Pooled, Text
+from tests.attribution.nets import Pooled, Text, ViT
 
 ON_INPUTS = [
     Saliency(),
@@ -201,6 +201,18 @@ def test_what_can_be_read_from_one_pass_takes_one() -> None:
     net.conv1.register_forward_hook(lambda *_: calls.append(1))
     explain([Saliency(), InputXGradient(), CAM(), GradCAM(), GradCAMPlusPlus()], net, images(), CLASSES)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("net", [ViT(cls=True), ViT(cls=False), Pooled()], ids=["class token", "patches", "maps"])
+def test_the_layer_is_found_in_the_pass_that_reads_it(net: nn.Module) -> None:
+    calls, x = [], torch.randn(2, 3, 16, 16)
+    net.register_forward_hook(lambda *_: calls.append(1))
+    alone = GradCAM()(net, x, CLASSES[:2])
+    assert len(calls) == 1
+    _, beside = explain([Saliency(), GradCAM()], net, x, CLASSES[:2])
+    assert len(calls) == 2
+    assert alone.layer == beside.layer
+    assert torch.allclose(alone.maps, beside.maps, atol=1e-6)
 
 
 def test_no_gradient_is_taken_below_a_named_layer() -> None:
