@@ -225,10 +225,10 @@ def _at_last_map(explained: Explained, target: Target, goal: Goal) -> Pass | Non
     with outputs_traced(explained.model, cut=True) as pieces:
         outputs = explained.outputs_of(explained.raw.clone())
     found = last_of_pieces(pieces, goal(outputs, {}, target)) if pieces else None
-    if found is None or found[0].at is None:
+    at = found[0].at if found else None
+    if found is None or at is None:
         return None
-    last, gradient = found
-    return Pass(explained, outputs.detach(), layers={last.name: _seen(last.at, gradient, explained.n)}, last=last.name)
+    return Pass(explained, outputs.detach(), layers={at.name: _seen(at, found[1], explained.n)}, last=at.name)
 
 
 @contextlib.contextmanager
