@@ -45,13 +45,16 @@ class ResNet20(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """Eight residual blocks behind an ImageNet stem (7 × 7 / 2 and max pooling); every ReLU a module of its own."""
+    """Eight residual blocks behind an ImageNet stem (7 × 7 / 2 and max pooling), or a plain 3 × 3 one for small images.
 
-    def __init__(self, classes: int = 10) -> None:
+    Every ReLU is a module of its own.
+    """
+
+    def __init__(self, classes: int = 10, small: bool = False) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
-        )
+        first = nn.Conv2d(3, 64, 3, 1, 1, bias=False) if small else nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        pool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
+        self.stem = nn.Sequential(first, nn.BatchNorm2d(64), nn.ReLU(), pool)
         shapes = [(64, 64, 1)] * 2 + [s for c in (64, 128, 256) for s in ((c, 2 * c, 2), (2 * c, 2 * c, 1))]
         self.blocks = nn.Sequential(*(Block(*shape) for shape in shapes))
         self.pool = nn.AdaptiveAvgPool2d(1)

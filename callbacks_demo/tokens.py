@@ -14,7 +14,7 @@ pointing and energy are as there.
 
 What the last block gives at tokens other than the class token has no gradient, so that Grad-CAM's layer is found before
 it. Grad-CAM is the weakest here: it averages a channel's gradient over tokens, as if it meant the same in each, and
-after a block of attention a token's state is no longer about that token alone.
+after a block of attention a token's state is no longer about that token alone. HiResCAM does not average.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from lightning_interp.attribution import (
     Centre,
     Edges,
     GradCAM,
+    HiResCAM,
     InputXGradient,
     IntegratedGradients,
     Saliency,
@@ -66,6 +67,8 @@ OF_TEXT: Mapping[str, Attributor] = {
     "LIME": LIME(samples=300, baseline=float(FIRST_WORDS.index(UNKNOWN))),
     "Grad-CAM": GradCAM(),
     "Grad-CAM, embedding": GradCAM("embedding"),
+    "HiResCAM": HiResCAM(),
+    "HiResCAM, embedding": HiResCAM("embedding"),
 }
 OF_IMAGES: Mapping[str, Attributor] = {
     "saliency": Saliency(),
@@ -73,6 +76,8 @@ OF_IMAGES: Mapping[str, Attributor] = {
     "integrated gradients": IntegratedGradients(),
     "Grad-CAM": GradCAM(),
     "Grad-CAM, stem": GradCAM("stem"),
+    "HiResCAM": HiResCAM(),
+    "HiResCAM, stem": HiResCAM("stem"),
     "Centre": Centre(),
     "Edges": Edges(),
 }
@@ -310,12 +315,14 @@ def remarks(found: Mapping[str, Mapping[str, Sequence[Pointed]]]) -> list[str]:
     images = {name: mean_first(networks) for name, networks in found["images"].items()}
     lines = []
     for kind, first in text.items():
-        shares = ", ".join(f"{name} {first[name]:.0%}" for name in OF_TEXT if name != "Grad-CAM, embedding")
+        shares = ", ".join(f"{name} {first[name]:.0%}" for name in OF_TEXT if "embedding" not in name)
         lines += [
             f"Text, {kind}: the largest value is at a planted word in",
             f"  {shares}; by chance in {first['chance']:.0%}.",
         ]
-    shares = ", ".join(f"{name} {images[name]:.0%}" for name in ("saliency", "input × gradient", "Grad-CAM"))
+    shares = ", ".join(
+        f"{name} {images[name]:.0%}" for name in ("saliency", "input × gradient", "Grad-CAM", "HiResCAM")
+    )
     beats = "more" if images["Grad-CAM"] > images["Centre"] else "no more"
     lines += [f"Images: it is in the box in {shares}; Grad-CAM finds {beats} than Centre, {images['Centre']:.0%}."]
     return lines

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,33 +29,44 @@ class Candidate(NamedTuple):
 class Trace:
     """Collects, as a hook, what may be the last map of a forward: what all sites give that give maps or tokens.
 
-    Of nested modules that hand on the same tensor, the innermost is named. Nothing is copied but what has no gradient
-    yet, and it gets one.
+    Of nested modules that hand on the same tensor, the innermost is named. What has no gradient yet gets one.
 
     Args:
         n: number of samples.
+        cut: whether the graph begins anew at each site, so that what is below the last one is freed while the forward
+            runs, as without gradients; the last one alone is then known.
     """
 
-    def __init__(self, n: int) -> None:
-        self.n = n
+    def __init__(self, n: int, cut: bool = False) -> None:
+        self.n, self.cut = n, cut
         self.found: list[Candidate] = []
-        self._handed_on: list[Tensor] = []
+        self._handed_on: list[tuple[Tensor, int]] = []
 
     def __call__(self, site: str, part: nn.Module, given: Tensor) -> Tensor | None:
         """Note what a site gives; return what to go on with where it is another tensor."""
         if not _has_positions(part, given, self.n):
             return None
-        for place, (earlier, on) in enumerate(zip(self.found, self._handed_on, strict=True)):
-            if given is on and given._version == earlier.version:  # a container hands it on
-                if AFTER in earlier.site and AFTER not in site:
-                    self.found[place] = earlier._replace(site=site)
+        for place, (on, version) in enumerate(self._handed_on):
+            if given is on and given._version == version:  # a container hands it on
+                earlier = self.found[place]
+                self.found[place] = earlier._replace(site=site) if _is_function(earlier.site, site) else earlier
                 return None
-        begins = not given.requires_grad
+        begins = self.cut or not given.requires_grad
         held = given.detach().requires_grad_() if begins else given
-        on = held.clone() if begins else given
-        self.found.append(Candidate(site, part, held, on._version))
-        self._handed_on.append(on)
+        on = _Alias.apply(held) if begins else given  # type: ignore[no-untyped-call]
+        if self.cut:
+            self.found.clear()
+            self._handed_on.clear()
+        self.found.append(Candidate(site, part, held, held._version))
+        self._handed_on.append((on, on._version))
         return on if begins else None
+
+    def last_alone(self, scores: Float[Tensor, " n"]) -> Candidate | None:
+        """Return the last site, where it is one that matters; else None: those before it must be looked at."""
+        one = self.found[-1] if self.found and scores.requires_grad else None
+        if one is None or one.output._version != one.version or _is_linear(one):
+            return None
+        return one if _live_positions(one, scores) > 1 else None
 
     def last_that_matters(self, scores: Float[Tensor, " n"]) -> Candidate:
         """Return the last site more than one of whose positions has a gradient in some sample; the last where none has.
@@ -68,16 +79,27 @@ class Trace:
         Raises:
             ValueError: no site gave a map or tokens, or no gradient flows.
         """
-        usable = [one for one in reversed(self.found) if one.output.is_leaf or one.output._version == one.version]
+        usable = [one for one in reversed(self.found) if one.output._version == one.version]
         if not usable:
             raise ValueError(
                 "layer: expected one giving a map (n, channels, H, W) or tokens (n, tokens, d), found none"
             )
         if not scores.requires_grad:
             raise ValueError(NO_GRADIENT)
-        linear = [one for one in usable if AFTER not in one.site and isinstance(one.part, nn.Linear)]
-        others = [one for one in usable if one not in linear]
-        return next((one for one in (*others, *linear) if _live_positions(one, scores) > 1), usable[0])
+        ordered = sorted(usable, key=_is_linear)
+        return next((one for one in ordered if _live_positions(one, scores) > 1), usable[0])
+
+
+class _Alias(torch.autograd.Function):
+    """The same values in the same memory, as a tensor that may be written into where a leaf may not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 def positions_of(layer: str, part: nn.Module, output: Tensor, n: int) -> Float[Tensor, "n c *positions"]:
@@ -118,6 +140,15 @@ def at_inputs_size(maps: Float[Tensor, "n *positions"], raw: Tensor, layer: str)
     if tuple(maps.shape[1:]) == size:
         return maps
     return F.interpolate(maps[:, None], size, mode=LINEAR_MODES[len(size)], align_corners=False)[:, 0]
+
+
+def _is_function(earlier: str, site: str) -> bool:
+    """Say whether what a function gave is handed on by a layer, whose name is the better one."""
+    return AFTER in earlier and AFTER not in site
+
+
+def _is_linear(one: Candidate) -> bool:
+    return AFTER not in one.site and isinstance(one.part, nn.Linear)
 
 
 def _has_positions(part: nn.Module, output: Tensor, n: int) -> bool:

@@ -189,6 +189,10 @@ def one_pass(
     Raises:
         ValueError: a layer is unknown, was not called or gives no floats; or no gradient flows.
     """
+    if not (of_input or rule or goal.layers) and set(layers) == {LAST_MAP}:
+        top = _of_last_map(explained, target, goal)
+        if top is not None:
+            return top
     named = list(dict.fromkeys([*goal.layers, *(layer for layer in layers if layer != LAST_MAP)]))
     check_layers(explained.model, named)
     kept: dict[str, Candidate] = {}
@@ -214,6 +218,20 @@ def one_pass(
     read = {one.site: _seen(one, gradient, explained.n) for one, gradient in zip(wanted, found, strict=False)}
     values, gradient = (None, None) if leaf is None else (leaf.detach(), found[-1])
     return Pass(explained, outputs.detach(), values, gradient, read, last.site if last else "")
+
+
+def _of_last_map(explained: Explained, target: Target, goal: Goal) -> Pass | None:
+    """Run a pass that takes no more than a forward and what is above its last map; None where that is not the layer."""
+    trace = Trace(explained.n, cut=True)
+    with watched(explained.model, trace):
+        outputs = explained.outputs_of(explained.raw.clone())
+    scores = goal(outputs, {}, target)
+    last = trace.last_alone(scores)
+    if last is None:
+        return None
+    (gradient,) = gradients(scores, [last.output])
+    layers = {last.site: _seen(last, gradient, explained.n)}
+    return Pass(explained, outputs.detach(), layers=layers, last=last.site)
 
 
 def _seen(one: Candidate, gradient: Tensor, n: int) -> Seen:
