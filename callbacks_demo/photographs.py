@@ -39,16 +39,22 @@ from lightning_interp.attribution import (
     GuidedBackprop,
     Saliency,
     boxes_to_masks,
+    by_width,
     energy_inside,
     pointing,
 )
 from lightning_interp.attribution.one_pass import Attributor
+from lightning_interp.attribution_panels import Titled, film
+from lightning_interp.display import Display
 from lightning_interp.figures import render
+from lightning_interp.records import Shown
+from lightning_interp.sheets import under
 
 SIZE = 224
 MEAN, STD = torch.tensor([[[0.485]], [[0.456]], [[0.406]]]), torch.tensor([[[0.229]], [[0.224]], [[0.225]]])
 NAMES = {281: "tabby", 282: "tiger cat", 285: "Egyptian cat", 504: "coffee mug", 657: "missile", 744: "projectile"}
 NAMES |= {812: "space shuttle", 967: "espresso", 968: "cup"}
+WIDTHS = (0.1, 0.15, 0.25, 0.5, 1.0)
 METHODS = ("Grad-CAM", "LIME", "saliency", "guided backprop")
 SHOWN = ("Grad-CAM", "LIME", "saliency")
 
@@ -101,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Found]:
     parser = argparse.ArgumentParser(prog="python -m callbacks_demo photographs", description=__doc__)
     parser.add_argument("--samples", type=int, default=500, help="perturbed copies of each photograph for LIME")
     parser.add_argument("--picture", type=Path, help="where to draw the maps, as PNG")
+    parser.add_argument("--widths", type=Path, help="where to draw LIME at several widths of its kernel, as PNG")
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
@@ -111,6 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Found]:
     print("\n".join([*table(found), "", *remarks(found)]))
     if options.picture:
         sheet(explained).save(options.picture, optimize=True)
+    if options.widths:
+        by_kernel(net, options.samples).save(options.widths, optimize=True)
     print(f"Took {time.perf_counter() - started:.0f} s, {time.process_time() - worked:.0f} s of one core.")
     return found
 
@@ -182,6 +191,24 @@ def sheet(explained: Mapping[Photograph, tuple[Found, Mapping[str, Tensor]]]) ->
             ax.set_title(name or named, fontsize=10)
             ax.set_axis_off()
     return with_palette(Image.fromarray(render(figure)))
+
+
+def by_kernel(net: nn.Module, samples: int) -> Image.Image:
+    """Draw LIME's map of each photograph at several widths of its kernel, from one set of perturbed copies each."""
+    films = []
+    for photograph in PHOTOGRAPHS:
+        pixels, _ = read(photograph)
+        inputs = ((pixels - MEAN) / STD)[None]
+        with torch.no_grad():
+            probability, label = net(inputs).softmax(1).max(1)
+        named = NAMES.get(int(label), str(int(label)))
+        shown = Shown(photograph.thing, pixels, "", named, float(probability))
+        found = by_width(LIME(samples), net, inputs, label, WIDTHS)
+        frames = [
+            Titled(f"{w:g}: R² {float(one.facts['r2']):.2f}", one.maps[0]) for w, one in zip(WIDTHS, found, strict=True)
+        ]
+        films.append(Image.fromarray(film(shown, frames, "LIME by the width of its kernel", Display())))
+    return with_palette(under(films))
 
 
 if __name__ == "__main__":
