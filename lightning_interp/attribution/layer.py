@@ -152,7 +152,7 @@ def _is_linear(one: Candidate) -> bool:
 
 
 def _has_positions(part: nn.Module, output: Tensor, n: int) -> bool:
-    layout = layout_of(part, output, n)
+    layout = layout_of(part, output, n) if output.ndim > 2 else None
     if layout is None or layout.kind == "vector":
         return False
     positions = layout.shape[:-1] if layout.channels_last else layout.shape[1:]

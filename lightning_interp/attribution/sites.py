@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -45,11 +46,12 @@ def watched(model: nn.Module, hook: Hook, sites: Sequence[str] | None = None) ->
 
     def finished(layer: str, part: nn.Module, _: Any, output: Any) -> Any:
         functions.after(layer, part)
-        given = next(tensors(output), None)
-        if given is None or not given.is_floating_point() or not (sites is None or layer in sites):
+        if not (sites is None or layer in sites):
             return None
-        replaced = hook(layer, part, given)
-        return None if replaced is None else map_tensors(lambda t: replaced if t is given else t, output)
+        with torch._C.DisableTorchFunction():  # what hooks do is no part of the forward, and costs less unseen
+            given = next(tensors(output), None)
+            replaced = hook(layer, part, given) if given is not None and given.is_floating_point() else None
+            return None if replaced is None else map_tensors(lambda t: replaced if t is given else t, output)
 
     with hooked(model, [name for name, _ in model.named_modules() if name], finished), functions:
         yield
