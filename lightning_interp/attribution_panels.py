@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_interp.batch import main_tensor
 from lightning_interp.display import Display, kind_of
-from lightning_interp.panels import NEGATIVE, POSITIVE, bars, picture, scale_of, shade_of, tokens, verdict
+from lightning_interp.panels import NEGATIVE, POSITIVE, bars, largest, picture, scale_of, shade_of, tokens, verdict
 from lightning_interp.records import Pixels, Shown
 from lightning_interp.sheets import (
     INK,
@@ -71,9 +71,14 @@ def attribution_panel(shown: Shown, maps: Sequence[Titled], title: str, display:
         drawn = [captioned_image([one.title], body) for one, body in zip(maps, drawn, strict=True)]
     scale = [_colour_bar(top, signed, max(48, drawn[0].height))] if kind == "image" else []
     classes = [_likeliest(shown)] if shown.likeliest else []
-    largest = ", ".join(f"{scale_of(one.map):.2g}" for one in maps)
-    caption = [f"#{shown.id}   {verdict(shown)}", title, f"largest {largest}, full colour at {top:.2g}"]
-    return captioned(caption, beside([picture(shown.value, display), *drawn, *scale, *classes]))
+    peaks = ", ".join(f"{scale_of(one.map):.2g}" for one in maps)
+    caption = [f"#{shown.id}   {verdict(shown)}", title, f"largest {peaks}, full colour at {top:.2g}"]
+    left = picture(shown.value, display)
+    if kind == "table" and display.show_inputs and maps[0].map.ndim == 1:
+        left = bars(
+            main_tensor(shown.value), SIDE, order=largest(maps[0].map)
+        )  # the columns that the map's bars are of
+    return captioned(caption, beside([left, *drawn, *scale, *classes]))
 
 
 def film(shown: Shown, frames: Sequence[Titled], title: str, display: Display) -> Pixels:
@@ -92,7 +97,7 @@ def film(shown: Shown, frames: Sequence[Titled], title: str, display: Display) -
     """
     top = max([scale_of(frame.map) for frame in frames if not trouble(frame.map)], default=0.0)
     caption = [f"#{shown.id}   {verdict(shown)}", f"{title}; one colour scale, full colour at {top:.2g}"]
-    if frames[0].map.ndim >= 2:
+    if kind_of(shown.value) == "image":
         signed = _signed([frame.map for frame in frames])
         drawn = [_frame(shown.value, frame, display, top, signed) for frame in frames]
         return captioned(caption, beside([picture(shown.value, display, FRAME), *drawn]))
@@ -120,12 +125,12 @@ def _drawn(value: Any, attribution: Tensor, display: Display, top: float, signed
     kind = kind_of(value)
     if why := trouble(attribution):
         return sheet_of_text([why], side)
-    if kind == "image" and attribution.ndim >= 2:
+    if kind == "image":
         return fit(_overlay(value, attribution, display, top, signed), side)
     if not display.show_inputs:
         return sheet_of_text(["not shown"], side)
     if kind == "table" and attribution.ndim == 1:
-        return bars(attribution, side)
+        return bars(attribution, side, top)
     if attribution.ndim != 1:
         return sheet_of_text([f"map of shape {tuple(attribution.shape)}", "is not drawn"], side)
     return tokens(display.words(main_tensor(value)), attribution, side, top)
@@ -136,6 +141,8 @@ def _overlay(value: Any, attribution: Tensor, display: Display, top: float, sign
     size = main_tensor(value).shape[-2:]
     heat = attribution.detach().cpu().double()
     heat = heat.abs().amax(0) if heat.ndim == 3 else heat
+    if heat.ndim == 1:  # of a series: the same for all its channels
+        heat = heat.expand(size) if len(heat) == size[-1] else heat[:, None].expand(size)
     if heat.shape != size:
         heat = F.interpolate(heat[None, None], size, mode="bilinear", align_corners=False)[0, 0]
     shares = (heat / max(top, FAINTEST * scale_of(heat))).clamp(-1, 1).numpy()

@@ -64,7 +64,7 @@ def size(batch: Any) -> int:
     Raises:
         ValueError: the batch holds no tensor with a leading dimension.
     """
-    for rows in _rows(batch):
+    for rows in _rows(_lists_marked(batch)):
         return rows
     raise ValueError(
         f"batch: expected at least one tensor with a leading sample dimension, got {type(batch).__name__} without any"
@@ -95,8 +95,23 @@ def take(batch: Any, start: int, stop: int) -> Any:
     >>> take((torch.arange(5), "name"), 1, 3)
     (tensor([1, 2]), 'name')
     """
-    n = size(batch)
-    return _take(batch, n, start, stop)
+    marked = _lists_marked(batch)
+    return _take(marked, size(marked), start, stop)
+
+
+def _lists_marked(batch: Any) -> Any:
+    """Return a batch `(images, ..., labels)` whose list of images is one input: it has one image for each label."""
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2 or isinstance(batch, Ragged):
+        return batch
+    labels = batch[-1]
+    n = labels.shape[0] if isinstance(labels, Tensor) and labels.ndim else 0
+    if not any(_one_image_each(part, n) for part in batch[:-1]):
+        return batch
+    return tuple(Ragged(part) if _one_image_each(part, n) else part for part in batch)
+
+
+def _one_image_each(part: Any, n: int) -> bool:
+    return type(part) is list and len(part) == n and all(isinstance(p, Tensor) and p.ndim == 3 for p in part)
 
 
 def _take(part: Any, n: int, start: int, stop: int) -> Any:

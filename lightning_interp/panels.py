@@ -80,13 +80,20 @@ def scale_of(attribution: Tensor) -> float:
     return float(attribution.abs().max()) if attribution.numel() else 0.0
 
 
-def bars(values: Tensor, side: int) -> Image.Image:
-    """Draw a row's values as bars, the largest absolute ones first, blue for positive, orange for negative."""
+def bars(values: Tensor, side: int, top: float = 0.0, order: Sequence[int] | None = None) -> Image.Image:
+    """Draw a row's values as bars, the largest absolute ones first, blue for positive, orange for negative.
+
+    Args:
+        values: one per column.
+        side: of the square, in pixels.
+        top: the value of a full bar; the largest absolute one where that is larger.
+        order: which columns to draw, as many as there is room for; the largest when None.
+    """
     sheet = Image.new("RGB", (side, side), PAPER)
     pen = ImageDraw.Draw(sheet)
     flat = values.detach().cpu().double().flatten()
-    order = flat.abs().argsort(descending=True)[:MOST_FEATURES].tolist()
-    longest = max(float(flat.abs().max()), 1e-300)
+    order = largest(flat) if order is None else list(order)
+    longest = max(float(flat.abs().max()), top, 1e-300)
     height = min(side / max(1, len(order)), 24)
     for place, index in enumerate(sorted(order) if len(flat) <= MOST_FEATURES else order):
         value, top = float(flat[index]), place * height
@@ -96,6 +103,11 @@ def bars(values: Tensor, side: int) -> Image.Image:
         pen.rectangle((start, top + 3, start + length, top + height - 3), POSITIVE if value > 0 else NEGATIVE)
         pen.text((start + length + 4, top + height / 2), f"{value:.2g}", INK, typeface(11), anchor="lm")
     return sheet
+
+
+def largest(values: Tensor) -> list[int]:
+    """Return the columns that a row's bars are drawn of: the largest absolute values first."""
+    return values.detach().cpu().flatten().abs().argsort(descending=True)[:MOST_FEATURES].tolist()
 
 
 def shade_of(share: float) -> tuple[int, int, int]:

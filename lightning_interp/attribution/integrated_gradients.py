@@ -51,7 +51,7 @@ class IntegratedGradients:
     @property
     def name(self) -> str:
         """Tag of the method."""
-        return "IntegratedGradients" + suffix(self.score)
+        return "IntegratedGradients" + ("" if self.steps == 32 else f"_{self.steps}_steps") + suffix(self.score)
 
     def __call__(self, model: nn.Module, inputs: Any, target: Target, task: Task = Task()) -> Explanation:
         """Explain each sample of a batch by itself; the model is left as it was.

@@ -124,11 +124,11 @@ def at_inputs_size(maps: Float[Tensor, "n *positions"], raw: Tensor, layer: str)
     Raises:
         ValueError: the positions fit no such size.
     """
-    image = raw.ndim >= 4
+    image = raw.ndim >= 4 or (raw.ndim == 3 and maps.ndim == 3)
     if image and maps.ndim == 2:
         maps = _grid(maps, raw.shape[-2:], layer)
     if image:
-        size = tuple(raw.shape[2:])
+        size = tuple(raw.shape[1:] if raw.ndim == 3 else raw.shape[2:])
         if maps.ndim - 1 != len(size):
             raise ValueError(f"layer={layer!r}: expected a map of {len(size)} dimensions, got {tuple(maps.shape[1:])}")
     else:

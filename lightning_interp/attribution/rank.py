@@ -9,7 +9,9 @@ from torch import Tensor
 from lightning_interp.batch import precise
 
 
-def rank_correlation(a: Float[Tensor, "n *shape"], b: Float[Tensor, "n *shape"]) -> Float[Tensor, " n"]:
+def rank_correlation(
+    a: Float[Tensor, "n *shape"], b: Float[Tensor, "n *shape"], mask: Bool[Tensor, "n *shape"] | None = None
+) -> Float[Tensor, " n"]:
     """Return Spearman's rank correlation of two sets of maps, sample by sample, in float64.
 
     Pearson's correlation of the ranks; equal values share the mean of theirs. NaN where a map is
@@ -20,6 +22,7 @@ def rank_correlation(a: Float[Tensor, "n *shape"], b: Float[Tensor, "n *shape"])
     Args:
         a: one map per sample, of any shape.
         b: as many of the same shape.
+        mask: which positions count, e.g. tokens that are no padding, whose zeros would agree; all when None.
 
     Raises:
         ValueError: the shapes differ.
@@ -29,6 +32,9 @@ def rank_correlation(a: Float[Tensor, "n *shape"], b: Float[Tensor, "n *shape"])
     """
     if a.ndim < 2 or a.shape != b.shape:
         raise ValueError(f"b: expected maps (n, ...) in a's shape {tuple(a.shape)}, got {tuple(b.shape)}")
+    if mask is not None:
+        rows = [(x[kept][None], y[kept][None]) for x, y, kept in zip(a, b, mask.to(a.device), strict=True)]
+        return torch.cat([rank_correlation(x, y) for x, y in rows]) if rows else a.new_zeros(0)
     x, y = (_centred_ranks(maps.flatten(1)) for maps in (a, b))
     found = (x * y).sum(1) / (x.square().sum(1) * y.square().sum(1)).sqrt()
     return found.clamp(-1, 1).masked_fill(~(finite(a) & finite(b)), torch.nan)

@@ -33,8 +33,9 @@ def sanity_similarity(
     """Return how alike the maps are before and after one layer is drawn anew: near 1, they do not depend on it.
 
     Spearman's rank correlation of the absolute values of what is shown (`flat_map`), sample by sample; NaN where one of
-    the maps is constant or not finite. The model is put back. A low value does not make a map right, and a high one may
-    come from what both maps share without the layer: ReLUs that are off, zeros of a blank background.
+    the maps is constant or not finite. Tokens that `task.mask` leaves out do not count. The model is put back. A low
+    value does not make a map right, and a high one may come from what both maps share without the layer: ReLUs that are
+    off, zeros of a blank background.
 
     Reference: Adebayo et al., Sanity Checks for Saliency Maps, 2018.
 
@@ -54,8 +55,10 @@ def sanity_similarity(
     before = method(model, inputs, target, task).maps
     with reinitialized(model, layer, seed):
         after = method(model, inputs, target, task).maps
-    raw = task.explained(inputs)
-    return rank_correlation(flat_map(before, raw).abs(), flat_map(after, raw).abs())
+    raw, mask = task.explained(inputs), task.mask(inputs)
+    flat = [flat_map(maps, raw).abs() for maps in (before, after)]
+    counts = None if mask is None or mask.shape != flat[0].shape else mask.cpu()
+    return rank_correlation(flat[0], flat[1], counts)
 
 
 @contextlib.contextmanager

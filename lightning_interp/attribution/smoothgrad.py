@@ -50,7 +50,7 @@ class SmoothGrad:
     @property
     def name(self) -> str:
         """Tag of the method."""
-        return "SmoothGrad" + suffix(self.score)
+        return "SmoothGrad" + ("" if self.draws == 25 else f"_{self.draws}_draws") + suffix(self.score)
 
     def __call__(self, model: nn.Module, inputs: Any, target: Target, task: Task = Task()) -> Explanation:
         """Explain each sample of a batch by itself; the model is left as it was.

@@ -25,8 +25,17 @@ from lightning_interp.callbacks.attribution_arguments import (
     check_truth,
 )
 from lightning_interp.callbacks.attribution_end import tell
-from lightning_interp.callbacks.attribution_look import Asked, answers, fixed_targets, panels_of
-from lightning_interp.callbacks.attribution_run import SCORES, Attributor, Run, fitting, history, measure, wrong_panels
+from lightning_interp.callbacks.attribution_look import Asked, answers, explained_words, fixed_targets, panels_of
+from lightning_interp.callbacks.attribution_run import (
+    SCORES,
+    Attributor,
+    Run,
+    fitting,
+    history,
+    mask_of,
+    measure,
+    wrong_panels,
+)
 from lightning_interp.callbacks.attribution_scores import read_scores, scores_table
 from lightning_interp.callbacks.shell import OnError, Shell, begun, run_folder
 from lightning_interp.callbacks.showing import as_the_data_says
@@ -34,7 +43,7 @@ from lightning_interp.display import Display
 from lightning_interp.folder import Folder
 from lightning_interp.layers import match_layers
 from lightning_interp.probe import Probe, one_by_one, take_probe
-from lightning_interp.records import Pixels
+from lightning_interp.records import Pixels, Shown
 from lightning_interp.task import Task
 
 POOL = 256
@@ -48,6 +57,9 @@ class InputAttribution(Callback):
     most confidently wrong at the moment, and numbers that say whether to trust the maps. Under `trainer.validate` and
     `trainer.test` the panels of that loader's samples are drawn once. All of it is stored in
     `<log_dir>/interp/attribution`: maps at no more than 64 × 64, numbers in `scores.csv`, the final panels and films.
+
+    A second callback of this kind in a trainer needs other arguments than the first; its tags begin with
+    `attribution-2`, and so does its folder.
 
     Panels explain what `target` says (the class predicted at that moment, unless told otherwise). The numbers over
     epochs are of a target that stays: the label where there is one class, else what was predicted before training.
@@ -148,10 +160,11 @@ class InputAttribution(Callback):
         """Key of the callback in a checkpoint; two instances with other arguments get other keys."""
         return self._generate_state_key(
             methods=None if self.methods is None else list(self.methods),
-            samples=self.samples,
-            target=str(self.target),
+            samples=(self.samples, self.wrong, self.scored, self.truth_samples),
+            target=_named(self.target),
             classes=self.classes,
-            probe=self.probe is not None,
+            given=(self.probe is not None, self.truth is not None),
+            task=(_named(self.task.explained), _named(self.task.outputs), self.task.kind),
         )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -222,9 +235,9 @@ class InputAttribution(Callback):
         folder = root.folder(self._room)
         store = history(folder, probe, trainer.global_step, earlier)
         numbers = read_scores(Folder(earlier["folder"]), SCORES, trainer.global_step) if earlier else []
-        budget = self.budget_mb * 1e6
+        budget, mask = self.budget_mb * 1e6, mask_of(probe, asked.task)
         self._run = Run(
-            folder, root, probe, pool, measured, asked, fixed, store, numbers, self.truth, self.scored, budget
+            folder, root, probe, pool, measured, asked, fixed, store, numbers, self.truth, self.scored, budget, mask
         )
         self._restored = {}
         self._first_look(trainer, module)
@@ -258,10 +271,12 @@ class InputAttribution(Callback):
 
     def _look(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Draw and measure this moment."""
-        run, epoch = begun(self._run), trainer.current_epoch + 1
-        self._measure(trainer, module, epoch, epoch % self.score_every_n_epochs == 0)
-        self._log(trainer, panels_of(module, run.probe, run.asked, f"epoch {epoch}"), "attribution")
-        self._log(trainer, wrong_panels(run, module, f"epoch {epoch}", self.wrong), "attribution_wrong")
+        run, ended = begun(self._run), trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        epoch = trainer.current_epoch + int(ended)
+        moment = f"epoch {epoch}" if ended else f"step {trainer.global_step}"
+        self._measure(trainer, module, epoch, ended and epoch % self.score_every_n_epochs == 0)
+        self._log(trainer, panels_of(module, run.probe, run.asked, moment), "attribution")
+        self._log(trainer, wrong_panels(run, module, moment, self.wrong), "attribution_wrong")
 
     def _look_once(self, stage: str, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Draw the samples of an evaluation's own loader."""
@@ -271,20 +286,28 @@ class InputAttribution(Callback):
 
     def _measure(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int, scored: bool) -> None:
         found = measure(begun(self._run), module, trainer.global_step, epoch, scored)
-        Board(trainer.loggers).scalars(found, trainer.global_step)
+        Board(trainer.loggers, self._room).scalars(found, trainer.global_step)
 
     def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         run = begun(self._run)
         self._measure(trainer, module, trainer.current_epoch, scored=True)
         final = panels_of(module, run.probe, run.asked, "final network")
-        shown = [sample for answer in answers(module, run.probe, run.asked) for sample in answer.shown]
-        tell(run.asked, run.store, run.numbers, shown, final, run.root, self._room, Board(trainer.loggers), run.probe)
+        shown: list[tuple[Shown, str]] = []
+        for answer, target in zip(answers(module, run.probe, run.asked), run.targets, strict=True):
+            words = (explained_words(answer, target, i, run.asked.display) for i in range(len(answer.shown)))
+            shown += zip(answer.shown, words, strict=True)
+        tell(run, shown, final, self._room, Board(trainer.loggers, self._room))
         run.folder.write(SCORES, scores_table(run.numbers))
 
     def _log(self, trainer: pl.Trainer, drawn: dict[str, Pixels], group: str) -> None:
-        board = Board(trainer.loggers)
+        board = Board(trainer.loggers, self._room)
         for name, pixels in drawn.items():
             board.image(f"{group}/{name}", pixels, trainer.global_step)
+
+
+def _named(choice: Any) -> str:
+    """Return a choice in words that are the same in a resumed run: a function by its name."""
+    return getattr(choice, "__qualname__", str(choice))
 
 
 def _room(callback: Callback, trainer: pl.Trainer) -> str:

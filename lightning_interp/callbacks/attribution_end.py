@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from torch import Tensor
 
 from lightning_interp import report
 from lightning_interp.attribution_panels import Titled, film
 from lightning_interp.board import Board, clean
 from lightning_interp.callbacks.attribution_look import Asked
+from lightning_interp.callbacks.attribution_run import Run
 from lightning_interp.callbacks.attribution_scores import Number, drift
 from lightning_interp.callbacks.showing import write_section
 from lightning_interp.figures import png
-from lightning_interp.folder import Folder
-from lightning_interp.map_store import MapStore
-from lightning_interp.probe import Probe
 from lightning_interp.records import MapSnapshot, Pixels, Shown
 
 MOST_FRAMES = 8
@@ -29,43 +28,28 @@ COLUMNS = {
 }
 
 
-def tell(
-    asked: Asked,
-    store: MapStore,
-    numbers: list[Number],
-    shown: Sequence[Shown],
-    final: Mapping[str, Pixels],
-    root: Folder,
-    room: str,
-    board: Board,
-    probe: Probe,
-) -> None:
+def tell(run: Run, shown: Sequence[tuple[Shown, str]], final: Mapping[str, Pixels], room: str, board: Board) -> None:
     """Bring films, curves and the report's part to the board and the run's folder.
 
     Args:
-        asked: what was explained, and how.
-        store: the maps of all looks.
-        numbers: all numbers; those of the drift to the final maps are added.
-        shown: the fixed samples, as they are answered at the end.
+        run: what the fit went by; the numbers of the drift to the final maps are added to its own.
+        shown: the fixed samples, as they are answered at the end, each with what its numbers are of in words.
         final: `method/sample` → panel of the final network.
-        root: the run's folder.
-        room: the folder of the attributions in it.
+        room: the folder of the attributions in the run's.
         board: its loggers.
-        probe: the fixed samples.
     """
-    looks = [store.read(step) for step in store.steps]
-    numbers += _to_final(looks, board)
-    films = _films(asked, looks, shown)
+    looks = [run.store.read(step) for step in run.store.steps]
+    run.numbers.extend(_to_final(looks, run.mask, board))
+    films = _films(run.asked, looks, shown)
     for name, pixels in films.items():
         board.image(f"attribution_film/{name}", pixels, looks[-1].step)
     for group, drawn in (("", final), ("film-", films)):
         for name, pixels in drawn.items():
             method, sample = name.split("/", 1)
-            root.folder(room).write(f"{group}{method}-{clean(sample).replace('/', '_')}.png", png(pixels))
-    table, notes = trust_table(numbers), _notes(asked, probe)
+            run.folder.write(f"{group}{method}-{clean(sample).replace('/', '_')}.png", png(pixels))
+    table, notes = trust_table(run.numbers), _notes(run)
     board.text("attribution_notes/methods", "\n\n".join([*notes, report.markdown(table)]), looks[-1].step)
-    section = report.attribution_section(_by_method(final), _by_method(films), table, notes)
-    write_section(root, room, section)
+    write_section(run.root, room, report.attribution_section(_by_method(final), _by_method(films), table, notes))
 
 
 def trust_table(numbers: Sequence[Number]) -> list[list[str]]:
@@ -82,11 +66,11 @@ def trust_table(numbers: Sequence[Number]) -> list[list[str]]:
     return [["method", *columns], *([method, *(row.get(c, "") for c in columns)] for method, row in last.items())]
 
 
-def _to_final(looks: Sequence[MapSnapshot], board: Board) -> list[Number]:
+def _to_final(looks: Sequence[MapSnapshot], mask: Tensor | None, board: Board) -> list[Number]:
     """Log each look's rank correlation with the last, and return the numbers."""
     found: list[Number] = []
     for look in looks:
-        for method, value in drift(looks[-1].maps, look.maps).items():
+        for method, value in drift(looks[-1].maps, look.maps, mask).items():
             found.append(Number(look.step, look.epoch, f"attribution_drift/{method}/to_final", value))
     for tag in dict.fromkeys(number.tag for number in found):
         held = [number for number in found if number.tag == tag]
@@ -94,17 +78,18 @@ def _to_final(looks: Sequence[MapSnapshot], board: Board) -> list[Number]:
     return found
 
 
-def _films(asked: Asked, looks: Sequence[MapSnapshot], shown: Sequence[Shown]) -> dict[str, Pixels]:
+def _films(asked: Asked, looks: Sequence[MapSnapshot], shown: Sequence[tuple[Shown, str]]) -> dict[str, Pixels]:
     places = np.linspace(0, len(looks) - 1, min(MOST_FRAMES, len(looks))).round().astype(int)
     frames = [looks[place] for place in dict.fromkeys(places.tolist())]
+    each_epoch = len({look.epoch for look in frames}) == len(frames)
+    titles = [f"epoch {look.epoch}" if each_epoch else f"step {look.step}" for look in frames]
     drawn: dict[str, Pixels] = {}
     for method in asked.methods:
-        for place, sample in enumerate(shown):
-            maps = [Titled(f"epoch {look.epoch}", look.maps[method][place]) for look in frames if method in look.maps]
+        for place, (sample, words) in enumerate(shown):
+            pairs = zip(titles, frames, strict=True)
+            maps = [Titled(title, look.maps[method][place]) for title, look in pairs if method in look.maps]
             if maps and maps[-1].map.ndim in (1, 2):
-                drawn[f"{method}/{sample.id}"] = film(
-                    sample, maps, f"{method} of the label or first answer", asked.display
-                )
+                drawn[f"{method}/{sample.id}"] = film(sample, maps, f"{method} of {words}", asked.display)
     return drawn
 
 
@@ -115,14 +100,25 @@ def _by_method(drawn: Mapping[str, Pixels]) -> dict[str, list[bytes]]:
     return groups
 
 
-def _notes(asked: Asked, probe: Probe) -> list[str]:
-    layers = {method: getattr(attributor, "layer", None) for method, attributor in asked.methods.items()}
+def _notes(run: Run) -> list[str]:
+    layers = {method: getattr(attributor, "layer", None) for method, attributor in run.asked.methods.items()}
     read = "; ".join(f"{method} at {layer}" for method, layer in layers.items() if layer)
-    return [
-        f"Maps of {probe.n} samples of the {probe.source}{f', {read}' if read else ''}.",
+    scored = min(run.scored, run.probe.n)
+    notes = [
+        f"Maps of {run.probe.n} samples of the {run.probe.source}{f', {read}' if read else ''}. Panels explain what the"
+        " network answers at that moment, or what was asked for; numbers and films are of one target throughout, the"
+        " label where there is one class, else what was answered before training.",
         "Dead maps: share that is zero everywhere or not finite. Drift: rank correlation with the look before."
-        " Deletion and insertion: the target's mean probability while the most important parts are removed (lower is"
-        " better) or brought back (higher is better). Sanity: rank correlation with the maps after the last layer was"
-        " drawn anew; near 1, the map does not show what the network has learned. Centre and Edges look at no network:"
-        " a method that does not beat them says little.",
+        f" Deletion and insertion, of {scored} samples: the target's mean probability while the most important parts"
+        " are removed (lower is better) or brought back (higher is better). Sanity, of the same: rank correlation with"
+        " the maps after the last layer was drawn anew; near 1, the map does not show what the network has learned."
+        " Centre and Edges look at no network: a method that does not beat them says little.",
     ]
+    if run.measured is not None:
+        notes.append(
+            f"Against the given truth, of {run.measured.n} samples: pointing game, share of maps whose largest value is"
+            " inside; energy inside, share of the positive map; error at 0.2, share of boxes around what exceeds 0.2 of"
+            " the largest value that overlap the true one by half or less; best error, at the threshold that is best"
+            " for these samples, and so optimistic."
+        )
+    return notes

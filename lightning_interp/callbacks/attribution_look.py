@@ -83,7 +83,7 @@ def targets(answer: Answer, choice: Choice, classes: int) -> list[Target]:
     if isinstance(choice, int):
         return [torch.full((len(answer.outputs),), choice)]
     if choice == "label":
-        if answer.labels is None or answer.kind not in ("classes", "binary"):
+        if answer.labels is None or not _one_class_each(answer):
             raise ValueError(f'target="label": expected one class per sample, got a problem of kind {answer.kind}')
         return [answer.labels.reshape(len(answer.outputs)).long()]
     if classes > 1 and answer.kind in ("classes", "binary", "multilabel"):
@@ -94,9 +94,14 @@ def targets(answer: Answer, choice: Choice, classes: int) -> list[Target]:
 
 def fixed_targets(answer: Answer, choice: Choice) -> Target:
     """Return what numbers over epochs are of: the label where there is one, else what is predicted at this moment."""
-    if choice == "predicted" and answer.labels is not None and answer.kind in ("classes", "binary"):
+    if choice == "predicted" and _one_class_each(answer):
         choice = "label"
     return targets(answer, choice, 1)[0]
+
+
+def _one_class_each(answer: Answer) -> bool:
+    labels = answer.labels
+    return labels is not None and answer.kind in ("classes", "binary") and labels.numel() == len(answer.outputs)
 
 
 def panels_of(module: nn.Module, probe: Probe, asked: Asked, moment: str) -> dict[str, Pixels]:
@@ -106,7 +111,7 @@ def panels_of(module: nn.Module, probe: Probe, asked: Asked, moment: str) -> dic
         chosen = targets(answer, asked.target, asked.classes)
         found = _explanations(module, answer, chosen, asked)
         for place, sample in enumerate(answer.shown):
-            words = [_explained(answer, one, place, asked.display) for one in chosen]
+            words = [explained_words(answer, one, place, asked.display) for one in chosen]
             for number, method in enumerate(asked.methods):
                 key = f"{method}/{sample.id}"
                 drawn[key] = _panel(key, sample, found[number], words, place, asked, moment)
@@ -170,7 +175,7 @@ def of_one_size(maps: list[Tensor]) -> list[Tensor]:
     return [F.interpolate(m[:, None], size, mode="bilinear", align_corners=False)[:, 0] for m in maps]
 
 
-def _explained(answer: Answer, target: Target, place: int, display: Display) -> str:
+def explained_words(answer: Answer, target: Target, place: int, display: Display) -> str:
     """Return what the map explains, in words: a class, an output of a regression, or a function's name."""
     if callable(target):
         return getattr(target, "__name__", "the given function")

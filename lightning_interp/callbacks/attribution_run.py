@@ -44,6 +44,7 @@ class Run:
         truth: batch → masks or boxes; None where there is none.
         scored: how many samples deletion, insertion and the sanity check are of.
         budget: bytes that the maps may take on disk.
+        mask: which tokens count, `(n, tokens)`; None where all do.
     """
 
     folder: Folder
@@ -58,6 +59,7 @@ class Run:
     truth: Callable[[Any], Tensor] | None
     scored: int
     budget: float
+    mask: Tensor | None
 
 
 def measure(run: Run, module: nn.Module, step: int, epoch: int, scored: bool) -> dict[str, float]:
@@ -70,21 +72,25 @@ def measure(run: Run, module: nn.Module, step: int, epoch: int, scored: bool) ->
         epoch: number of finished epochs.
         scored: whether it is the turn of deletion, insertion and the sanity check.
     """
+    known = {number.tag for number in run.numbers if number.step == step}
+    found = {} if step in run.store.steps else _kept_and_compared(run, module, step, epoch)
+    if run.scored and scored and not any(tag.startswith("attribution_deletion") for tag in known):
+        found |= _trust(run, module)
+    run.numbers.extend(Number(step, epoch, name, value) for name, value in found.items())
+    run.folder.write(SCORES, scores_table(run.numbers))
+    return found
+
+
+def _kept_and_compared(run: Run, module: nn.Module, step: int, epoch: int) -> dict[str, float]:
     now = MapSnapshot(epoch, step, _fixed_maps(run, module))
-    before = [earlier for earlier in run.store.steps if earlier < step]
     found = {f"attribution_dead/{method}": share for method, share in dead_shares(now.maps).items()}
-    if before:
-        previous = drift(run.store.read(before[-1]).maps, now.maps)
+    if run.store.steps:
+        previous = drift(run.store.read(run.store.steps[-1]).maps, now.maps, run.mask)
         found |= {f"attribution_drift/{method}/to_previous": value for method, value in previous.items()}
     if run.truth is not None and run.measured is not None:
         found |= against_truth(module, run.measured, run.asked, run.truth)
-    if run.scored and scored:
-        found |= _trust(run, module)
     run.store.append(now)
     run.store.thin(run.budget)
-    run.numbers[:] = [number for number in run.numbers if number.step != step or number.tag not in found]
-    run.numbers.extend(Number(step, epoch, name, value) for name, value in found.items())
-    run.folder.write(SCORES, scores_table(run.numbers))
     return found
 
 
@@ -117,11 +123,25 @@ def _fixed_maps(run: Run, module: nn.Module) -> dict[str, Tensor]:
 
 
 def _trust(run: Run, module: nn.Module) -> dict[str, float]:
-    """Return deletion, insertion and the sanity check, of the first of the fixed samples."""
-    target, batch = run.targets[0], run.probe.batches[0]
-    count = min(run.scored, size(batch))
-    inputs = run.asked.task.inputs(to_device(take(batch, 0, count), device_of(module)))
-    return trust(module, inputs, target if callable(target) else target[:count], run.asked)
+    """Return deletion, insertion and the sanity check, of the first of the fixed samples: means over them."""
+    totals: dict[str, float] = {}
+    missing = min(run.scored, run.probe.n)
+    for batch, target in zip(run.probe.batches, run.targets, strict=True):
+        count = min(missing, size(batch))
+        if count:
+            inputs = run.asked.task.inputs(to_device(take(batch, 0, count), device_of(module)))
+            found = trust(module, inputs, target if callable(target) else target[:count], run.asked)
+            for name, value in found.items():
+                totals[name] = totals.get(name, 0.0) + value * count
+        missing -= count
+    return {name: total / min(run.scored, run.probe.n) for name, total in totals.items()}
+
+
+def mask_of(probe: Probe, task: Task) -> Tensor | None:
+    """Return which tokens of a probe's samples count, `(n, tokens)`; None where its batches say nothing of it."""
+    masks = [task.mask(task.inputs(batch)) for batch in probe.batches]
+    held = [mask for mask in masks if mask is not None]
+    return torch.cat(held) if held and len(held) == len(masks) else None
 
 
 def _mistaken(answer: Answer) -> Tensor:

@@ -13,9 +13,11 @@ from torchmetrics import Metric
 from lightning_interp.attribution import (
     BestLocalizationError,
     Centre,
+    DeconvNet,
     DeletionArea,
     Edges,
     EnergyInside,
+    GuidedBackprop,
     InsertionArea,
     LocalizationError,
     PointingGame,
@@ -56,10 +58,20 @@ class Number(NamedTuple):
     value: float
 
 
-def drift(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return method → mean rank correlation of its maps with those of another moment; NaN where none is defined."""
+def drift(before: Mapping[str, Tensor], now: Mapping[str, Tensor], mask: Tensor | None) -> dict[str, float]:
+    """Return method → mean rank correlation of its maps with those of another moment; NaN where none is defined.
+
+    Args:
+        before: method → maps.
+        now: likewise.
+        mask: which tokens count, `(n, tokens)`; None where all do.
+    """
+
+    def counts(maps: Tensor) -> Tensor | None:
+        return mask if mask is not None and mask.shape == maps.shape else None
+
     return {
-        method: float(rank_correlation(before[method], maps).nanmean())
+        method: float(rank_correlation(before[method], maps, counts(maps)).nanmean())
         for method, maps in now.items()
         if method in before and before[method].shape == maps.shape
     }
@@ -96,7 +108,7 @@ def trust(module: nn.Module, inputs: Any, target: Target, asked: Asked) -> dict[
 
 def _importance(method: Any, maps: Tensor) -> Tensor:
     """Return what to go by: a gradient of single numbers says how much one matters by its size, not by its sign."""
-    return maps.abs() if isinstance(method, (Saliency, SmoothGrad)) else maps
+    return maps.abs() if isinstance(method, (Saliency, SmoothGrad, DeconvNet, GuidedBackprop)) else maps
 
 
 def against_truth(module: nn.Module, probe: Probe, asked: Asked, truth: Callable[[Any], Tensor]) -> dict[str, float]:
@@ -109,11 +121,11 @@ def against_truth(module: nn.Module, probe: Probe, asked: Asked, truth: Callable
         truth: batch → masks `(n, H, W)`, or boxes `(n, 4)` as x₀, y₀, x₁, y₁ in pixels.
     """
     metrics: dict[str, list[Metric]] = {}
-    methods = {**asked.methods, **BASELINES}
     for answer, batch in zip(answers(module, probe, asked), probe.batches, strict=True):
         height, width = asked.task.explained(answer.inputs).shape[-2:]
         masks = _masks(truth(to_device(batch, device_of(module))), (height, width))
         chosen = fixed_targets(answer, asked.target)
+        methods = {**asked.methods, **(BASELINES if asked.task.explained(answer.inputs).ndim == 4 else {})}
         for method, maps in maps_of(methods, module, answer.inputs, chosen, asked.task).items():
             for metric in metrics.setdefault(method, _localization()):
                 metric.update(maps, masks)

@@ -215,3 +215,22 @@ def test_signs_do_not_count() -> None:
         after = Saliency()(net, x, TARGET).maps
     expected = [scipy.stats.spearmanr(a.abs(), b.abs()).statistic for a, b in zip(before, after, strict=True)]
     assert sanity_similarity(Saliency(), net, x, TARGET).tolist() == pytest.approx(expected)
+
+
+def test_padding_does_not_count() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(20, 4), nn.Linear(4, 3)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.head((self.embed(input_ids).tanh() * attention_mask[..., None]).sum(1))
+
+    torch.manual_seed(0)
+    net, ids, target = Words(), torch.randint(1, 20, (3, 6)), torch.tensor([0, 1, 2])
+    padded = torch.cat([ids, torch.zeros(3, 20, dtype=torch.long)], 1)
+    mask = (torch.arange(26) < 6).expand(3, 26)
+    short = {"input_ids": ids, "attention_mask": mask[:, :6]}
+    long = {"input_ids": padded, "attention_mask": mask}
+    expected = sanity_similarity(Saliency(), net, short, target)
+    assert torch.allclose(sanity_similarity(Saliency(), net, long, target), expected, atol=1e-9)

@@ -303,3 +303,103 @@ def test_images_of_different_sizes_in_a_list(tmp_path: Path) -> None:
     fit.fit(OfLists(), data, data)
     assert film(fit, "attribution/GradCAM/7")
     assert film(fit, "attribution/Saliency/0")
+
+
+def test_lists_of_images_that_happen_to_be_of_one_size(tmp_path: Path) -> None:
+    class Alike(Photos):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            generator = torch.Generator().manual_seed(index)
+            return torch.rand(3, 8 + index % 2, 10, generator=generator), torch.tensor(index % 3)
+
+    data = DataLoader(Alike(), 4, collate_fn=listed)
+    fit = trainer(tmp_path, max_epochs=1, callbacks=[InputAttribution(samples=3, on_error="raise")])
+    fit.fit(OfLists(), data, data)
+    assert film(fit, "attribution/GradCAM/0")
+
+
+def test_a_network_with_an_answer_for_each_pixel(tmp_path: Path) -> None:
+    class Segmenting(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv2(self.conv1(x))
+
+        def training_step(self, batch: Any, _: int) -> Tensor:
+            maps = self(batch[0])
+            return F.cross_entropy(maps, batch[1][:, None, None].expand(-1, *maps.shape[2:]))
+
+        def validation_step(self, batch: Any, _: int) -> None:
+            pass
+
+    task = Task(targets=lambda batch: batch[1][:, None, None].expand(-1, 3, 3))
+    callback = InputAttribution(samples=2, task=task, on_error="raise")
+    fit = trainer(tmp_path, max_epochs=1, callbacks=[callback])
+    fit.fit(Segmenting(), *loaders())
+    assert film(fit, "attribution/GradCAM/0")
+    assert not callable(callback._run.targets[0])
+
+
+def test_two_callbacks_of_this_kind_keep_apart(tmp_path: Path) -> None:
+    callbacks = [InputAttribution([Saliency()], samples=2), InputAttribution([Saliency()], samples=1, target="label")]
+    fit = trainer(tmp_path, max_epochs=1, callbacks=callbacks)
+    fit.fit(Net(), *loaders())
+    assert sorted(film(fit, "attribution/Saliency/0")) == sorted(film(fit, "attribution-2/Saliency/0")) == [0, 3]
+    assert len(events_of(fit).Scalars("attribution_dead/Saliency")) == 2
+    assert len(events_of(fit).Scalars("attribution-2_dead/Saliency")) == 2
+    assert (Path(fit.log_dir) / "interp/attribution-2/scores.csv").exists()
+
+
+def first_output(outputs: Tensor) -> Tensor:
+    return outputs[:, 0]
+
+
+def test_a_resumed_run_knows_its_function_again(tmp_path: Path) -> None:
+    fit, _ = fitted(tmp_path / "a", InputAttribution([Saliency()], samples=2, target=first_output), epochs=1)
+    fit.save_checkpoint(tmp_path / "half.ckpt")
+    callback = InputAttribution([Saliency()], samples=2, target=first_output)
+    trainer(tmp_path / "b", max_epochs=2, callbacks=[callback]).fit(Net(), *loaders(), ckpt_path=tmp_path / "half.ckpt")
+    assert callback._run.store.steps == [0, 3, 6]
+
+
+def test_scored_samples_may_be_in_several_batches(tmp_path: Path) -> None:
+    callback = InputAttribution([Saliency()], samples=3, scored=3)
+    fit, module = trainer(tmp_path, max_epochs=1, callbacks=[callback]), Net()
+    train, _ = loaders()
+    fit.fit(module, train, DataLoader(Shapes(12, seed=1), 2))
+    images, labels = inputs_at((0, 6, 11))
+    area = DeletionArea()
+    area.update(module.eval(), images, Saliency()(module, images, labels).maps, labels)
+    assert curve(fit, "attribution_deletion/Saliency")[3] == pytest.approx(float(area.compute()), abs=1e-5)
+
+
+def test_looks_within_an_epoch_are_named_by_their_step_and_measured_once(tmp_path: Path) -> None:
+    callback = InputAttribution([Saliency()], samples=2, score_every_n_epochs=1)
+    fit, _ = fitted(tmp_path, callback, epochs=2, val_check_interval=1)
+    epochs = {number.step: number.epoch for number in callback._run.numbers}
+    assert epochs == {0: 0, 1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 2}
+    events = events_of(fit)
+    assert [e.step for e in events.Scalars("attribution_deletion/Saliency")] == [3, 6]
+    assert [e.step for e in events.Scalars("attribution_dead/Saliency")] == [0, 1, 2, 3, 4, 5, 6]
+
+
+class Grey(Dataset):
+    """Images without a channel."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = Shapes(12)[index]
+        return image[0], label
+
+
+class OfGrey(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, None])
+
+
+def test_grey_images_without_a_channel(tmp_path: Path) -> None:
+    data = DataLoader(Grey(), 4)
+    callback = InputAttribution([GradCAM(), Saliency()], samples=2, truth=halves, truth_samples=4, on_error="raise")
+    fit = trainer(tmp_path, max_epochs=1, callbacks=[callback])
+    fit.fit(OfGrey(), data, data)
+    assert callback._run.store.read(3).maps["GradCAM"].shape == (2, 8, 8)
+    assert "attribution_localization/GradCAM/pointing_game" in events_of(fit).Tags()["scalars"]
