@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,48 @@ from lightning_interp.task import Task
 
 
 @dataclass(frozen=True)
-class GradCAM(SinglePass):
+class GradientMap(SinglePass):
+    """A class activation map that a layer's activations and gradients make; abstract.
+
+    Args:
+        layer: name of the layer, as in `named_modules`; when None, the last one in the forward that gives a map or
+            tokens of which more than one position has a gradient.
+        score: what is differentiated: `logit`, `probability`, `log_probability`, or a function like them.
+    """
+
+    layer: str | None = None
+    score: Score = logit
+
+    def __post_init__(self) -> None:
+        check_layer(type(self).__name__, self.layer)
+
+    @property
+    def name(self) -> str:
+        """Tag of the method."""
+        return tagged(type(self).__name__, self.layer) + suffix(self.score)
+
+    @property
+    def goal(self) -> OfTarget:
+        """What is differentiated: the target's score."""
+        return OfTarget(self.score)
+
+    @property
+    def at(self) -> str:
+        """Where: at the layer."""
+        return self.layer or LAST_MAP
+
+    @abstractmethod
+    def combined(self, activations: Float[Tensor, "n c *at"], gradients: Float[Tensor, "n c *at"]) -> Tensor:
+        """Return the map before its ReLU, `(n, *at)`."""
+
+    def read(self, seen: Pass, layer: str) -> Tensor:
+        """Return the map after its ReLU, at the input's size."""
+        held = with_positions(seen.layers[layer], layer)
+        return at_inputs_size(precise(self.combined(*held)).relu(), seen.explained.raw, layer)
+
+
+@dataclass(frozen=True)
+class GradCAM(GradientMap):
     """Gradient-weighted class activation map of a layer.
 
     map = ReLU(Σ_k w_k A_k), w_k the mean over positions of ∂ logit_target / ∂A_k, A the layer's output: feature
@@ -37,35 +79,13 @@ class GradCAM(SinglePass):
         score: what is differentiated: `logit`, `probability`, `log_probability`, or a function like them.
     """
 
-    layer: str | None = None
-    score: Score = logit
-
-    def __post_init__(self) -> None:
-        check_layer("GradCAM", self.layer)
-
-    @property
-    def name(self) -> str:
-        """Tag of the method."""
-        return tagged("GradCAM", self.layer) + suffix(self.score)
-
-    @property
-    def goal(self) -> OfTarget:
-        """What is differentiated: the target's score."""
-        return OfTarget(self.score)
-
-    @property
-    def at(self) -> str:
-        """Where: at the layer."""
-        return self.layer or LAST_MAP
-
-    def read(self, seen: Pass, layer: str) -> Tensor:
-        """Return the map after its ReLU, at the input's size."""
-        held = with_positions(seen.layers[layer], layer)
-        return at_inputs_size(precise(grad_cam(*held)).relu(), seen.explained.raw, layer)
+    def combined(self, activations: Float[Tensor, "n c *at"], gradients: Float[Tensor, "n c *at"]) -> Tensor:
+        """Return Σ_k w_k A_k, `(n, *at)`."""
+        return grad_cam(activations, gradients)
 
 
 @dataclass(frozen=True)
-class GradCAMPlusPlus(SinglePass):
+class GradCAMPlusPlus(GradientMap):
     """Grad-CAM++: Grad-CAM with gradients weighted by position, so that several objects of a class all show.
 
     map = ReLU(Σ_k w_k A_k), w_k = Σ_positions α ReLU(g), g = ∂ logit_target / ∂A_k and α = 1 / (2 + g Σ_positions A_k):
@@ -79,35 +99,13 @@ class GradCAMPlusPlus(SinglePass):
         score: what is differentiated.
     """
 
-    layer: str | None = None
-    score: Score = logit
-
-    def __post_init__(self) -> None:
-        check_layer("GradCAMPlusPlus", self.layer)
-
-    @property
-    def name(self) -> str:
-        """Tag of the method."""
-        return tagged("GradCAMPlusPlus", self.layer) + suffix(self.score)
-
-    @property
-    def goal(self) -> OfTarget:
-        """What is differentiated: the target's score."""
-        return OfTarget(self.score)
-
-    @property
-    def at(self) -> str:
-        """Where: at the layer."""
-        return self.layer or LAST_MAP
-
-    def read(self, seen: Pass, layer: str) -> Tensor:
-        """Return the map after its ReLU, at the input's size."""
-        held = with_positions(seen.layers[layer], layer)
-        return at_inputs_size(precise(grad_cam_plus_plus(*held)).relu(), seen.explained.raw, layer)
+    def combined(self, activations: Float[Tensor, "n c *at"], gradients: Float[Tensor, "n c *at"]) -> Tensor:
+        """Return Σ_k w_k A_k, `(n, *at)`."""
+        return grad_cam_plus_plus(activations, gradients)
 
 
 @dataclass(frozen=True)
-class HiResCAM(SinglePass):
+class HiResCAM(GradientMap):
     """Activation times gradient at each position: Grad-CAM without the mean over positions.
 
     map = ReLU(Σ_k A_k ⊙ ∂ logit_target / ∂A_k). Equal to Grad-CAM where all positions have the same gradient, as
@@ -123,31 +121,9 @@ class HiResCAM(SinglePass):
         score: what is differentiated.
     """
 
-    layer: str | None = None
-    score: Score = logit
-
-    def __post_init__(self) -> None:
-        check_layer("HiResCAM", self.layer)
-
-    @property
-    def name(self) -> str:
-        """Tag of the method."""
-        return tagged("HiResCAM", self.layer) + suffix(self.score)
-
-    @property
-    def goal(self) -> OfTarget:
-        """What is differentiated: the target's score."""
-        return OfTarget(self.score)
-
-    @property
-    def at(self) -> str:
-        """Where: at the layer."""
-        return self.layer or LAST_MAP
-
-    def read(self, seen: Pass, layer: str) -> Tensor:
-        """Return the map after its ReLU, at the input's size."""
-        activations, gradients = with_positions(seen.layers[layer], layer)
-        return at_inputs_size(precise((activations * gradients).sum(1)).relu(), seen.explained.raw, layer)
+    def combined(self, activations: Float[Tensor, "n c *at"], gradients: Float[Tensor, "n c *at"]) -> Tensor:
+        """Return Σ_k A_k ⊙ ∂s/∂A_k, `(n, *at)`."""
+        return (activations * gradients).sum(1)
 
 
 @dataclass(frozen=True)
