@@ -123,25 +123,25 @@ def tokens(words: Sequence[str], weights: Tensor | None, side: int, top: float |
     Args:
         words: one per token.
         weights: `(tokens,)`; no shades when None.
-        side: of the square, in pixels.
+        side: width, and at most the height, in pixels.
         top: the weight of the full shade; the largest absolute one when None.
     """
     sheet = Image.new("RGB", (side, side), PAPER)
-    pen, font = ImageDraw.Draw(sheet), typeface(11)
+    pen, font = ImageDraw.Draw(sheet), typeface(13)
     full = max(top or (0.0 if weights is None else scale_of(weights)), 1e-300)
     shades = [0.0] * len(words) if weights is None else (weights / full).clamp(-1, 1).tolist()
     x, y = 2.0, 2.0
     for word, shade in zip(words, shades, strict=False):
         width = pen.textlength(word, font)
         if x + width > side and x > 2:
-            x, y = 2.0, y + 16
-        if y + 16 > side:
+            x, y = 2.0, y + 19
+        if y + 19 > side:
             pen.text((side - 14, side - 14), "…", INK, font)
             break
-        pen.rectangle((x - 1, y, x + width + 1, y + 14), shade_of(shade))
+        pen.rectangle((x - 1, y, x + width + 1, y + 17), shade_of(shade))
         pen.text((x, y), word, INK, font)
         x += width + 5
-    return sheet
+    return sheet.crop((0, 0, side, min(side, int(y) + 20)))
 
 
 def _noted(shown: Shown, note: str, display: Display, side: int, lines: int = 3) -> Image.Image:
