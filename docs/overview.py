@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from lightning_interp.panels import typeface
+from lightning_interp.sheets import typeface
 
 WIDTH, GAP, INK = 1240, 24, (20, 20, 20)
 
@@ -17,16 +17,16 @@ def main(run: Path, target: Path) -> None:
     maps = [
         Image.open(run / "similarity" / f"CKA_debiased-layer_by_epoch_to_{end}.png") for end in ("initial", "final")
     ]
-    panels = [
-        Image.open(p) for kind in ("GradCAM", "Saliency") for p in sorted((run / "attribution").glob(f"{kind}-*"))[:3]
-    ]
+    room = run / "attribution"
+    panels = [Image.open(sorted(room.glob(f"{kind}-*"))[0]) for kind in ("GradCAM", "Saliency")]
+    films = [Image.open(sorted(room.glob(f"film-{kind}-*"))[0]) for kind in ("GradCAM", "Saliency")]
     with open(run / "influence" / "influence.csv") as rows:
         queries = list(dict.fromkeys(line.split(",")[0] for line in rows.read().splitlines()[1:]))
     galleries = [Image.open(run / "influence" / f"query-{query}.png") for query in queries[:2]]
     rows = [
         ("RepresentationSimilarity: which layer moves, and which has arrived", maps),
-        ("InputAttribution: where the network looks, one frame an epoch", panels[:3]),
-        ("", panels[3:]),
+        ("InputAttribution: where the network looks, and since when", panels),
+        ("", films),
         ("DataInfluence: the training samples that made it so", galleries),
     ]
     strips = [strip(title, images) for title, images in rows]
