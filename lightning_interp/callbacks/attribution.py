@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,7 +37,7 @@ from lightning_interp.callbacks.attribution_run import (
     wrong_panels,
 )
 from lightning_interp.callbacks.attribution_scores import read_scores, scores_table
-from lightning_interp.callbacks.shell import OnError, Shell, begun, run_folder
+from lightning_interp.callbacks.shell import OnError, Shell, begun, room_of, run_folder
 from lightning_interp.callbacks.showing import as_the_data_says
 from lightning_interp.display import Display
 from lightning_interp.folder import Folder
@@ -177,7 +177,7 @@ class InputAttribution(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the samples, and draw what the untrained network sees in them."""
         folder = run_folder(trainer)
-        self._room = _room(self, trainer)
+        self._room = room_of(self, trainer, "attribution")
         self._shell.start(partial(self._start, folder), trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -308,10 +308,3 @@ class InputAttribution(Callback):
 def _named(choice: Any) -> str:
     """Return a choice in words that are the same in a resumed run: a function by its name."""
     return getattr(choice, "__qualname__", str(choice))
-
-
-def _room(callback: Callback, trainer: pl.Trainer) -> str:
-    """Return the folder's name in the run's: a second callback of the kind gets a number."""
-    same: Iterator[Any] = (c for c in getattr(trainer, "callbacks", []) if isinstance(c, InputAttribution))
-    place = next((i for i, other in enumerate(same) if other is callback), 0)
-    return "attribution" if place == 0 else f"attribution-{place + 1}"

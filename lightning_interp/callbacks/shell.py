@@ -11,6 +11,7 @@ from typing import Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_interp.board import Board
@@ -146,6 +147,13 @@ def run_folder(trainer: pl.Trainer) -> Folder:
     folder = Folder(str(root)).folder("interp")
     own = trainer.loggers and any(kind.__name__ in FOLDER_PER_RUN for kind in type(trainer.loggers[0]).__mro__)
     return folder if own else folder.folder(_run_name(trainer) or started)
+
+
+def room_of(callback: Callback, trainer: pl.Trainer, name: str) -> str:
+    """Return the folder of a callback in the run's: a second one of its kind gets a number, `name-2`."""
+    same = [other for other in getattr(trainer, "callbacks", []) if type(other) is type(callback)]
+    place = next((i for i, other in enumerate(same) if other is callback), 0)
+    return name if place == 0 else f"{name}-{place + 1}"
 
 
 def progress_of(trainer: pl.Trainer) -> Progress:

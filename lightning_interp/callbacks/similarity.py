@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_interp.batch import device_of, size, take, to_device
 from lightning_interp.board import Board, tag
 from lightning_interp.callbacks.access import Source, given_samples, in_precision, validation_source
-from lightning_interp.callbacks.shell import OnError, Shell, begun, progress_of, run_folder
+from lightning_interp.callbacks.shell import OnError, Shell, begun, progress_of, room_of, run_folder
 from lightning_interp.callbacks.similarity_arguments import (
     FEWEST,
     OWNER,
@@ -163,7 +163,7 @@ class RepresentationSimilarity(Callback):
         """Take the probe and the initial snapshot."""
         self._last_step, self._finished = trainer.global_step, trainer.current_epoch
         folder = run_folder(trainer)
-        self._room = _room(self, trainer)
+        self._room = room_of(self, trainer, "similarity")
         self._shell.start(partial(self._start, folder), trainer, pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -352,10 +352,3 @@ class RepresentationSimilarity(Callback):
 def _finished(trainer: pl.Trainer) -> int:
     """Return how many epochs are over, the current one too if this was its last batch."""
     return int(trainer.current_epoch) + bool(trainer.is_last_batch)
-
-
-def _room(callback: Callback, trainer: pl.Trainer) -> str:
-    """Return the folder's name in the run's: a second callback of the kind gets a number."""
-    same = [other for other in getattr(trainer, "callbacks", []) if isinstance(other, RepresentationSimilarity)]
-    place = next((i for i, other in enumerate(same) if other is callback), 0)
-    return "similarity" if place == 0 else f"similarity-{place + 1}"

@@ -309,7 +309,7 @@ def test_lists_of_images_that_happen_to_be_of_one_size(tmp_path: Path) -> None:
     class Alike(Photos):
         def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
             generator = torch.Generator().manual_seed(index)
-            return torch.rand(3, 8 + index % 2, 10, generator=generator), torch.tensor(index % 3)
+            return torch.rand(3, 8, 10, generator=generator), torch.tensor(index % 3)
 
     data = DataLoader(Alike(), 4, collate_fn=listed)
     fit = trainer(tmp_path, max_epochs=1, callbacks=[InputAttribution(samples=3, on_error="raise")])
