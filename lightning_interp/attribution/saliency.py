@@ -11,7 +11,33 @@ from lightning_interp.attribution.target import Score, logit
 
 
 @dataclass(frozen=True)
-class Saliency(SinglePass):
+class InputMap(SinglePass):
+    """A map that the gradient of the target's score at the input makes; abstract.
+
+    Args:
+        score: what is differentiated: `logit`, `probability`, `log_probability`, or a function like them.
+    """
+
+    score: Score = logit
+
+    @property
+    def name(self) -> str:
+        """Tag of the method."""
+        return type(self).__name__ + suffix(self.score)
+
+    @property
+    def goal(self) -> OfTarget:
+        """What is differentiated: the target's score."""
+        return OfTarget(self.score)
+
+    @property
+    def at(self) -> str:
+        """Where: at the input."""
+        return INPUT
+
+
+@dataclass(frozen=True)
+class Saliency(InputMap):
     """Gradient of the target's logit with respect to the input.
 
     map = ∂ logit_target / ∂x, signed, in the shape of x; shown as the largest absolute value over channels. For
@@ -32,23 +58,6 @@ class Saliency(SinglePass):
     True
     """
 
-    score: Score = logit
-
-    @property
-    def name(self) -> str:
-        """Tag of the method."""
-        return "Saliency" + suffix(self.score)
-
-    @property
-    def goal(self) -> OfTarget:
-        """What is differentiated: the target's score."""
-        return OfTarget(self.score)
-
-    @property
-    def at(self) -> str:
-        """Where: at the input."""
-        return INPUT
-
     def read(self, seen: Pass, layer: str) -> Tensor:
         """Return the gradient; of tokens its norm."""
         gradient = of_input(seen.gradient)
@@ -56,7 +65,7 @@ class Saliency(SinglePass):
 
 
 @dataclass(frozen=True)
-class InputXGradient(SinglePass):
+class InputXGradient(InputMap):
     """Input times gradient: what each input adds to the logit if the network is taken as linear around it.
 
     map = x ⊙ ∂ logit_target / ∂x, signed, in the shape of x; for token ids the sum of it over the embedding's
@@ -68,23 +77,6 @@ class InputXGradient(SinglePass):
     Args:
         score: what is differentiated: `logit`, `probability`, `log_probability`, or a function like them.
     """
-
-    score: Score = logit
-
-    @property
-    def name(self) -> str:
-        """Tag of the method."""
-        return "InputXGradient" + suffix(self.score)
-
-    @property
-    def goal(self) -> OfTarget:
-        """What is differentiated: the target's score."""
-        return OfTarget(self.score)
-
-    @property
-    def at(self) -> str:
-        """Where: at the input."""
-        return INPUT
 
     def read(self, seen: Pass, layer: str) -> Tensor:
         """Return the product; of tokens its sum over dimensions."""
