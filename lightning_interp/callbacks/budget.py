@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_interp.influence import EKFAC, InfluenceFunction
-from lightning_interp.influence.gradients import layers_of
+from lightning_interp.influence.choice import weighted_layers
 from lightning_interp.records import Influence
 from lightning_interp.samples import Samples
 from lightning_interp.task import Task
@@ -72,7 +72,7 @@ def afford(estimator: Estimator, model: nn.Module, train: Samples, query: Sample
     if n <= MOST or math.isinf(seconds):
         return Plan(estimator, None, "")
     if isinstance(estimator, InfluenceFunction) and _decomposition(estimator, model) > TRIAL_SHARE * seconds:
-        last = layers_of(model)[-1]
+        last = weighted_layers(model)[-1]
         estimator = dataclasses.replace(estimator, layers=[last])
         said.append(f"only the parameters of {last} enter: the curvature of all layers would take too long.")
     _, cold = _timed(estimator, model, train.spread(FEW), query, task)
@@ -97,14 +97,14 @@ def _timed(
 
 def _decomposition(estimator: InfluenceFunction, model: nn.Module) -> float:
     """Estimate the seconds that the eigenvectors of all layers' factors take, from those of one small matrix."""
-    if estimator.layers is not None or not isinstance(estimator.curvature, EKFAC):
+    if estimator.layers is not None or not isinstance(estimator.curvature, (EKFAC, type(None))):
         return 0.0
     matrix = torch.eye(SIDE_TIMED, dtype=torch.float64) + 1
     torch.linalg.eigh(matrix)
     started = time.perf_counter()
     torch.linalg.eigh(matrix)
     unit = (time.perf_counter() - started) / SIDE_TIMED**3
-    weights = [cast(torch.Tensor, model.get_submodule(layer).weight) for layer in layers_of(model)]
+    weights = [cast(torch.Tensor, model.get_submodule(layer).weight) for layer in weighted_layers(model)]
     return unit * sum(w.shape[0] ** 3 + (w[0].numel() + 1) ** 3 for w in weights)
 
 
@@ -112,9 +112,9 @@ def _fewer_for_curvature(estimator: Estimator, n: int, per_sample: float, second
     """Return the estimator with a curvature that fits, and the seconds that it will take."""
     if not isinstance(estimator, InfluenceFunction):
         return estimator, per_sample * n
-    wanted = min(n, estimator.curvature.samples or n)
+    wanted = min(n, getattr(estimator.curvature, "samples", None) or n)
     fitting = min(wanted, max(MOST, int(seconds / per_sample)))
     if fitting < wanted:
-        curvature = dataclasses.replace(cast(Any, estimator.curvature), samples=fitting)
+        curvature = dataclasses.replace(cast(Any, estimator.curvature or EKFAC()), samples=fitting)
         estimator = dataclasses.replace(estimator, curvature=curvature)
     return estimator, per_sample * fitting

@@ -52,8 +52,7 @@ def test_the_table_says_what_the_estimator_says(tmp_path: Path) -> None:
         "Helpful",
         "Harmful",
         "Surprisingly helpful",
-        "EKFAC(samples=4096)",
-        "left out: norm.weight, norm.bias",
+        "EKFAC(columns=2048",
     ):
         assert heading in report
 
@@ -117,7 +116,7 @@ def test_the_budget_cuts_evenly_and_says_so(tmp_path: Path) -> None:
     indices = scores["train_index"].tolist()
     assert (len(indices), indices[0], indices[-1]) == (40, 0, 95)
     assert "40 of 96 training samples were scored" in report
-    assert "EKFAC(samples=40)" in report
+    assert "samples=40" in report
 
 
 def test_the_budget_leaves_small_work_alone() -> None:

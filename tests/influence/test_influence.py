@@ -14,9 +14,11 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_interp import Task
 from lightning_interp.capture import differentiable
-from lightning_interp.influence import EKFAC, GaussNewton, InfluenceFunction
-from lightning_interp.influence.curvature.loss import hessian_root
-from lightning_interp.influence.gradients import Trace, layers_of
+from lightning_interp.influence import EKFAC, Damping, GaussNewton, IdentityCurvature, InfluenceFunction
+from lightning_interp.influence.coverage import cover
+from lightning_interp.influence.reading import Reader
+from lightning_interp.influence.rows import Rows, products
+from lightning_interp.samples import Samples
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -99,80 +101,35 @@ def test_gauss_newton_equals_the_formula(small: tuple[nn.Module, TensorDataset, 
 
 def naive_ekfac(net: nn.Module, data: TensorDataset, layer: nn.Module, damping: float, grads: Tensor) -> Tensor:
     """Kronecker eigenbasis and second moments of one layer, sample by sample and class by class."""
-    n = len(data)
-    inputs: list[Tensor] = []
-    outputs: list[Tensor] = []
     pseudo: list[Tensor] = []
-
-    def hook(_: nn.Module, given: tuple[Tensor], out: Tensor) -> None:
-        if isinstance(layer, nn.Conv2d):
-            patches = F.unfold(given[0], layer.kernel_size, padding=layer.padding, stride=layer.stride)[0].T
-        else:
-            patches = given[0]
-        inputs.append(torch.cat([patches, torch.ones(len(patches), 1, dtype=patches.dtype)], dim=1).detach())
-        outputs.append(out)
-
-    handle = layer.register_forward_hook(hook)
-    a, b = 0, 0
+    weight, bias = layer.parameters()
     for x, _ in data:
         logits = net(x[None])[0]
         p = logits.softmax(0).detach()
-        a = a + inputs[-1].T @ inputs[-1]
         for c in range(3):
             vector = p[c].sqrt() * (F.one_hot(torch.tensor(c), 3) - p)
-            (g,) = torch.autograd.grad(logits, outputs[-1], vector, retain_graph=True)
-            g = g[0].flatten(1).T if isinstance(layer, nn.Conv2d) else g
-            b = b + g.T @ g
-            pseudo.append(g.T @ inputs[-1])
-    handle.remove()
-    u_a, u_b = torch.linalg.eigh(a)[1], torch.linalg.eigh(b)[1]
-    moments = sum((u_b.T @ g @ u_a) ** 2 for g in pseudo) / n
+            w, b = torch.autograd.grad(logits, [weight, bias], vector, retain_graph=True)
+            pseudo.append(torch.cat([w.flatten(1), b[:, None]], dim=1))
+    u_a = torch.linalg.eigh(sum(g.T @ g for g in pseudo))[1]
+    u_b = torch.linalg.eigh(sum(g @ g.T for g in pseudo))[1]
+    moments = sum((u_b.T @ g @ u_a) ** 2 for g in pseudo) / len(data)
     return u_b @ ((u_b.T @ grads @ u_a) / (moments + damping)) @ u_a.T
 
 
-def test_ekfac_equals_the_formula(small: tuple[nn.Module, TensorDataset, TensorDataset]) -> None:
+@pytest.mark.parametrize("columns", [None, 1000])
+def test_ekfac_equals_the_formula(small: tuple[nn.Module, TensorDataset, TensorDataset], columns: int | None) -> None:
     net, train, _ = small
-    layers = layers_of(net)
     with differentiable(net):
-        loader = DataLoader(train, 5)
-        fitted = EKFAC().fit(lambda _: (Trace(net, layers, Task(), b) for b in loader), Task())
-        for layer in layers:
-            part = net.get_submodule(layer)
-            shape = fitted.eigenvalues[layer].shape
-            grads = torch.randn(1, *shape, dtype=torch.float64)
-            expected = naive_ekfac(net, train, part, 0.01, grads[0, 0])
-            assert torch.allclose(fitted.solve({layer: grads}, 0.01)[layer][0, 0], expected, rtol=1e-6), layer
+        coverage = cover(net, Task(kind="classes"), next(iter(DataLoader(train, 3))))
+        fitted = EKFAC(columns).fit(Reader(coverage, 5), Samples(train, batch_size=5))
     assert fitted.n == len(train)
-
-
-@pytest.mark.parametrize("kind", ["classes", "binary", "squeezed", "multilabel", "regression"])
-def test_hessian_root_is_the_hessian_of_the_loss(kind: str) -> None:
-    outputs = torch.randn(4, 1 if kind == "binary" else 3, dtype=torch.float64)
-    outputs = outputs[:, 0] if kind == "squeezed" else outputs
-    targets = {
-        "classes": torch.tensor([0, 1, 2, 1]),
-        "binary": torch.tensor([0, 1, 1, 0]),
-        "squeezed": torch.tensor([0, 1, 1, 0]),
-        "multilabel": torch.tensor([[0, 1, 1], [1, 1, 1], [0, 0, 0], [1, 0, 0]]),
-        "regression": torch.randn(4, 3, dtype=torch.float64),
-    }[kind]
-    root = hessian_root(outputs, targets, Task())
-    for sample in range(4):
-        one = slice(sample, sample + 1)
-        expected = torch.autograd.functional.hessian(
-            lambda o, one=one: Task().loss(o[None], targets[one]).sum(), outputs[sample]
-        )
-        assert torch.allclose(root[sample] @ root[sample].T, expected.reshape(root.shape[1], -1), atol=1e-10)
-
-
-def test_many_classes_are_mixed_without_bias() -> None:
-    logits, targets = torch.randn(1, 70, dtype=torch.float64).expand(20_000, -1), torch.zeros(20_000).long()
-    root = hessian_root(logits, targets, Task())
-    assert root.shape == (20_000, 70, 8)
-    p = logits[0].softmax(0)
-    expected = torch.diag(p) - torch.outer(p, p)
-    mean = torch.einsum("nik,njk->ij", root, root) / len(root)
-    assert float((mean - expected).norm() / expected.norm()) < 0.02
+    inverse = fitted.inverse(dict.fromkeys(coverage.blocks, 0.01))
+    for name, block in coverage.blocks.items():
+        grads = torch.randn(1, *block.shape, dtype=torch.float64)
+        layer = net.get_submodule(name.split(".")[0])
+        expected = naive_ekfac(net, train, layer, 0.01, grads[0, 0])
+        solved = inverse.bases[name].back(inverse.bases[name].rotate(grads) / inverse.eigenvalues[name])
+        assert torch.allclose(solved[0, 0], expected, rtol=1e-6), name
 
 
 def test_candidates_are_scored_as_in_the_whole(small: tuple[nn.Module, TensorDataset, TensorDataset]) -> None:
@@ -224,13 +181,13 @@ def test_a_duplicate_of_the_query_helps_it() -> None:
     assert float(flipped.scores[0, 0]) < 0
 
 
-def test_what_is_not_covered_is_named() -> None:
+def test_tables_and_normalisations_enter() -> None:
     net = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.LayerNorm(8), nn.Linear(8, 2))
     data = TensorDataset(torch.randint(0, 5, (12, 2)), torch.arange(12) % 2)
     found = InfluenceFunction()(net, data, data)
-    assert found.covered == ("3.weight", "3.bias")
-    assert found.left_out == {"0.weight": 20, "2.weight": 8, "2.bias": 8}
-    assert found.coverage == pytest.approx(18 / 54)
+    assert found.covered == ("0.weight", "2.weight", "2.bias", "3.weight", "3.bias")
+    assert found.left_out == {}
+    assert found.coverage == 1
 
 
 def test_microbatches_change_nothing(
@@ -238,7 +195,7 @@ def test_microbatches_change_nothing(
 ) -> None:
     net, train, query = small
     expected = InfluenceFunction()(net, train, query).scores
-    monkeypatch.setattr("lightning_interp.influence.estimator.ELEMENTS_AT_ONCE", 1)
+    monkeypatch.setattr("lightning_interp.influence.reading.ELEMENTS_AT_ONCE", 1)
     assert torch.allclose(InfluenceFunction()(net, train, query).scores, expected, rtol=1e-4, atol=1e-10)
 
 
@@ -250,8 +207,9 @@ def test_errors_are_named(small: tuple[nn.Module, TensorDataset, TensorDataset])
         EKFAC(samples=0)
     with pytest.raises(ValueError, match="samples in both, got 0 and 2"):
         InfluenceFunction()(net, Subset(train, []), query)
-    with pytest.raises(ValueError, match="linear or convolutional layers"):
-        InfluenceFunction()(nn.Embedding(3, 3), train, query)
+    frozen = nn.Linear(32, 3).double().requires_grad_(False)
+    with pytest.raises(ValueError, match="no trained parameters"):
+        InfluenceFunction()(frozen, train, query)
     big = nn.Linear(32, 300).double()
     with pytest.raises(ValueError, match="at most 8192"):
         InfluenceFunction(GaussNewton())(big, train, query)
@@ -267,16 +225,58 @@ def test_errors_are_named(small: tuple[nn.Module, TensorDataset, TensorDataset])
         InfluenceFunction()(big, train, query)
 
 
-def test_too_many_outputs_are_named() -> None:
-    dense = nn.Sequential(nn.Linear(4, 600), nn.Unflatten(1, (600, 1)))
-    data = TensorDataset(torch.randn(6, 4), torch.randn(6, 600, 1))
-    with pytest.raises(ValueError, match="at most 512 numbers per sample"):
-        InfluenceFunction().check(dense, data)
+def test_columns_give_the_whole_matrix_where_all_are_kept(
+    small: tuple[nn.Module, TensorDataset, TensorDataset],
+) -> None:
+    net, train, query = small
+    whole = InfluenceFunction(GaussNewton(), damping=0.01).fit(net, train)
+    columns = InfluenceFunction(GaussNewton(columns=1000), damping=0.01).fit(net, train)
+    assert columns.notes == ()
+    assert torch.allclose(columns(query).scores, whole(query).scores, rtol=1e-8, atol=1e-12)
+    assert torch.allclose(columns.self_influence(), whole.self_influence(), rtol=1e-8)
+    assert columns.fitted.mean_eigenvalue == pytest.approx(whole.fitted.mean_eigenvalue)
 
 
-def test_many_labels_are_exact_and_not_called_mixtures() -> None:
-    data = TensorDataset(torch.randn(12, 4), (torch.rand(12, 80) > 0.5).float())
-    found = InfluenceFunction()(nn.Linear(4, 80), data, data)
-    assert not any("mixtures" in note for note in found.notes)
-    classes = TensorDataset(torch.randn(12, 4), torch.arange(12))
-    assert any("mixtures" in note for note in InfluenceFunction()(nn.Linear(4, 80), classes, classes).notes)
+def test_sampled_columns_are_said_to_be_a_sample(small: tuple[nn.Module, TensorDataset, TensorDataset]) -> None:
+    net, train, query = small
+    found = InfluenceFunction(GaussNewton(columns=12), damping=0.01)(net, train, query)
+    assert any("12 of its 28 columns" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("curvature", [EKFAC(None), GaussNewton(), GaussNewton(1000), IdentityCurvature()])
+def test_self_influence_is_the_score_of_a_sample_for_itself(
+    small: tuple[nn.Module, TensorDataset, TensorDataset], curvature: EKFAC
+) -> None:
+    net, train, _ = small
+    fitted = InfluenceFunction(curvature, damping=0.1).fit(net, train)
+    assert torch.allclose(fitted.self_influence(), fitted(train).scores.diagonal(), rtol=1e-8)
+
+
+@pytest.mark.parametrize("curvature", [GaussNewton(), GaussNewton(1000)])
+def test_damping_per_parameter_equals_the_formula(
+    small: tuple[nn.Module, TensorDataset, TensorDataset], curvature: GaussNewton
+) -> None:
+    net, train, query = small
+    values = {name: torch.rand_like(p) + 0.01 for name, p in net.named_parameters()}
+    found = InfluenceFunction(curvature, damping=Damping(values, "test"))(net, train, query)
+    added = torch.cat([values[name].flatten() for name, _ in net.named_parameters()])
+    train_grads = torch.stack([naive_gradient(net, x, y) for x, y in train])
+    query_grads = torch.stack([naive_gradient(net, x, y) for x, y in query])
+    expected = query_grads @ torch.linalg.solve(naive_ggn(net, train) + added.diag(), train_grads.T) / len(train)
+    assert torch.allclose(found.scores, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_the_identity_gives_dot_products(small: tuple[nn.Module, TensorDataset, TensorDataset]) -> None:
+    net, train, query = small
+    found = InfluenceFunction(IdentityCurvature(), damping=1.0)(net, train, query)
+    train_grads = torch.stack([naive_gradient(net, x, y) for x, y in train])
+    query_grads = torch.stack([naive_gradient(net, x, y) for x, y in query])
+    assert torch.allclose(found.scores, query_grads @ train_grads.T / len(train), rtol=1e-9)
+
+
+def test_products_agree_in_either_order() -> None:
+    torch.manual_seed(0)
+    for positions in (1, 2, 7):
+        left, right = (Rows(torch.randn(n, 2, positions, 9), torch.randn(n, 2, positions, 8)) for n in (4, 5))
+        expected = left.gradients().flatten(1) @ right.gradients().flatten(1).T
+        assert torch.allclose(products(left, right), expected, atol=1e-4), positions

@@ -1,61 +1,101 @@
-"""Eigenvalue-corrected Kronecker-factored curvature."""
+"""Kronecker-factored curvature, with and without corrected eigenvalues."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_interp.influence.curvature.loss import pseudo_gradients
-from lightning_interp.influence.gradients import Gradients, Rows, Trace
-from lightning_interp.task import Task
+from lightning_interp.influence.curvature.curvature import Gradients, Scorer, Shift, check_counts, sum_of
+from lightning_interp.influence.reading import Reader
+from lightning_interp.influence.rows import Lookup, Rows
+from lightning_interp.samples import Samples
 
-Traces = Callable[[str], Iterator[Trace]]
+WIDEST = 4096
+CACHED = 2**22
+
+Pass = Callable[[str], Iterator[dict[str, Rows]]]
 
 
 @dataclass(frozen=True)
 class EKFAC:
     """Generalised Gauss–Newton matrix, one block per layer, diagonal in a Kronecker-factored eigenbasis.
 
-    H_layer ≈ (U_B ⊗ U_A) Λ (U_B ⊗ U_A)ᵀ: U_A and U_B are the eigenvectors of the mean outer products of the
-    layer's inputs and output gradients, Λ the mean squared gradient along each of their products. All outputs are
-    enumerated (see `hessian_root`). What it leaves out: curvature between layers, and within one off its basis.
+    H_layer ≈ (U_B ⊗ U_A) Λ (U_B ⊗ U_A)ᵀ: U_A and U_B are the eigenvectors of the summed GᵀG and GGᵀ of the matrix's
+    columns G, Λ the mean squared gradient along each of their products. What it leaves out: curvature between layers,
+    and within one off its basis. Parameters that are no matrix have a full block, or its diagonal where they are over
+    4,096.
 
     Reference: George et al., Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis, 2018;
     Grosse et al., Studying Large Language Model Generalization with Influence Functions, 2023.
 
     Args:
+        columns: how many columns of the matrix it is estimated from: an unbiased sample, the large ones surely in it
+            (see `lightning_interp.influence.columns.sampled`); every column of every sample when None.
         samples: training samples, evenly spread, that it is estimated from; all when None.
+        seed: of the sample.
     """
 
-    samples: int | None = 4096
+    columns: int | None = 2048
+    samples: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.samples is not None and self.samples < 1:
-            raise ValueError(f"EKFAC(samples=...): expected at least 1 or None, got {self.samples}")
+        check_counts(type(self).__name__, columns=self.columns, samples=self.samples)
 
     def check(self, parameters: int) -> None:
         """Accept any number of parameters: memory grows with the layers' widths, not with their product squared."""
 
-    def fit(self, traces: Traces, task: Task) -> FittedEKFAC:
-        """Estimate the blocks in two passes: factors first, then the eigenvalues in their basis.
-
-        Args:
-            traces: a caption → traces of all samples' batches, from the beginning at each call.
-            task: whose loss is curved.
-        """
-        bases = _bases(traces("curvature, factors"), task)
+    def fit(self, reader: Reader, samples: Samples) -> FittedEKFAC:
+        """Estimate the blocks in two passes over the columns: factors first, then the eigenvalues in their basis."""
+        some = samples if self.samples is None else samples.spread(self.samples)
+        column_rows, n, notes = passes(reader, some, self.columns, self.seed)
+        bases = _bases(column_rows("curvature, factors"))
         eigenvalues: dict[str, Tensor] = {}
-        n = 0
-        for trace in traces("curvature, eigenvalues"):
-            n += len(trace.losses)
-            for rows in pseudo_gradients(trace, task):
-                for layer, row in rows.items():
-                    squares = _squares(row, *bases[layer])
-                    eigenvalues[layer] = eigenvalues[layer] + squares if layer in eigenvalues else squares
-        return FittedEKFAC(bases, {layer: sums / n for layer, sums in eigenvalues.items()}, n)
+        for rows in column_rows("curvature, eigenvalues"):
+            for block, row in rows.items():
+                squares = _squares(row, bases[block])
+                eigenvalues[block] = eigenvalues[block] + squares if block in eigenvalues else squares
+        return FittedEKFAC(bases, {block: sums / n for block, sums in eigenvalues.items()}, n, notes)
+
+
+class Basis(NamedTuple):
+    """Eigenvectors of a block's two sides; None where a side keeps its own coordinates.
+
+    Args:
+        outputs: `(groups, o, o)`.
+        inputs: `(groups, i, i)`.
+    """
+
+    outputs: Tensor | None
+    inputs: Tensor | None
+
+    def rotate(self, gradients: Tensor) -> Tensor:
+        """Return U_Bᵀ G U_A."""
+        if self.outputs is not None:
+            gradients = self.outputs.mT @ gradients
+        return gradients if self.inputs is None else gradients @ self.inputs
+
+    def back(self, rotated: Tensor) -> Tensor:
+        """Return U_B G U_Aᵀ."""
+        if self.outputs is not None:
+            rotated = self.outputs @ rotated
+        return rotated if self.inputs is None else rotated @ self.inputs.mT
+
+    def rotate_rows(self, rows: Rows) -> Rows:
+        """Return rows whose gradients are rotated."""
+        outputs = rows.outputs if self.outputs is None else rows.outputs @ self.outputs
+        held = rows.inputs
+        return Rows(held if self.inputs is None or isinstance(held, Lookup) else held @ self.inputs, outputs)
+
+    def diagonal(self, shift: float | Tensor) -> float | Tensor:
+        """Return the diagonal, in this basis, of a matrix that is diagonal in the parameters: Σ U_B² Λ U_A²."""
+        if not isinstance(shift, Tensor):
+            return shift
+        return Basis(*(None if side is None else side.square() for side in self)).rotate(shift)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,57 +103,122 @@ class FittedEKFAC:
     """Curvature estimated from data, ready to be inverted.
 
     Args:
-        bases: layer → eigenvectors of inputs `(groups, i, i)` and of output gradients `(groups, o, o)`.
-        eigenvalues: layer → `(groups, o, i)`.
+        bases: block → its basis.
+        eigenvalues: block → `(groups, o, i)`.
         n: number of samples used.
+        notes: how many columns it was estimated from.
     """
 
-    bases: dict[str, tuple[Tensor, Tensor]]
+    bases: dict[str, Basis]
     eigenvalues: dict[str, Tensor]
     n: int
+    notes: tuple[str, ...] = ()
 
     @property
     def mean_eigenvalue(self) -> float:
-        """Mean over all eigenvalues of all layers."""
+        """Mean over all eigenvalues of all blocks."""
         total = sum(float(values.cpu().double().sum()) for values in self.eigenvalues.values())
         return total / sum(values.numel() for values in self.eigenvalues.values())
 
-    def solve(self, gradients: Gradients, damping: float) -> Gradients:
-        """Return (H + λI)⁻¹ v for gradients `(q, groups, o, i)` of each layer."""
-        return {layer: self._solve(layer, grads, damping) for layer, grads in gradients.items()}
-
-    def _solve(self, layer: str, grads: Tensor, damping: float) -> Tensor:
-        inputs, outputs = self.bases[layer]
-        rotated = outputs.mT @ grads @ inputs
-        return outputs @ (rotated / (self.eigenvalues[layer] + damping)) @ inputs.mT
+    def inverse(self, shift: Shift) -> EKFACInverse:
+        """Return (H + Λ)⁻¹, a Λ that is no multiple of the identity by its diagonal in the basis."""
+        damped = {b: values + self.bases[b].diagonal(shift[b]) for b, values in self.eigenvalues.items()}
+        return EKFACInverse(self.bases, damped)
 
 
-def _bases(traces: Iterator[Trace], task: Task) -> dict[str, tuple[Tensor, Tensor]]:
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
-    for trace in traces:
-        for place, rows in enumerate(pseudo_gradients(trace, task)):
-            for layer, row in rows.items():
-                if place == 0:
-                    _accumulate(inputs, layer, row.inputs)
-                _accumulate(outputs, layer, row.outputs)
-    return {layer: (_eigenvectors(inputs[layer]), _eigenvectors(outputs[layer])) for layer in inputs}
+@dataclass(frozen=True, eq=False)
+class EKFACInverse:
+    """(H + Λ)⁻¹, diagonal in each block's basis.
+
+    Args:
+        bases: block → its basis.
+        eigenvalues: block → those of H + Λ, `(groups, o, i)`.
+    """
+
+    bases: dict[str, Basis]
+    eigenvalues: dict[str, Tensor]
+
+    def against(self, queries: Gradients) -> Scorer:
+        """Return a function: gradients of m samples → ∇ℓ_qᵀ (H + Λ)⁻¹ ∇ℓ_i, `(q, m)`."""
+        solved = {
+            block: self.bases[block].back(self.bases[block].rotate(row.gradients()) / self.eigenvalues[block])
+            for block, row in queries.items()
+        }
+        return lambda rows: sum_of(rows[block].against(solved[block]) for block in solved)
+
+    def squares(self, rows: Gradients) -> Tensor:
+        """Return ∇ℓ_iᵀ (H + Λ)⁻¹ ∇ℓ_i of each sample, `(n,)`."""
+        return sum_of(
+            self.bases[block].rotate_rows(row).weighted_squares(1 / self.eigenvalues[block])
+            for block, row in rows.items()
+        )
 
 
-def _accumulate(sums: dict[str, Tensor], layer: str, rows: Tensor) -> None:
-    flat = rows.transpose(1, 2).flatten(0, 1).transpose(0, 1)
-    product = flat.mT @ flat
-    sums[layer] = sums[layer] + product if layer in sums else product
+def passes(reader: Reader, samples: Samples, count: int | None, seed: int) -> tuple[Pass, int, tuple[str, ...]]:
+    """Return how to go over the curvature's columns, how many samples they stand for, and what to say of them."""
+    if count is None:
+        return lambda what: reader.all_columns(samples, seed, what), len(samples), ()
+    columns = reader.columns(samples, count, seed)
+    held: list[dict[str, Rows]] = []
+
+    def again(what: str) -> Iterator[dict[str, Rows]]:
+        if held:
+            yield from held
+            return
+        kept: list[dict[str, Rows]] = []
+        small = True
+        for rows in reader.column_rows(samples, columns, what):
+            small = small and sum(row.held for part in (*kept, rows) for row in part.values()) <= CACHED
+            kept = [*kept, rows] if small else []
+            yield rows
+        held.extend(kept)
+
+    return again, columns.n, columns.notes
 
 
-def _eigenvectors(factor: Tensor) -> Tensor:
-    return torch.linalg.eigh(factor.cpu().double())[1].to(factor.dtype).to(factor.device)
+def _bases(passed: Iterator[dict[str, Rows]]) -> dict[str, Basis]:
+    sums: dict[str, list[Tensor | None]] = {}
+    for rows in passed:
+        for block, row in rows.items():
+            found = _modes(row)
+            held = sums.setdefault(block, [None, None])
+            sums[block] = [
+                new if old is None or new is None else old + new for old, new in zip(held, found, strict=True)
+            ]
+    return {block: Basis(*map(_eigenvectors, pair)) for block, pair in sums.items()}
 
 
-def _squares(rows: Rows, inputs: Tensor, outputs: Tensor) -> Tensor:
+def _modes(rows: Rows) -> tuple[Tensor | None, Tensor | None]:
+    """Return Σ GGᵀ and Σ GᵀG over samples; None where that side is too wide or has one dimension."""
+    _, o, i = rows.shape
+    wide_i = not 1 < i <= WIDEST or isinstance(rows.inputs, Lookup)
+    wide_o = not 1 < o <= WIDEST
+    if rows.positions == 1 and isinstance(rows.inputs, Tensor):
+        a, g = rows.inputs[:, :, 0].transpose(0, 1), rows.outputs[:, :, 0].transpose(0, 1)
+        outputs = None if wide_o else g.mT @ (g * a.square().sum(2, keepdim=True))
+        return outputs, None if wide_i else a.mT @ (a * g.square().sum(2, keepdim=True))
+    outputs, inputs = None, None
+    for _, few in rows.blocks():
+        grads = few.gradients()
+        if not wide_o:
+            more = torch.einsum("ngoi,ngpi->gop", grads, grads)
+            outputs = more if outputs is None else outputs + more
+        if not wide_i:
+            more = torch.einsum("ngoi,ngoj->gij", grads, grads)
+            inputs = more if inputs is None else inputs + more
+    return outputs, inputs
+
+
+def _eigenvectors(factor: Tensor | None) -> Tensor | None:
+    if factor is None:
+        return None
+    return torch.linalg.eigh(factor.cpu().double())[1].to(factor)
+
+
+def _squares(rows: Rows, basis: Basis) -> Tensor:
     """Return Σ_n (U_Bᵀ G_n U_A)² over samples, G_n a sample's gradient."""
-    rotated = Rows(rows.inputs @ inputs, rows.outputs @ outputs)
-    if rows.inputs.shape[2] == 1:
+    rotated = basis.rotate_rows(rows)
+    if rows.positions == 1 and isinstance(rotated.inputs, Tensor):
         a, g = rotated.inputs[:, :, 0].square(), rotated.outputs[:, :, 0].square()
         return torch.einsum("ngo,ngi->goi", g, a)
     return torch.stack([block.gradients().square().sum(0) for _, block in rotated.blocks()]).sum(0)

@@ -1,94 +1,250 @@
-"""Exact generalised Gauss–Newton matrix, for small models."""
+"""Exact generalised Gauss–Newton matrix, in the parameters' space or in that of its columns."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
-from lightning_interp.influence.curvature.ekfac import Traces
-from lightning_interp.influence.curvature.loss import pseudo_gradients
-from lightning_interp.influence.gradients import Gradients, Rows
-from lightning_interp.task import Task
+from lightning_interp.influence.curvature.curvature import Gradients, Scorer, Shift, check_counts, sum_of
+from lightning_interp.influence.reading import Reader
+from lightning_interp.influence.rows import Rows, products, stacked
+from lightning_interp.samples import Samples
 
 MOST_PARAMETERS = 8192
+LARGEST_WHOLE = 2**20
 
 
 @dataclass(frozen=True)
 class GaussNewton:
-    """The whole generalised Gauss–Newton matrix H = (1/n) Σ JᵀH_ℓJ over the covered parameters.
+    """The whole generalised Gauss–Newton matrix H = (1/n) Σ JᵀH_ℓJ, layers with one another.
 
-    For cross entropy it is the Fisher matrix, for a linear model the Hessian. Memory is 8 bytes per pair of
-    parameters: at most 8,192 of them. The default damping of `InfluenceFunction` is too small for it: give weight
-    decay + 2/τ, τ the sum of learning rates / (1 − momentum) over all steps of SGD.
+    For cross entropy it is the Fisher matrix, for a linear model the Hessian. With all columns it is a matrix over the
+    parameters, of which there may be 8,192. With a number of columns, H = (1/n) C Cᵀ is inverted in their space,
+    (H + λ)⁻¹ = (I − C (nλ I + CᵀC)⁻¹ Cᵀ)/λ: only dot products of gradients are needed, which factor, so that it is
+    cheaper than any approximation by layers where the columns are few, and its memory does not grow with n.
 
-    Reference: Martens, New Insights and Perspectives on the Natural Gradient Method, 2020.
+    Reference: Martens, New Insights and Perspectives on the Natural Gradient Method, 2020; Dangel et al., ViViT:
+    Curvature Access Through the Generalized Gauss-Newton's Low-Rank Structure, 2022.
 
     Args:
+        columns: how many columns it is computed from: an unbiased sample, the large ones surely in it (see
+            `lightning_interp.influence.columns.sampled`); every column of every sample when None.
         samples: training samples, evenly spread, that it is computed from; all when None.
+        seed: of the sample.
     """
 
+    columns: int | None = None
     samples: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_counts("GaussNewton", columns=self.columns, samples=self.samples)
 
     def check(self, parameters: int) -> None:
         """Raise an error if there are too many parameters.
 
         Raises:
-            ValueError: there are more than 8,192.
+            ValueError: there are more than 8,192, and all columns are asked for.
         """
-        if parameters > MOST_PARAMETERS:
-            raise ValueError(f"GaussNewton: expected at most {MOST_PARAMETERS} covered parameters, got {parameters}")
+        if self.columns is None and parameters > MOST_PARAMETERS:
+            raise ValueError(
+                f"GaussNewton: expected at most {MOST_PARAMETERS} covered parameters, got {parameters};"
+                " pass GaussNewton(columns=1024)"
+            )
 
-    def fit(self, traces: Traces, task: Task) -> FittedGaussNewton:
-        """Sum the matrix over all samples.
+    def fit(self, reader: Reader, samples: Samples) -> FittedGaussNewton | FittedColumns:
+        """Sum the matrix over all samples, or gather its columns.
 
         Raises:
             ValueError: there are too many parameters.
         """
-        matrix, n = torch.zeros(0, 0, dtype=torch.float64), 0
-        shapes: dict[str, torch.Size] = {}
-        for trace in traces("curvature"):
-            n += len(trace.losses)
-            for rows in pseudo_gradients(trace, task):
-                shapes = {layer: row.shape for layer, row in rows.items()}
-                flat = flatten(rows)
-                self.check(flat.shape[1])
-                matrix = flat.T @ flat + matrix if len(matrix) else flat.T @ flat
-        return FittedGaussNewton(matrix / n, shapes, n)
+        some = samples if self.samples is None else samples.spread(self.samples)
+        self.check(reader.coverage.size)
+        if self.columns is None:
+            matrix = _summed(reader.all_columns(some, self.seed, "curvature"))
+            return FittedGaussNewton(matrix / len(some), reader.coverage.shapes, len(some))
+        columns = reader.columns(some, self.columns, self.seed)
+        rows = gathered(reader.column_rows(some, columns, "curvature"))
+        return FittedColumns(rows, columns.n, reader.coverage.size, columns.notes)
 
 
 @dataclass(frozen=True, eq=False)
 class FittedGaussNewton:
-    """The matrix, ready to be inverted.
+    """The matrix over the parameters.
 
     Args:
         matrix: `(p, p)`, float64.
-        shapes: layer → shape of its gradient, in the order of the matrix's blocks.
+        shapes: block → shape of a gradient, in their order.
         n: number of samples used.
+        notes: what to say of it.
     """
 
     matrix: Tensor
-    shapes: dict[str, torch.Size]
+    shapes: Mapping[str, tuple[int, int, int]]
     n: int
+    notes: tuple[str, ...] = ()
 
     @property
     def mean_eigenvalue(self) -> float:
         """Mean over all eigenvalues."""
         return float(self.matrix.diagonal().mean())
 
-    def solve(self, gradients: Gradients, damping: float) -> Gradients:
-        """Return (H + λI)⁻¹ v for gradients `(q, groups, o, i)` of each layer."""
-        flat = torch.cat([gradients[layer].flatten(1) for layer in self.shapes], dim=1).cpu().double()
-        damped = self.matrix + damping * torch.eye(len(self.matrix), dtype=torch.float64)
-        solved = torch.linalg.solve(damped, flat.T).T
-        parts = solved.split([shape.numel() for shape in self.shapes.values()], dim=1)
-        return {
-            layer: part.reshape(-1, *shape).to(gradients[layer].dtype).to(gradients[layer].device)
-            for (layer, shape), part in zip(self.shapes.items(), parts, strict=True)
-        }
+    def inverse(self, shift: Shift) -> DenseInverse:
+        """Return (H + Λ)⁻¹."""
+        added = torch.cat([_spread(shift[block], shape) for block, shape in self.shapes.items()])
+        return DenseInverse(cholesky(self.matrix + added.diag()), tuple(self.shapes))
 
 
-def flatten(rows: dict[str, Rows]) -> Tensor:
-    """Return all layers' per-sample gradients side by side, `(n, p)`, float64."""
-    return torch.cat([row.gradients().flatten(1) for row in rows.values()], dim=1).cpu().double()
+@dataclass(frozen=True, eq=False)
+class DenseInverse:
+    """(H + Λ)⁻¹ of a matrix over the parameters.
+
+    Args:
+        factor: its Cholesky factor, `(p, p)`, float64.
+        blocks: names of the blocks, in their order.
+    """
+
+    factor: Tensor
+    blocks: tuple[str, ...]
+
+    def against(self, queries: Gradients) -> Scorer:
+        """Return a function: gradients of m samples → ∇ℓ_qᵀ (H + Λ)⁻¹ ∇ℓ_i, `(q, m)`."""
+        like = next(iter(queries.values())).outputs
+        solved = torch.cholesky_solve(self._flat(queries).T, self.factor).T.to(like)
+        return lambda rows: solved @ self._flat(rows).T.to(like)
+
+    def squares(self, rows: Gradients) -> Tensor:
+        """Return ∇ℓ_iᵀ (H + Λ)⁻¹ ∇ℓ_i of each sample, `(n,)`."""
+        half = torch.linalg.solve_triangular(self.factor, self._flat(rows).T, upper=False)
+        return half.square().sum(0).to(next(iter(rows.values())).outputs)
+
+    def _flat(self, rows: Gradients) -> Tensor:
+        return flatten({block: rows[block] for block in self.blocks}).cpu().double()
+
+
+@dataclass(frozen=True, eq=False)
+class FittedColumns:
+    """The matrix as H = (1/n) C Cᵀ.
+
+    Args:
+        rows: the columns of C, as gradients of each block.
+        n: number of samples that they stand for.
+        elements: number of parameters' elements.
+        notes: what to say of it.
+    """
+
+    rows: Gradients
+    n: int
+    elements: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def mean_eigenvalue(self) -> float:
+        """Mean over all eigenvalues."""
+        return sum(float(row.squared_norms().sum()) for row in self.rows.values()) / (self.n * self.elements)
+
+    def inverse(self, shift: Shift) -> ColumnsInverse:
+        """Return (H + Λ)⁻¹."""
+        rows = whitened(self.rows, shift)
+        kernel = sum_of(products(row, row) for row in rows.values()).cpu().double()
+        kernel.diagonal().add_(self.n)
+        return ColumnsInverse(rows, shift, cholesky(kernel))
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnsInverse:
+    """(H + Λ)⁻¹ = Λ^−½ (I − D (nI + DᵀD)⁻¹ Dᵀ) Λ^−½ with D = Λ^−½ C.
+
+    Args:
+        rows: the columns of D.
+        shift: Λ.
+        factor: Cholesky factor of nI + DᵀD, `(r, r)`, float64.
+    """
+
+    rows: Gradients
+    shift: Shift
+    factor: Tensor
+
+    def against(self, queries: Gradients) -> Scorer:
+        """Return a function: gradients of m samples → ∇ℓ_qᵀ (H + Λ)⁻¹ ∇ℓ_i, `(q, m)`."""
+        asked = whitened(queries, self.shift)
+        asked = {b: q if q.shape == self.rows[b].shape else q.whole() for b, q in asked.items()}
+        inside = sum_of(products(asked[block], row) for block, row in self.rows.items())
+        solved = torch.cholesky_solve(inside.T.cpu().double(), self.factor).T.to(inside)
+
+        def score(rows: Gradients) -> Tensor:
+            rows = whitened(rows, self.shift)
+            parts = ((asked[b], self.rows[b], row) for b, row in rows.items())
+            return sum_of(products(q, row) - solved @ products(c, row) for q, c, row in parts)
+
+        return score
+
+    def squares(self, rows: Gradients) -> Tensor:
+        """Return ∇ℓ_iᵀ (H + Λ)⁻¹ ∇ℓ_i of each sample, `(n,)`."""
+        rows = whitened(rows, self.shift)
+        inside = sum_of(products(self.rows[block], row) for block, row in rows.items())
+        half = torch.linalg.solve_triangular(self.factor, inside.cpu().double(), upper=False)
+        whole = sum_of(row.squared_norms() for row in rows.values())
+        return whole - half.square().sum(0).to(whole)
+
+
+def whitened(rows: Gradients, shift: Shift) -> dict[str, Rows]:
+    """Return Λ^−½ g, factored where Λ is one number for a block."""
+    return {block: _whitened(row, shift[block]) for block, row in rows.items()}
+
+
+def gathered(passed: Iterable[dict[str, Rows]]) -> dict[str, Rows]:
+    """Return all rows of a pass, each block as factors or as whole gradients, whichever is cheaper to multiply."""
+    parts: dict[str, list[Rows]] = {}
+    dense: dict[str, bool] = {}
+    for rows in passed:
+        for block, row in rows.items():
+            dense.setdefault(block, row.positions**2 * sum(row.shape[1:]) >= row.size and row.size <= LARGEST_WHOLE)
+            parts.setdefault(block, []).append(row.whole() if dense[block] else row)
+    return {block: stacked(held) for block, held in parts.items()}
+
+
+def cholesky(matrix: Tensor) -> Tensor:
+    """Return the Cholesky factor of a damped curvature.
+
+    Raises:
+        FloatingPointError: it is not positive definite.
+    """
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed) or not bool(factor.diagonal().isfinite().all()):
+        raise FloatingPointError("damping: the damped curvature is not positive definite; pass a larger damping=")
+    return factor
+
+
+def flatten(rows: Gradients) -> Tensor:
+    """Return all blocks' per-sample gradients side by side, `(n, p)`."""
+    return torch.cat([row.gradients().flatten(1) for row in rows.values()], dim=1)
+
+
+def _spread(shift: float | Tensor, shape: tuple[int, int, int]) -> Tensor:
+    if isinstance(shift, Tensor):
+        return shift.cpu().double().flatten()
+    return torch.full((prod(shape),), shift, dtype=torch.float64)
+
+
+def _summed(passed: Iterable[dict[str, Rows]]) -> Tensor:
+    matrix: Tensor | None = None
+    for rows in passed:
+        flat = flatten(rows)
+        product = (flat.T @ flat).cpu().double()
+        matrix = product if matrix is None else matrix.add_(product)
+    if matrix is None:
+        raise ValueError("train: expected samples to take the curvature from, got none")
+    return matrix
+
+
+def _whitened(row: Rows, shift: float | Tensor) -> Rows:
+    if isinstance(shift, Tensor):
+        return Rows(
+            row.outputs.new_ones(len(row), 1, 1, 1), row.whole().outputs * shift.rsqrt().reshape(-1).to(row.outputs)
+        )
+    return Rows(row.inputs, row.outputs * shift**-0.5)

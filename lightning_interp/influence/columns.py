@@ -1,0 +1,206 @@
+"""Columns of the generalised Gauss–Newton matrix: what to send through a backward, all of them or a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lightning_interp.batch import precise
+from lightning_interp.task import Task, loss_per_sample
+
+MOST_OUTPUTS = 512
+DRAWS = 8
+
+
+class Root(NamedTuple):
+    """A root R of the loss's Hessian in the outputs, R Rᵀ = ∂²ℓ_n/∂f_n², one column after the other.
+
+    Args:
+        norms: squared norm of each column, `(n, k)`.
+        column: rows and columns `(m,)` each → those columns, `(m, *shape of one sample's outputs)`.
+    """
+
+    norms: Float[Tensor, "n k"]
+    column: Callable[[Tensor, Tensor], Tensor]
+
+
+def hessian_root(outputs: Tensor, targets: Tensor, task: Task, draws: torch.Generator | None = None) -> Root:
+    """Return a root of the loss's Hessian for each sample.
+
+    Of cross entropy the Cholesky factor of diag p − p pᵀ, classes in falling order of p: column j is
+    √(p_j q_{j+1}/q_j) (e_j − p_{>j}/q_{j+1}) with q_j = Σ_{i≥j} p_i, so that two classes in doubt need one column.
+    Of binary cross entropy and squared error the diagonal's root. Of classes at several positions `(n, classes, ...)`,
+    where there would be too many, 8 random ±1 mixtures: right in the mean. Of any other loss the eigenvectors.
+
+    Reference: Tanabe & Sagae, An Exact Cholesky Decomposition and the Generalized Inverse of the Variance–Covariance
+    Matrix of the Multinomial Distribution, 1992.
+
+    Raises:
+        ValueError: the loss is the user's own and there are more than 512 outputs per sample.
+    """
+    outputs = precise(outputs.detach())
+    kind = task.problem(outputs, targets) if task.loss is loss_per_sample else None
+    if kind == "classes" and outputs.ndim == 2:
+        return _softmax_root(outputs)
+    if kind == "classes":
+        return _dense(_mixtures(outputs, draws))
+    if kind in ("binary", "multilabel", "regression"):
+        return _diagonal_root(outputs, kind)
+    return _dense(_eigenvectors(outputs, targets, task))
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Columns of the curvature's root, each of one sample: Σ_m v_m v_mᵀ estimates the sum over all of them.
+
+    Args:
+        places: which sample each is of, `(m,)`, ascending.
+        vectors: in the outputs' shape, `(m, *shape of one sample's outputs)`, scaled so that the estimate is unbiased.
+        total: how many there are in all.
+        trace: share of the trace (in the outputs) that the kept ones hold themselves.
+        n: samples that were looked at.
+    """
+
+    places: Int[Tensor, " m"]
+    vectors: Float[Tensor, "m *shape"]
+    total: int
+    trace: float
+    n: int
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Say what the sample is, unless it is everything."""
+        if len(self.places) == self.total:
+            return ()
+        kept, total = len(self.places), self.total
+        return (
+            f"the curvature is an unbiased sample: {kept:,} of its {total:,} columns,"
+            f" {100 * self.trace:.0f}% of its trace",
+        )
+
+
+def sampled(roots: Iterable[Root], count: int, draws: torch.Generator) -> Columns:
+    """Keep at most `count` columns of a stream by priority sampling: the large ones surely, the small ones by chance.
+
+    Each column of squared norm w gets the priority w/u, u uniform. The `count` highest are kept, and stand for
+    max(w, τ), τ the next priority: unbiased, in memory that does not grow with the stream.
+
+    Reference: Duffield, Lund & Thorup, Priority Sampling for Estimation of Arbitrary Subset Sums, 2007.
+    """
+    vectors: Tensor | None = None
+    threshold, total, trace, n = 0.0, 0, 0.0, 0
+    state = torch.zeros(3, 0, dtype=torch.float64)
+    for root in roots:
+        norms = root.norms.detach().cpu().double()
+        chance = 1 - torch.rand(norms.shape, generator=draws, dtype=torch.float64)
+        rows, places = (norms > 0).nonzero(as_tuple=True)
+        total, trace = total + len(rows), trace + float(norms.sum())
+        fresh = torch.stack([norms[rows, places] / chance[rows, places], norms[rows, places], rows + float(n)])
+        n += len(norms)
+        best = (fresh[0] > threshold).nonzero()[:, 0]
+        best = best[fresh[0, best].topk(min(len(best), count + 1)).indices]
+        found = root.column(rows[best].to(root.norms.device), places[best].to(root.norms.device)).cpu()
+        state = torch.cat([state, fresh[:, best]], dim=1)
+        vectors = found if vectors is None else torch.cat([vectors, found])
+        if state.shape[1] > 2 * count + 1:
+            top = state[0].topk(count + 1).indices
+            state, vectors = state[:, top], vectors[top]
+            threshold = float(state[0].min())
+    return _weighted(state, vectors, count, total, trace, n)
+
+
+def _weighted(state: Tensor, vectors: Tensor | None, count: int, total: int, trace: float, n: int) -> Columns:
+    if vectors is None:
+        raise ValueError("train: expected samples to take the curvature from, got none")
+    if not total:
+        raise ValueError("train: the curvature of all samples is zero (is the softmax saturated?)")
+    if state.shape[1] > count:
+        order = state[0].topk(count + 1).indices
+        threshold = float(state[0, order[-1]])
+        state, vectors = state[:, order[:-1]], vectors[order[:-1]]
+        stands_for = state[1].clamp(min=threshold)
+    else:
+        stands_for = state[1]
+    scale = (stands_for / state[1]).sqrt().to(vectors)
+    vectors = vectors * scale.reshape(-1, *([1] * (vectors.ndim - 1)))
+    order = state[2].argsort(stable=True)
+    share = float(state[1].sum()) / trace if trace > 0 else 1.0
+    return Columns(state[2, order].long(), vectors[order], total, share, n)
+
+
+def is_mixed(outputs: Tensor, targets: Tensor, task: Task) -> bool:
+    """Say whether the root is one of random mixtures."""
+    return task.loss is loss_per_sample and outputs.ndim > 2 and task.problem(outputs, targets) == "classes"
+
+
+def _softmax_root(logits: Tensor) -> Root:
+    chance, order = logits.softmax(1).sort(dim=1, descending=True)
+    left = chance.flip(1).cumsum(1).flip(1)
+    tiny = torch.finfo(chance.dtype).tiny
+    behind = torch.cat([left[:, 1:], left.new_zeros(len(left), 1)], dim=1)
+    scale = chance * behind / left.clamp(min=tiny)
+    squares = chance.square()
+    after = squares.flip(1).cumsum(1).flip(1) - squares
+    norms = scale * (1 + after.clamp(min=0) / behind.square().clamp(min=tiny))
+
+    def column(rows: Tensor, places: Tensor) -> Tensor:
+        later = torch.arange(chance.shape[1], device=chance.device)[None, :] > places[:, None]
+        share = -(chance[rows] / behind[rows, places].clamp(min=tiny)[:, None]) * later
+        share.scatter_(1, places[:, None], 1.0)
+        found = torch.zeros_like(share).scatter_(1, order[rows], share)
+        return found * scale[rows, places].sqrt()[:, None]
+
+    return Root(norms[:, :-1], column)
+
+
+def _diagonal_root(outputs: Tensor, kind: str) -> Root:
+    """Return the root of a Hessian that is diagonal: the loss is a mean over a sample's outputs."""
+    chance = outputs.sigmoid()
+    curved = torch.full_like(outputs, 2.0) if kind == "regression" else chance * (1 - chance)
+    flat = (curved / outputs[0].numel()).reshape(len(outputs), -1)
+
+    def column(rows: Tensor, places: Tensor) -> Tensor:
+        found = flat.new_zeros(len(rows), flat.shape[1])
+        found.scatter_(1, places[:, None], flat[rows, places].sqrt()[:, None])
+        return found.reshape(-1, *outputs.shape[1:])
+
+    return Root(flat, column)
+
+
+def _dense(columns: Float[Tensor, "n k *shape"]) -> Root:
+    return Root(columns.flatten(2).square().sum(2), lambda rows, places: columns[rows, places])
+
+
+def _mixtures(logits: Tensor, draws: torch.Generator | None) -> Tensor:
+    """Return mixtures of the columns √(p_c / t) (e_c − p) of all t positions, `(n, 8, classes, ...)`."""
+    chance = logits.softmax(1)[:, None]
+    signs = torch.randint(0, 2, (len(logits), DRAWS, *logits.shape[1:]), generator=draws).to(logits) * 2 - 1
+    mixed = chance.sqrt() * signs
+    return (mixed - chance * mixed.sum(2, keepdim=True)) / (DRAWS * logits[0, 0].numel()) ** 0.5
+
+
+def _eigenvectors(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
+    if outputs[0].numel() > MOST_OUTPUTS:
+        raise ValueError(
+            f"outputs: expected at most {MOST_OUTPUTS} numbers per sample with a loss of your own, got"
+            f" {outputs[0].numel()}; pass task=Task(outputs=...) that reduces them"
+        )
+    hessian = _hessian(outputs, targets, task).cpu().double()
+    values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
+    root = (vectors * values.clamp(min=0).sqrt()[:, None, :]).mT
+    return root.reshape(len(outputs), -1, *outputs.shape[1:]).to(outputs)
+
+
+def _hessian(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
+    leaf = outputs.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(task.per_sample(leaf, targets).sum(), leaf, create_graph=True)
+    rows = grad.reshape(len(grad), -1)
+    if not rows.requires_grad:
+        return rows.new_zeros(*rows.shape, rows.shape[1])
+    columns = [torch.autograd.grad(rows[:, j].sum(), leaf, retain_graph=True)[0] for j in range(rows.shape[1])]
+    return torch.stack([column.reshape(len(column), -1) for column in columns], dim=2)

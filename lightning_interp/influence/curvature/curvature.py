@@ -1,0 +1,72 @@
+"""What every curvature offers: estimate it, then ask for (H + Λ)⁻¹ between gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
+from operator import add
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from lightning_interp.influence.reading import Reader
+from lightning_interp.influence.rows import Rows
+from lightning_interp.samples import Samples
+
+Gradients = Mapping[str, Rows]
+Shift = Mapping[str, float | Tensor]
+Scorer = Callable[[Gradients], Tensor]
+
+
+@runtime_checkable
+class Inverse(Protocol):
+    """A damped curvature's inverse, asked between gradients."""
+
+    def against(self, queries: Gradients) -> Scorer:
+        """Return a function: gradients of m samples → ∇ℓ_qᵀ (H + Λ)⁻¹ ∇ℓ_i, `(q, m)`."""
+
+    def squares(self, rows: Gradients) -> Tensor:
+        """Return ∇ℓ_iᵀ (H + Λ)⁻¹ ∇ℓ_i of each sample, `(n,)`."""
+
+
+@runtime_checkable
+class Fitted(Protocol):
+    """A curvature estimated from data."""
+
+    @property
+    def n(self) -> int:
+        """Number of samples used."""
+
+    @property
+    def mean_eigenvalue(self) -> float:
+        """Mean over all eigenvalues."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know about it."""
+
+    def inverse(self, shift: Shift) -> Inverse:
+        """Return (H + Λ)⁻¹, Λ given per block: a number, or `(groups, o, i)`."""
+
+
+@runtime_checkable
+class Curvature(Protocol):
+    """How the curvature is estimated; `EKFAC`, `KFAC`, `GaussNewton` and `IdentityCurvature` are such."""
+
+    def check(self, parameters: int) -> None:
+        """Raise a ValueError if it cannot be estimated for so many parameters."""
+
+    def fit(self, reader: Reader, samples: Samples) -> Fitted:
+        """Estimate it from the training samples."""
+
+
+def sum_of(parts: Iterable[Tensor]) -> Tensor:
+    """Return the sum of tensors."""
+    return reduce(add, parts)
+
+
+def check_counts(owner: str, **counts: int | None) -> None:
+    """Raise a ValueError for a count below 1."""
+    for name, count in counts.items():
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise ValueError(f"{owner}({name}=...): expected at least 1 or None, got {count!r}")

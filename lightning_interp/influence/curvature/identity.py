@@ -1,0 +1,50 @@
+"""No curvature: H + Λ → I, the plain dot product of gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_interp.influence.curvature.curvature import Gradients, Scorer, Shift, sum_of
+from lightning_interp.influence.reading import Reader
+from lightning_interp.influence.rows import products
+from lightning_interp.samples import Samples
+
+
+@dataclass(frozen=True)
+class IdentityCurvature:
+    """Score by ∇ℓ_q · ∇ℓ_i alone: the influence of one step of gradient descent, without a unit.
+
+    Where each layer sees a sample once, dot products of gradients factor and nothing of the parameters' size is made.
+
+    Reference: Charpiat et al., Input Similarity from the Neural Network Perspective, 2019.
+    """
+
+    def check(self, parameters: int) -> None:
+        """Accept any number of parameters."""
+
+    def fit(self, reader: Reader, samples: Samples) -> FittedIdentity:
+        """Estimate nothing."""
+        return FittedIdentity()
+
+
+@dataclass(frozen=True)
+class FittedIdentity:
+    """The identity."""
+
+    n: int = 0
+    mean_eigenvalue: float = 1.0
+    notes: tuple[str, ...] = ()
+
+    def inverse(self, shift: Shift) -> FittedIdentity:
+        """Return the identity again, whatever Λ is."""
+        return self
+
+    def against(self, queries: Gradients) -> Scorer:
+        """Return a function: gradients of m samples → dot products, `(q, m)`."""
+        return lambda rows: sum_of(products(queries[block], row) for block, row in rows.items())
+
+    def squares(self, rows: Gradients) -> Tensor:
+        """Return each sample's squared gradient norm, `(n,)`."""
+        return sum_of(row.squared_norms() for row in rows.values())

@@ -1,0 +1,108 @@
+"""Samples read through a network, in parts that fit in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_interp.batch import device_of, picked, size, take, to_device
+from lightning_interp.influence.columns import Columns, Root, hessian_root, sampled
+from lightning_interp.influence.coverage import Coverage
+from lightning_interp.influence.rows import Rows
+from lightning_interp.influence.trace import Trace
+from lightning_interp.progress import Progress, quiet
+from lightning_interp.samples import Samples
+
+ELEMENTS_AT_ONCE = 2**22
+SMALLEST = 1e-12
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """How samples go through one covered network.
+
+    Args:
+        coverage: the network, and what is watched of it.
+        at_once: how many samples' factors fit in memory.
+        progress: shows how far it got.
+    """
+
+    coverage: Coverage
+    at_once: int
+    progress: Progress = quiet
+
+    @classmethod
+    def of(cls, coverage: Coverage, batch: Any, batch_size: int, progress: Progress = quiet) -> Reader:
+        """Measure on one sample how many fit."""
+        rows = Trace(coverage.watch, take(batch, 0, 1)).loss_rows()
+        held = sum(row.held for row in rows.values())
+        return cls(coverage, max(1, min(batch_size, ELEMENTS_AT_ONCE // max(1, held))), progress)
+
+    def batches(self, samples: Samples, what: str) -> Iterator[Any]:
+        """Yield the samples in parts, on the network's device."""
+        device = device_of(self.coverage.watch.model)
+        for batch in self.progress(samples, -(-len(samples) // samples.batch_size), what):
+            for start in range(0, size(batch), self.at_once):
+                yield to_device(take(batch, start, start + self.at_once), device)
+
+    def traces(self, samples: Samples, what: str) -> Iterator[Trace]:
+        """Yield one forward of each part."""
+        for batch in self.batches(samples, what):
+            yield Trace(self.coverage.watch, batch)
+
+    def columns(self, samples: Samples, count: int, seed: int) -> Columns:
+        """Return an unbiased sample of the curvature's columns, from one forward over the samples."""
+        draws = torch.Generator().manual_seed(seed)
+        return sampled(self._roots(samples, draws), count, draws)
+
+    def all_columns(self, samples: Samples, seed: int, what: str) -> Iterator[dict[str, Rows]]:
+        """Yield rows whose gradients' squares sum to the curvature times n: one backward per column."""
+        draws = torch.Generator().manual_seed(seed)
+        task = self.coverage.watch.task
+        for trace in self.traces(samples, what):
+            root = hessian_root(trace.outputs, trace.targets, task, draws)
+            rows = torch.arange(len(trace), device=root.norms.device)
+            for place in _alive(root.norms):
+                column = root.column(rows, torch.full_like(rows, place))
+                yield trace.output_rows(column.reshape(trace.outputs.shape), keep=True)
+
+    def column_rows(self, samples: Samples, columns: Columns, what: str) -> Iterator[dict[str, Rows]]:
+        """Yield the rows of sampled columns: one backward each, of their samples alone."""
+        places, where = columns.places.unique_consecutive(return_inverse=True)
+        if not len(places):
+            return
+        start, device = 0, device_of(self.coverage.watch.model)
+        chosen = samples.at(places.tolist())
+        for batch in self.progress(chosen, -(-len(chosen) // samples.batch_size), what):
+            mine = ((where >= start) & (where < start + size(batch))).nonzero()[:, 0]
+            for some in mine.split(self.at_once):
+                part = to_device(picked(batch, where[some] - start), device)
+                trace = Trace(self.coverage.watch, part)
+                yield trace.output_rows(columns.vectors[some].reshape(trace.outputs.shape))
+            start += size(batch)
+
+    def _roots(self, samples: Samples, draws: torch.Generator) -> Iterator[Root]:
+        watch = self.coverage.watch
+        for batch in self.batches(samples, "curvature, columns"):
+            with torch.no_grad():
+                outputs = watch.task.outputs(watch.model, watch.task.inputs(batch))
+            yield hessian_root(outputs, watch.task.targets(batch), watch.task, draws)
+
+
+def _alive(norms: Tensor) -> list[int]:
+    """Return the columns that are not zero for all samples; at least one."""
+    most = norms.amax(dim=0)
+    return (most > SMALLEST * most.max()).nonzero()[:, 0].tolist() or [0]
+
+
+def with_progress(reader: Reader, progress: Progress) -> Reader:
+    """Return the reader with its progress shown."""
+    return dataclasses.replace(reader, progress=progress)
+
+
+Pass = Callable[[str], Iterator[dict[str, Rows]]]

@@ -1,0 +1,191 @@
+"""Per-sample gradients in factored form: what a weight was multiplied with, and the gradient of what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+LARGEST_BLOCK = 2**22
+
+
+@dataclass(frozen=True, eq=False)
+class Lookup:
+    """Inputs that are one-hot: which row of a table each position took. Within a sample no row appears twice.
+
+    Args:
+        index: `(n, t)`.
+        count: rows of the table.
+    """
+
+    index: Int[Tensor, "n t"]
+    count: int
+
+    def dense(self) -> Float[Tensor, "n 1 t i"]:
+        """Return the one-hot vectors themselves."""
+        return F.one_hot(self.index, self.count)[:, None].float()
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """One block's gradients, each a sum of outer products: G_n = Σ_t outputs[n, :, t] inputs[n, :, t]ᵀ.
+
+    t runs over positions and calls. A bias is a last input column of ones. Parameters that are no matrix (the scales of
+    a normalisation) have the gradient itself as their outputs, and ones as inputs.
+
+    Args:
+        inputs: `(n, groups, t, i)`, or a `Lookup` (one group).
+        outputs: `(n, groups, t, o)`.
+    """
+
+    inputs: Float[Tensor, "n groups t i"] | Lookup
+    outputs: Float[Tensor, "n groups t o"]
+
+    def __len__(self) -> int:
+        return len(self.outputs)
+
+    @property
+    def positions(self) -> int:
+        """Number of outer products that a gradient is the sum of."""
+        return self.outputs.shape[2]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of one gradient, `(groups, o, i)`."""
+        width = self.inputs.count if isinstance(self.inputs, Lookup) else self.inputs.shape[3]
+        return self.outputs.shape[1], self.outputs.shape[3], width
+
+    @property
+    def size(self) -> int:
+        """Number of elements of one gradient."""
+        groups, o, i = self.shape
+        return groups * o * i
+
+    @property
+    def held(self) -> int:
+        """Number of elements that these rows keep in memory."""
+        inputs = self.inputs.index if isinstance(self.inputs, Lookup) else self.inputs
+        return inputs.numel() + self.outputs.numel()
+
+    def gradients(self) -> Float[Tensor, "n groups o i"]:
+        """Return each sample's gradient."""
+        if isinstance(self.inputs, Lookup):
+            n, _, t, o = self.outputs.shape
+            found = self.outputs.new_zeros(n, 1, o, self.inputs.count)
+            where = self.inputs.index[:, None, None, :].expand(n, 1, o, t)
+            return found.scatter_add_(3, where, self.outputs.transpose(2, 3))
+        return self.outputs.transpose(2, 3) @ self.inputs
+
+    def blocks(self) -> Iterator[tuple[slice, Rows]]:
+        """Yield the samples in blocks whose gradients fit in 16 MB (float32)."""
+        n, step = len(self), max(1, LARGEST_BLOCK // self.size)
+        for start in range(0, n, step):
+            part = slice(start, min(n, start + step))
+            yield part, self.at(part)
+
+    def at(self, part: slice | Tensor) -> Rows:
+        """Return the rows of some samples."""
+        inputs = self.inputs
+        return Rows(
+            Lookup(inputs.index[part], inputs.count) if isinstance(inputs, Lookup) else inputs[part], self.outputs[part]
+        )
+
+    def against(self, vectors: Float[Tensor, "q groups o i"]) -> Float[Tensor, "q n"]:
+        """Return the dot product of each vector with each gradient."""
+        if isinstance(self.inputs, Lookup):
+            return self._looked_up(vectors.reshape(len(vectors), *self.shape))
+        flat = vectors.flatten(1)
+        return torch.cat([flat @ few.gradients().flatten(1).T for _, few in self.blocks()], dim=1)
+
+    def _looked_up(self, vectors: Tensor) -> Tensor:
+        index = self.inputs.index if isinstance(self.inputs, Lookup) else self.inputs
+        found = [torch.einsum("dnt,ntd->n", v[0][:, index], self.outputs[:, 0]) for v in vectors]
+        return torch.stack(found)
+
+    def squared_norms(self) -> Float[Tensor, " n"]:
+        """Return each gradient's squared norm."""
+        if self.positions == 1 and isinstance(self.inputs, Tensor):
+            return (self.inputs.square().sum((2, 3)) * self.outputs.square().sum((2, 3))).sum(1)
+        return torch.cat([few.gradients().square().sum((1, 2, 3)) for _, few in self.blocks()])
+
+    def weighted_squares(self, weights: Float[Tensor, "groups o i"]) -> Float[Tensor, " n"]:
+        """Return Σ weights ⊙ G² of each gradient."""
+        if self.positions == 1 and isinstance(self.inputs, Tensor):
+            inside = torch.einsum("ngi,goi->ngo", self.inputs[:, :, 0].square(), weights)
+            return (inside * self.outputs[:, :, 0].square()).sum((1, 2))
+        return torch.cat([(few.gradients().square() * weights).sum((1, 2, 3)) for _, few in self.blocks()])
+
+    def whole(self) -> Rows:
+        """Return the same gradients as one vector each, `(n, 1, 1, elements)` as outputs."""
+        flat = self.gradients().flatten(1)[:, None, None]
+        return Rows(flat.new_ones(len(flat), 1, 1, 1), flat)
+
+    def total(self) -> Float[Tensor, "groups o i"]:
+        """Return the sum of all gradients."""
+        if isinstance(self.inputs, Lookup):
+            return self.gradients().sum(0)
+        return _by_group(self.outputs).mT @ _by_group(self.inputs)
+
+    def scaled(self, factors: Float[Tensor, " n"]) -> Rows:
+        """Return the rows with each sample's gradient multiplied by a number."""
+        return Rows(self.inputs, self.outputs * factors.to(self.outputs)[:, None, None, None])
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """Return the rows of the same samples with the sums over all parts' positions as gradients."""
+    if len(parts) == 1:
+        return parts[0]
+    held = [part.inputs for part in parts]
+    outputs = torch.cat([part.outputs for part in parts], dim=2)
+    lookups = [inputs for inputs in held if isinstance(inputs, Lookup)]
+    if len(lookups) == len(parts):
+        return distinct(torch.cat([lookup.index for lookup in lookups], dim=1), outputs[:, 0], lookups[0].count)
+    dense = [inputs.dense().to(outputs) if isinstance(inputs, Lookup) else inputs for inputs in held]
+    return Rows(torch.cat(dense, dim=2), outputs)
+
+
+def stacked(parts: Sequence[Rows]) -> Rows:
+    """Return rows of different samples one after the other; shorter ones are filled up with zeros."""
+    most = max(part.positions for part in parts)
+    outputs = torch.cat([F.pad(part.outputs, (0, 0, 0, most - part.positions)) for part in parts])
+    lookups = [part.inputs for part in parts if isinstance(part.inputs, Lookup)]
+    if lookups:
+        index = torch.cat([F.pad(lookup.index, (0, most - lookup.index.shape[1])) for lookup in lookups])
+        return Rows(Lookup(index, lookups[0].count), outputs)
+    dense = [part.inputs for part in parts if isinstance(part.inputs, Tensor)]
+    return Rows(torch.cat([F.pad(inputs, (0, 0, 0, most - inputs.shape[2])) for inputs in dense]), outputs)
+
+
+def distinct(index: Int[Tensor, "n t"], grads: Float[Tensor, "n t d"], count: int) -> Rows:
+    """Return rows of a lookup table, the gradients of a row that a sample took several times summed into one."""
+    same = index[:, :, None] == index[:, None, :]
+    earlier = torch.ones_like(same[0]).tril(-1)
+    first = ~(same & earlier).any(dim=2)
+    summed = (same.to(grads) @ grads) * first[:, :, None]
+    return Rows(Lookup(index, count), summed[:, None])
+
+
+def products(left: Rows, right: Rows) -> Float[Tensor, "n m"]:
+    """Return all dot products of the gradients of two sets of samples, in the cheaper order.
+
+    With one position each, (a ⊗ g)·(a′ ⊗ g′) = (a·a′)(g·g′): nothing of the gradient's size is made.
+    """
+    groups, o, i = left.shape
+    pairs = left.positions * right.positions
+    a, b = left.inputs, right.inputs
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and left.shape == right.shape and pairs * (i + o) < o * i:
+        if pairs == groups == 1:
+            return (a[:, 0, 0] @ b[:, 0, 0].T) * (left.outputs[:, 0, 0] @ right.outputs[:, 0, 0].T)
+        inside = _by_group(a) @ _by_group(b).mT
+        outside = _by_group(left.outputs) @ _by_group(right.outputs).mT
+        product = (inside * outside).unflatten(2, (len(right), -1)).unflatten(1, (len(left), -1))
+        return product.sum(dim=(0, 2, 4))
+    return torch.cat([right.against(few.gradients()) for _, few in left.blocks()])
+
+
+def _by_group(part: Float[Tensor, "n groups t d"]) -> Float[Tensor, "groups nt d"]:
+    return part.transpose(0, 1).flatten(1, 2)

@@ -1,0 +1,27 @@
+"""How each kind of layer yields the factors of its weights' gradients: one rule a kind."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_interp.influence.rules.convolution import convolution
+from lightning_interp.influence.rules.embedding import embedding
+from lightning_interp.influence.rules.linear import linear
+from lightning_interp.influence.rules.normalization import batch_norm, group_norm, layer_norm, rms_norm
+from lightning_interp.influence.rules.use import Call, Rule, Use
+
+RULES: dict[type[nn.Module], Rule] = {
+    nn.Linear: linear,
+    nn.Conv1d: convolution,
+    nn.Conv2d: convolution,
+    nn.Conv3d: convolution,
+    nn.Embedding: embedding,
+    nn.LayerNorm: layer_norm,
+    nn.RMSNorm: rms_norm,
+    nn.GroupNorm: group_norm,
+    nn.BatchNorm1d: batch_norm,
+    nn.BatchNorm2d: batch_norm,
+    nn.BatchNorm3d: batch_norm,
+}
+
+__all__ = ["RULES", "Call", "Rule", "Use"]

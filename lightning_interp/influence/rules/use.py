@@ -1,0 +1,82 @@
+"""What a rule is given of a layer's call, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_interp.batch import precise
+from lightning_interp.influence.rows import Lookup
+
+
+class Use(NamedTuple):
+    """One place where parameters entered the forward.
+
+    Args:
+        parameters: attribute names of the layer: a weight and its bias, or several vectors.
+        inputs: what the weight was multiplied with, `(n, groups, t, i)` without the bias's ones, or a `Lookup`.
+        node: the tensor whose gradient is asked.
+        arrange: gradient of the node → `(n, groups, t, o)`.
+    """
+
+    parameters: tuple[str, ...]
+    inputs: Tensor | Lookup
+    node: Tensor
+    arrange: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a layer.
+
+    Args:
+        layer: the module.
+        args: what it was called with.
+        kwargs: and the keywords.
+        output: what it returned.
+        axis: the dimension of its inputs along which samples lie.
+    """
+
+    layer: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output: Any
+    axis: int
+
+    @property
+    def given(self) -> Tensor:
+        """The first input, detached, samples in front, at least in single precision."""
+        value = self.args[0] if self.args else next(iter(self.kwargs.values()))
+        return precise(self.front(value.detach()))
+
+    def front(self, tensor: Tensor) -> Tensor:
+        """Return the tensor with its samples in front."""
+        return tensor if self.axis == 0 else tensor.movedim(self.axis, 0)
+
+    def grad(self, tensor: Tensor) -> Tensor:
+        """Return a gradient with its samples in front, at least in single precision."""
+        return precise(self.front(tensor))
+
+
+Rule = Callable[[Call], tuple[Any, list[Use]]]
+
+
+def watched(output: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a tensor whose gradient can be asked, and the copy that goes on, which may be written to in place."""
+    node = output if output.requires_grad else output.detach().requires_grad_()
+    return node, node.clone()
+
+
+def trained(layer: nn.Module, *names: str) -> tuple[str, ...]:
+    """Return those of a layer's parameters that are trained."""
+    held = ((name, layer._parameters.get(name)) for name in names)
+    return tuple(name for name, parameter in held if parameter is not None and parameter.requires_grad)
+
+
+def ones(like: Tensor) -> Tensor:
+    """Return the inputs `(n, 1, 1, 1)` of parameters that are no matrix."""
+    return torch.ones(len(like), 1, 1, 1, dtype=precise(like).dtype, device=like.device)

@@ -1,0 +1,163 @@
+"""One forward of a batch, from which per-sample gradients of every covered parameter can be asked."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_interp.batch import size, tensors
+from lightning_interp.influence.blocks import Block
+from lightning_interp.influence.leftover import Leftover
+from lightning_interp.influence.rows import Lookup, Rows, distinct, joined
+from lightning_interp.influence.rules import Call, Rule, Use
+from lightning_interp.task import Task
+
+
+class Site(NamedTuple):
+    """A layer that is watched.
+
+    Args:
+        layer: its name.
+        rule: how its calls yield factors.
+        axis: the dimension of its inputs along which samples lie.
+    """
+
+    layer: str
+    rule: Rule
+    axis: int
+
+
+@dataclass(frozen=True, eq=False)
+class Watch:
+    """What is watched of a model, and where its gradients go.
+
+    Args:
+        model: in eval mode (see `lightning_interp.capture.differentiable`).
+        task: how to call it and its loss.
+        sites: the layers.
+        names: parameter (by identity) → its name.
+        blocks: parameter name → the block that it lies in.
+        leftover: parameters that no rule covers.
+    """
+
+    model: nn.Module
+    task: Task
+    sites: Sequence[Site]
+    names: Mapping[int, str]
+    blocks: Mapping[str, Block]
+    leftover: Leftover | None = None
+
+    def fed(self, layer: str, paths: tuple[str, ...]) -> list[tuple[Block, list[str]]]:
+        """Return the blocks that a layer's parameters lie in, each with their names."""
+        known = self._fed.get((layer, paths))
+        if known is None:
+            part = self.model.get_submodule(layer)
+            names = [self.names[id(p)] for p in map(part.get_parameter, paths) if id(p) in self.names]
+            blocks = {block.name: block for name in names if (block := self.blocks.get(name)) is not None}
+            known = [(block, [name for name in names if name in block.parameters]) for block in blocks.values()]
+            self._fed[layer, paths] = known
+        return known
+
+    @cached_property
+    def _fed(self) -> dict[tuple[str, tuple[str, ...]], list[tuple[Block, list[str]]]]:
+        return {}
+
+
+class Trace:
+    """One forward of a batch.
+
+    Attributes:
+        outputs: the model's outputs.
+        targets: the batch's targets.
+        losses: loss per sample, `(n,)`; of a task by training steps, n copies of the batch's mean.
+    """
+
+    def __init__(self, watch: Watch, batch: Any) -> None:
+        self._watch, self._batch, self._n = watch, batch, size(batch)
+        self.uses: list[tuple[str, Use]] = []
+        with _hooked(watch, self._note):
+            self.outputs, self.targets, self.losses = watch.task.losses(watch.model, batch)
+
+    def __len__(self) -> int:
+        return self._n
+
+    def _note(self, site: Site, call: Call) -> Any:
+        given = next(tensors((call.args, dict(call.kwargs))), None)
+        if given is None or given.ndim <= site.axis or given.shape[site.axis] != self._n:
+            return call.output
+        output, uses = site.rule(call)
+        self.uses += [(site.layer, use) for use in uses if use.parameters]
+        return output
+
+    def loss_rows(self, keep: bool = False) -> dict[str, Rows]:
+        """Return each block's rows for the gradients of the samples' losses; `keep` the graph to ask again."""
+        found = self._rows(self.losses, torch.ones_like(self.losses), keep)
+        if self._watch.leftover is not None:
+            found |= self._watch.leftover.of_losses(self._batch)
+        return found
+
+    def output_rows(self, weights: Tensor, keep: bool = False) -> dict[str, Rows]:
+        """Return each block's rows for the gradients of Σ outputs ⊙ weights, sample by sample.
+
+        Args:
+            weights: in the outputs' shape.
+            keep: the graph, to ask again.
+        """
+        found = self._rows(self.outputs, weights.to(self.outputs), keep)
+        if self._watch.leftover is not None:
+            found |= self._watch.leftover.of_outputs(self._batch, weights)
+        return found
+
+    def _rows(self, of: Tensor, weights: Tensor, keep: bool) -> dict[str, Rows]:
+        if not self.uses:
+            return {}
+        nodes = [use.node for _, use in self.uses]
+        found = torch.autograd.grad(of, nodes, weights, retain_graph=keep, allow_unused=True)
+        parts: dict[str, list[Rows]] = {}
+        for (layer, use), grad in zip(self.uses, found, strict=True):
+            outputs = use.arrange(torch.zeros_like(use.node) if grad is None else grad)
+            for block, rows in self._laid_out(layer, use, outputs):
+                parts.setdefault(block, []).append(rows)
+        return {block: joined(held) for block, held in parts.items()}
+
+    def _laid_out(self, layer: str, use: Use, outputs: Tensor) -> Iterator[tuple[str, Rows]]:
+        """Yield the rows of each block that a use feeds."""
+        for block, names in self._watch.fed(layer, use.parameters):
+            yield block.name, _in_block(block, names, use, outputs)
+
+
+def _in_block(block: Block, names: Sequence[str], use: Use, outputs: Tensor) -> Rows:
+    if block.layout == "vector":
+        whole = outputs.sum(2) if outputs.shape[2] > 1 else outputs[:, :, 0]
+        return Rows(outputs.new_ones(len(outputs), 1, 1, 1), whole.reshape(len(outputs), 1, 1, -1))
+    if isinstance(use.inputs, Lookup):
+        if block.layout == "table":
+            return distinct(use.inputs.index, outputs[:, 0], use.inputs.count)
+        return Rows(outputs, use.inputs.dense().to(outputs))
+    if len(names) == 1:
+        return Rows(use.inputs.to(outputs), outputs)
+    return Rows(F.pad(use.inputs.to(outputs), (0, 1), value=1.0), outputs)
+
+
+@contextlib.contextmanager
+def _hooked(watch: Watch, note: Callable[[Site, Call], Any]) -> Iterator[None]:
+    handles = []
+    try:
+        for site in watch.sites:
+            part = watch.model.get_submodule(site.layer)
+            handles.append(part.register_forward_hook(_hook(site, note), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(site: Site, note: Callable[[Site, Call], Any]) -> Callable[..., Any]:
+    return lambda part, args, kwargs, output: note(site, Call(part, args, kwargs, output, site.axis))

@@ -1,0 +1,117 @@
+"""Small networks whose layers, weights and losses try the per-sample gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_interp import Task
+from lightning_interp.capture import differentiable
+from lightning_interp.influence.coverage import Coverage, cover
+from lightning_interp.influence.trace import Trace
+
+TASK = Task(kind="classes")
+
+
+def per_sample(net: nn.Module, batch: tuple[Tensor, Tensor], task: Task = TASK) -> tuple[Coverage, float]:
+    """Return what is covered, and the largest error of its gradients against autograd, one sample at a time."""
+    worst = 0.0
+    with differentiable(net):
+        coverage = cover(net, task, batch)
+        rows = Trace(coverage.watch, batch).loss_rows()
+        for sample in range(len(batch[1])):
+            loss = task.losses(net, tuple(part[sample : sample + 1] for part in batch))[2].sum()
+            for name, block in coverage.blocks.items():
+                found = block.unpack(rows[name].gradients()[sample])
+                held = [net.get_parameter(parameter) for parameter in block.parameters]
+                for parameter, grad in zip(
+                    block.parameters, torch.autograd.grad(loss, held, retain_graph=True), strict=True
+                ):
+                    scale = float(grad.abs().max().clamp(min=1e-30))
+                    worst = max(worst, float((found[parameter] - grad).abs().max()) / scale)
+    return coverage, worst
+
+
+class Reused(nn.Module):
+    """One layer called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.fc(self.fc(x).relu()).relu())
+
+
+class Positions(nn.Module):
+    """Linear layers at several positions, an in-place activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.relu(self.fc(x.unflatten(1, (4, 6))), inplace=True).mean(1))
+
+
+class Mean(nn.Module):
+    """Mean over the last dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(2)
+
+
+class SequenceFirst(nn.Module):
+    """Samples along the second dimension, positions along the first, and as many of them as samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm, self.out = nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(self.fc(x.unflatten(1, (3, 6)).transpose(0, 1))).mean(0))
+
+
+class TiedTokens(nn.Module):
+    """A table whose rows are also the output layer's weights; outputs over the vocabulary at the last token."""
+
+    def __init__(self, scale: Callable[[Tensor], Tensor] = torch.tanh) -> None:
+        super().__init__()
+        self.table, self.mix, self.head = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7)
+        self.head.weight = self.table.weight
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.scale(self.mix(self.table(x)).sum(1)))
+
+
+class Loose(nn.Module):
+    """Parameters outside any layer: a matrix product of its own, a position embedding, a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 5) / 2)
+        self.position = nn.Parameter(torch.randn(4, 6))
+        self.scale = nn.Parameter(torch.rand(()) + 0.5)
+        self.out = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out((self.scale * ((x.unflatten(1, (4, 6)) + self.position) @ self.weight)).tanh().mean(1))
+
+
+class Sneaky(nn.Module):
+    """A weight also used outside its layer, two layers with one weight, a frozen one and an unused one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.frozen, self.unused = (nn.Linear(4, 4) for _ in range(3))
+        self.tied, self.also, self.good = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.also.weight = self.tied.weight
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(x) + F.linear(x, self.twice.weight)
+        return self.good(self.also(self.tied(self.frozen(x)).tanh()))
