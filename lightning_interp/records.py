@@ -185,6 +185,7 @@ class Influence:
         mean: mean score of each query over all scored samples, `(q,)`; of the columns when None.
         agreement: another way to the same ranking, in words → share of each query's strongest samples that it agrees
             on, mean over queries.
+        duplicates: row of a query → dataset indices of training samples whose input is the same, bit for bit.
     """
 
     scores: Float[Tensor, "q m"]
@@ -205,6 +206,7 @@ class Influence:
     scored: int | None = None
     mean: Float[Tensor, " q"] | None = None
     agreement: Mapping[str, float] = field(default_factory=dict)
+    duplicates: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def n_scored(self) -> int:

@@ -7,10 +7,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
+import torch.distributed
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -41,14 +42,16 @@ class Shell:
         owner: name of the callback.
         on_error: "warn" or "raise".
         chosen: whether the user gave any argument that says what to look at.
+        everywhere: whether the work is shared by all ranks; else rank zero does it alone.
     """
 
-    def __init__(self, owner: str, on_error: OnError, chosen: bool) -> None:
+    def __init__(self, owner: str, on_error: OnError, chosen: bool, everywhere: bool = False) -> None:
         if on_error not in ("warn", "raise"):
             raise ValueError(f'{owner}(on_error=...): expected "warn" or "raise", got {on_error!r}')
         self.owner = owner
         self.on_error = on_error
         self.chosen = chosen
+        self.everywhere = everywhere
         self.on = True
         self._seconds = 0.0
 
@@ -72,6 +75,8 @@ class Shell:
                         f"by its defaults it cannot look at this model and data ({told}); pass task= or a dataset"
                     )
         self._raise_everywhere(trainer, failed)
+        if self.on and not all(self._everyone(trainer, self.on)):
+            self.switch_off("it is off on another rank")
 
     def run(self, work: Work, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Do work while training runs, or right after it; log the seconds it took since the last time."""
@@ -89,12 +94,25 @@ class Shell:
             self._raise_everywhere(trainer, failed)
 
     def _raise_everywhere(self, trainer: pl.Trainer, failed: Exception | None) -> None:
-        """Raise on all ranks what rank zero met, so that none waits for another."""
-        told = trainer.strategy.broadcast("" if failed is None else str(failed)) if trainer.world_size > 1 else ""
+        """Raise on all ranks what one met (rank zero, where it works alone), so that none waits for another."""
+        mine = "" if failed is None else str(failed) or type(failed).__name__
+        if self.everywhere:
+            told = {rank: why for rank, why in enumerate(self._everyone(trainer, mine)) if why}
+        else:
+            why = trainer.strategy.broadcast(mine) if trainer.world_size > 1 else ""
+            told = {0: why} if why else {}
         if failed is not None:
             raise failed
-        if told:
-            raise RuntimeError(f"{self.owner} failed on rank zero: {told}")
+        for rank, why in told.items():
+            raise RuntimeError(f"{self.owner} failed on rank {rank or 'zero'}: {why}")
+
+    def _everyone(self, trainer: pl.Trainer, value: T) -> list[T]:
+        """Return what each rank says, where the work is shared; else this rank's own word."""
+        if not self.everywhere or trainer.world_size == 1:
+            return [value]
+        held: list[T | None] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(held, value)
+        return cast(list[T], held)
 
     def switch_off(self, why: str) -> None:
         """Stay off for the rest of this run, and say why."""
@@ -102,7 +120,7 @@ class Shell:
         rank_zero_warn(f"{self.owner} is off for this run: {why}")
 
     def _works(self, trainer: pl.Trainer) -> bool:
-        return self.on and trainer.is_global_zero
+        return self.on and (self.everywhere or trainer.is_global_zero)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

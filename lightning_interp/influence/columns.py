@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -84,53 +84,114 @@ class Columns:
         )
 
 
-def sampled(roots: Iterable[Root], count: int, draws: torch.Generator) -> Columns:
-    """Keep at most `count` columns of a stream by priority sampling: the large ones surely, the small ones by chance.
+class PrioritySample:
+    """Keeps at most `count` columns of a stream: the large ones surely, the small ones by chance.
 
     Each column of squared norm w gets the priority w/u, u uniform. The `count` highest are kept, and stand for
     max(w, τ), τ the next priority: unbiased, in memory that does not grow with the stream.
 
     Reference: Duffield, Lund & Thorup, Priority Sampling for Estimation of Arbitrary Subset Sums, 2007.
+
+    Args:
+        count: how many to keep.
+        draws: where u comes from.
     """
-    vectors: Tensor | None = None
-    threshold, total, trace, n = 0.0, 0, 0.0, 0
-    state = torch.zeros(3, 0, dtype=torch.float64)
-    for root in roots:
+
+    def __init__(self, count: int, draws: torch.Generator) -> None:
+        self._count, self._draws = count, draws
+        self._held = Held()
+
+    def add(self, root: Root, places: Int[Tensor, " n"]) -> None:
+        """Take the columns of the next samples, which lie at these places."""
         norms = root.norms.detach().cpu().double()
-        chance = 1 - torch.rand(norms.shape, generator=draws, dtype=torch.float64)
-        rows, places = (norms > 0).nonzero(as_tuple=True)
-        total, trace = total + len(rows), trace + float(norms.sum())
-        fresh = torch.stack([norms[rows, places] / chance[rows, places], norms[rows, places], rows + float(n)])
-        n += len(norms)
-        best = (fresh[0] > threshold).nonzero()[:, 0]
-        best = best[fresh[0, best].topk(min(len(best), count + 1)).indices]
-        found = root.column(rows[best].to(root.norms.device), places[best].to(root.norms.device)).cpu()
-        state = torch.cat([state, fresh[:, best]], dim=1)
-        vectors = found if vectors is None else torch.cat([vectors, found])
-        if state.shape[1] > 2 * count + 1:
-            top = state[0].topk(count + 1).indices
-            state, vectors = state[:, top], vectors[top]
-            threshold = float(state[0].min())
-    return _weighted(state, vectors, count, total, trace, n)
+        chance = 1 - torch.rand(norms.shape, generator=self._draws, dtype=torch.float64)
+        rows, columns = (norms > 0).nonzero(as_tuple=True)
+        priority = norms[rows, columns] / chance[rows, columns]
+        best = (priority > self._held.threshold).nonzero()[:, 0]
+        best = best[priority[best].topk(min(len(best), self._count + 1)).indices]
+        rows, columns = rows[best], columns[best]
+        device = root.norms.device
+        found = root.column(rows.to(device), columns.to(device)).cpu()
+        state = torch.stack([priority[best], norms[rows, columns], places[rows].double()])
+        fresh = Held(state, found, int((norms > 0).sum()), float(norms.sum()), len(norms))
+        self._held = self._held.with_(fresh)
+        if self._held.state.shape[1] > 2 * self._count + 1:
+            self._held = self._held.cut(self._count + 1)
+
+    def held(self) -> Held:
+        """Return what is kept so far, to be joined with what others keep."""
+        return self._held.cut(self._count + 1)
+
+    def columns(self, parts: Sequence[Held]) -> Columns:
+        """Return the sample of all parts together, each of which kept at least `count + 1` of its own.
+
+        Raises:
+            ValueError: there are no samples, or their curvature is zero.
+        """
+        held = Held()
+        for part in parts:
+            held = held.with_(part)
+        if held.vectors is None:
+            raise ValueError("train: expected samples to take the curvature from, got none")
+        if not held.total:
+            raise ValueError("train: the curvature of all samples is zero (is the softmax saturated?)")
+        held = held.cut(self._count + 1)
+        threshold = float(held.state[0].min()) if held.state.shape[1] > self._count else 0.0
+        return held.cut(self._count).weighted(threshold)
 
 
-def _weighted(state: Tensor, vectors: Tensor | None, count: int, total: int, trace: float, n: int) -> Columns:
-    if vectors is None:
-        raise ValueError("train: expected samples to take the curvature from, got none")
-    if not total:
-        raise ValueError("train: the curvature of all samples is zero (is the softmax saturated?)")
-    if state.shape[1] > count:
-        order = state[0].topk(count + 1).indices
-        threshold = float(state[0, order[-1]])
-        state, vectors = state[:, order[:-1]], vectors[order[:-1]]
-        stands_for = state[1].clamp(min=threshold)
-    else:
-        stands_for = state[1]
-    scale = (stands_for / state[1]).sqrt().to(vectors)
-    vectors = vectors * scale.reshape(-1, *([1] * (vectors.ndim - 1)))
-    order = state[2].argsort(stable=True)
-    share = float(state[1].sum()) / trace if trace > 0 else 1.0
-    return Columns(state[2, order].long(), vectors[order], total, share, n)
+class Held(NamedTuple):
+    """Columns with their priorities, before they are weighted.
+
+    Args:
+        state: priority, squared norm and place of each, `(3, m)`.
+        vectors: `(m, *shape)`.
+        total: how many there were.
+        norm: sum of all their squared norms.
+        n: samples that were looked at.
+    """
+
+    state: Tensor = torch.zeros(3, 0, dtype=torch.float64)
+    vectors: Tensor | None = None
+    total: int = 0
+    norm: float = 0.0
+    n: int = 0
+
+    @property
+    def threshold(self) -> float:
+        """The smallest priority once the sample was cut; nothing below can matter."""
+        return float(self.state[0].min()) if self.total > self.state.shape[1] > 0 else 0.0
+
+    def with_(self, other: Held) -> Held:
+        """Return both together."""
+        if self.vectors is None or other.vectors is None:
+            return other if self.vectors is None else self
+        return Held(
+            torch.cat([self.state, other.state], dim=1),
+            torch.cat([self.vectors, other.vectors]),
+            self.total + other.total,
+            self.norm + other.norm,
+            self.n + other.n,
+        )
+
+    def cut(self, count: int) -> Held:
+        """Return the `count` columns of the highest priority."""
+        if self.vectors is None or self.state.shape[1] <= count:
+            return self
+        top = self.state[0].topk(count).indices
+        return self._replace(state=self.state[:, top], vectors=self.vectors[top])
+
+    def weighted(self, threshold: float) -> Columns:
+        """Return the columns, each scaled to what it stands for, in the order of their samples."""
+        order = self.state[2].argsort(stable=True)
+        state, vectors = self.state[:, order], self.vectors
+        if vectors is None:
+            raise ValueError("columns: expected at least one, got none")
+        vectors = vectors[order]
+        scale = (state[1].clamp(min=threshold) / state[1]).sqrt().to(vectors)
+        vectors = vectors * scale.reshape(-1, *([1] * (vectors.ndim - 1)))
+        share = float(state[1].sum()) / self.norm
+        return Columns(state[2].long(), vectors, self.total, share, self.n)
 
 
 def is_mixed(outputs: Tensor, targets: Tensor, task: Task) -> bool:

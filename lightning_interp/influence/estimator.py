@@ -16,7 +16,8 @@ from lightning_interp.influence.coverage import Coverage, cover
 from lightning_interp.influence.curvature import Curvature
 from lightning_interp.influence.damping import Damping
 from lightning_interp.influence.fitted import FittedInfluence, finite
-from lightning_interp.influence.reading import Reader
+from lightning_interp.influence.ranks import Ranks
+from lightning_interp.influence.reading import ALONE, Reader
 from lightning_interp.layers import match_layers
 from lightning_interp.progress import Progress, quiet
 from lightning_interp.records import Influence
@@ -66,7 +67,9 @@ class InfluenceFunction:
             if self.curvature is not None:
                 self.curvature.check(coverage.size)
 
-    def fit(self, model: nn.Module, train: Any, task: Task = Task(), progress: Progress = quiet) -> FittedInfluence:
+    def fit(
+        self, model: nn.Module, train: Any, task: Task = Task(), progress: Progress = quiet, ranks: Ranks = ALONE
+    ) -> FittedInfluence:
         """Estimate the curvature, once for any number of questions; the model is left as it was.
 
         Args:
@@ -74,6 +77,7 @@ class InfluenceFunction:
             train: training dataset (or a loader, read in dataset order): sample i is `dataset[i]`.
             task: how to read batches, call the model, and its loss per sample.
             progress: shows how far it got.
+            ranks: the processes that share the work; all call this.
 
         Raises:
             ValueError: the dataset is empty, no parameter is covered, or the curvature is zero.
@@ -84,7 +88,7 @@ class InfluenceFunction:
             raise ValueError("train: expected samples, got none")
         with differentiable(model):
             few, coverage = _covered(model, samples, task, self.layers)
-            reader = Reader.of(coverage, few, samples.batch_size, progress)
+            reader = Reader.of(coverage, few, samples.batch_size, progress, ranks)
             curvature, why = (self.curvature, "") if self.curvature is not None else choose(coverage, few, self.damping)
             curvature.check(coverage.size)
             fitted = curvature.fit(reader, samples)

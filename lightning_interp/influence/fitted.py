@@ -15,9 +15,12 @@ from lightning_interp.influence.coverage import Coverage
 from lightning_interp.influence.curvature import Curvature, Fitted, IdentityCurvature, Inverse
 from lightning_interp.influence.curvature.curvature import Gradients, Scorer
 from lightning_interp.influence.damping import Damping
-from lightning_interp.influence.keeping import Everything, Keeper, Kept, Top, overlap
+from lightning_interp.influence.duplicates import Duplicates
+from lightning_interp.influence.keeping import Everything, Keeper, Kept, Top, merged, overlap
+from lightning_interp.influence.ranks import share
 from lightning_interp.influence.reading import Reader
 from lightning_interp.influence.rows import Rows, stacked
+from lightning_interp.influence.trace import Trace
 from lightning_interp.records import Influence, SelfInfluence
 from lightning_interp.samples import Samples
 from lightning_interp.task import probabilities
@@ -80,7 +83,11 @@ class FittedInfluence:
             raise ValueError("query: expected samples, got none")
         if top_k is not None and (top_k < 1 or scores_file is not None):
             raise ValueError(f"top_k: expected a number from 1, without scores_file, got {top_k} and {scores_file}")
+        if scores_file is not None and self.reader.ranks.count > 1:
+            raise ValueError("scores_file: expected one process, got several; pass top_k")
         chosen = self.train if candidates is None else self.train.at(candidates)
+        if not len(chosen):
+            raise ValueError("candidates: expected training samples to score, got none")
         path = None if scores_file is None else Path(scores_file)
         with differentiable(self.coverage.watch.model):
             asked = _asked(self.reader, query)
@@ -88,43 +95,59 @@ class FittedInfluence:
             ways = [(self.inverse.against(asked.rows), keeper)]
             others = self._others() if check else {}
             ways += [(inverse.against(asked.rows), Top(COMPARED, asked.targets)) for inverse in others.values()]
-            sums = self._score(chosen, ways)
-        kept = [keeper.kept() for _, keeper in ways]
+            mine, places = share(chosen, self.reader.ranks)
+            same = Duplicates(asked.inputs)
+            sums = self._score(mine, ways, same)
+        found = [keeper.kept().at(places) for _, keeper in ways] if len(mine) else []
+        parts = self.reader.ranks.gather((found, sums, [(query, places[place]) for query, place in same.found]))
+        kept = [merged(held) for held in zip(*(found for found, _, _ in parts if found), strict=True)]
+        totals = _Totals.of([sums for _, sums, _ in parts], chosen, [pairs for _, _, pairs in parts])
         agreement = {name: overlap(kept[0], kept[1 + place], COMPARED) for place, name in enumerate(others)}
-        return self._record(chosen, asked, kept[0], sums, agreement)
+        return self._record(chosen, asked, kept[0], totals, agreement)
 
-    def self_influence(self) -> SelfInfluence:
-        """Return ∇ℓ_iᵀ (H + Λ)⁻¹ ∇ℓ_i / n of every training sample: by how much its own loss would rise without it."""
-        task = self.coverage.watch.task
-        scores, losses, targets, suggested, chances = [], [], [], [], []
+    def self_influence(self, candidates: Sequence[int] | None = None) -> SelfInfluence:
+        """Return ∇ℓ_iᵀ (H + Λ)⁻¹ ∇ℓ_i / n of training samples: by how much a sample's own loss would rise without it.
+
+        Args:
+            candidates: places in the training set; all when None.
+        """
+        chosen = self.train if candidates is None else self.train.at(candidates)
+        mine, places = share(chosen, self.reader.ranks)
         with differentiable(self.coverage.watch.model):
-            for trace in self.reader.traces(self.train, "self-influence"):
-                scores.append(self.inverse.squares(trace.loss_rows()).cpu() / len(self.train))
-                losses.append(trace.losses.detach().cpu())
-                targets.append(trace.targets.detach().cpu())
-                kind = task.problem(trace.outputs, trace.targets)
-                if kind in ("classes", "binary") and trace.targets.numel() == len(trace):
-                    chance = probabilities(trace.outputs, kind)
-                    labels = trace.targets.reshape(-1, 1).long()
-                    suggested.append(chance.argmax(1).cpu())
-                    chances.append(chance.gather(1, labels)[:, 0].cpu())
-        found = finite(torch.cat(scores), "self-influence")
+            found = [self._of_itself(trace) for trace in self.reader.traces(mine, "self-influence")]
+        whole = self.reader.ranks.gather((found, list(places)))
+        order = torch.tensor([place for _, held in whole for place in held]).argsort()
+        columns = [torch.cat(column)[order] for column in zip(*(row for rows, _ in whole for row in rows), strict=True)]
+        scores, losses, targets, suggested, chance = columns
+        classes = bool((suggested >= 0).all())
         return SelfInfluence(
-            found,
-            torch.tensor(self.train.ids),
-            torch.cat(targets),
-            torch.cat(losses),
-            torch.cat(suggested) if suggested else None,
-            torch.cat(chances) if chances else torch.full_like(found, torch.nan),
+            finite(scores, "self-influence"),
+            torch.tensor(chosen.ids),
+            targets,
+            losses,
+            suggested if classes else None,
+            chance,
         )
+
+    def _of_itself(self, trace: Trace) -> tuple[Tensor, ...]:
+        """Return self-influence, loss, target, predicted class (−1 for none) and the label's probability of a batch."""
+        task = self.coverage.watch.task
+        scores = self.inverse.squares(trace.loss_rows()).cpu() / len(self.train)
+        kind = task.problem(trace.outputs, trace.targets)
+        suggested, chance = torch.full((len(trace),), -1), torch.full((len(trace),), torch.nan)
+        if kind in ("classes", "binary") and trace.targets.numel() == len(trace):
+            chances = probabilities(trace.outputs, kind).cpu()
+            suggested = chances.argmax(1)
+            chance = chances.gather(1, trace.targets.reshape(-1, 1).long().cpu())[:, 0]
+        return scores, trace.losses.detach().cpu(), trace.targets.detach().cpu(), suggested, chance
 
     def _others(self) -> dict[str, Inverse]:
         """Return other ways to the same ranking, which should not change it much."""
         shift = {block: CHECKED_BY * value for block, value in self.damping.shift(self.coverage).items()}
         return {f"{CHECKED_BY:g} × the damping": self.fitted.inverse(shift)}
 
-    def _score(self, chosen: Samples, ways: Sequence[tuple[Scorer, Keeper]]) -> _Sums:
-        scored: Tensor | None = None
+    def _score(self, chosen: Samples, ways: Sequence[tuple[Scorer, Keeper]], same: Duplicates) -> _Sums:
+        scored: dict[str, Tensor] = {}
         total: dict[str, Tensor] = {}
         for trace in self.reader.traces(chosen, "scoring training samples"):
             rows = trace.loss_rows()
@@ -133,16 +156,18 @@ class FittedInfluence:
                 scores = finite(scorer(rows), "scores").cpu() / len(self.train)
                 keeper.add(scores, targets)
                 if place == 0:
-                    scored = scores.sum(1) if scored is None else scored + scores.sum(1)
+                    accumulate(scored, "scores", scores.sum(1))
             for block, row in rows.items():
-                total[block] = total[block] + row.total() if block in total else row.total()
-        norm = sum(float((sums / len(chosen)).double().square().sum()) for sums in total.values()) ** 0.5
-        if scored is None:
-            raise ValueError("candidates: expected training samples to score, got none")
-        return _Sums(scored / len(chosen), norm)
+                accumulate(total, block, row.total())
+            same.look(self._explained(trace))
+        return _Sums(scored, {block: value.cpu() for block, value in total.items()})
+
+    def _explained(self, trace: Trace) -> Tensor:
+        task = self.coverage.watch.task
+        return task.explained(task.inputs(trace.batch))
 
     def _record(
-        self, chosen: Samples, asked: _Asked, kept: Kept, sums: _Sums, agreement: dict[str, float]
+        self, chosen: Samples, asked: _Asked, kept: Kept, totals: _Totals, agreement: dict[str, float]
     ) -> Influence:
         return Influence(
             scores=kept.scores,
@@ -155,14 +180,15 @@ class FittedInfluence:
             covered=tuple(self.coverage.parameters),
             left_out=self.coverage.left_out,
             covered_elements=self.coverage.size,
-            gradient_norm=sums.gradient_norm,
+            gradient_norm=totals.gradient_norm,
             curvature_n=self.fitted.n,
             notes=self._notes(kept.scores, len(chosen), asked),
             unit="none" if isinstance(self.curvature, IdentityCurvature) else "loss",
             places=kept.places,
             scored=len(chosen),
-            mean=sums.mean,
+            mean=totals.mean,
             agreement=agreement,
+            duplicates=totals.duplicates,
         )
 
     def _notes(self, scores: Tensor, scored: int, asked: _Asked) -> tuple[str, ...]:
@@ -182,23 +208,58 @@ class _Asked(NamedTuple):
     rows: Gradients
     targets: Tensor
     losses: Tensor
+    inputs: list[Tensor]
 
 
 class _Sums(NamedTuple):
+    """Sums over training samples: of each query's scores, and of the gradients."""
+
+    scores: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+
+class _Totals(NamedTuple):
+    """What all ranks' parts come to."""
+
     mean: Tensor
     gradient_norm: float
+    duplicates: dict[int, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, parts: Sequence[_Sums], chosen: Samples, found: Sequence[Sequence[tuple[int, int]]]) -> _Totals:
+        """Return each query's mean score, the norm of the mean gradient, and the queries among the samples."""
+        scores: dict[str, Tensor] = {}
+        gradients: dict[str, Tensor] = {}
+        for part in parts:
+            for name, value in part.scores.items():
+                accumulate(scores, name, value)
+            for name, value in part.gradients.items():
+                accumulate(gradients, name, value)
+        norm = sum(float((total / len(chosen)).double().square().sum()) for total in gradients.values()) ** 0.5
+        same: dict[int, tuple[int, ...]] = {}
+        for query, place in sorted(pair for pairs in found for pair in pairs):
+            same[query] = (*same.get(query, ()), *chosen.at([place]).ids)
+        return cls(scores["scores"] / len(chosen), norm, same)
+
+
+def accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    """Add a value to a sum."""
+    sums[name] = sums[name] + value if name in sums else value
 
 
 def _asked(reader: Reader, query: Samples) -> _Asked:
+    task = reader.coverage.watch.task
     parts: dict[str, list[Rows]] = {}
-    targets, losses = [], []
+    targets, losses, inputs = [], [], []
     for trace in reader.traces(query, "queries"):
         for block, row in trace.loss_rows().items():
             finite(row.outputs, f"query gradients of {block}")
             parts.setdefault(block, []).append(row)
         targets.append(trace.targets.detach().cpu())
         losses.append(trace.losses.detach().cpu())
-    return _Asked({block: stacked(held) for block, held in parts.items()}, torch.cat(targets), torch.cat(losses))
+        inputs.append(task.explained(task.inputs(trace.batch)))
+    rows = {block: stacked(held) for block, held in parts.items()}
+    return _Asked(rows, torch.cat(targets), torch.cat(losses), inputs)
 
 
 def finite(values: Tensor, what: str) -> Tensor:

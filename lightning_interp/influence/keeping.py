@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -23,6 +24,10 @@ class Kept(NamedTuple):
     scores: Float[Tensor, "q m"]
     places: Int[Tensor, " m"]
     targets: Tensor
+
+    def at(self, places: Sequence[int]) -> Kept:
+        """Return the same columns, their places being places among `places`."""
+        return self._replace(places=torch.tensor(places)[self.places])
 
 
 @runtime_checkable
@@ -93,7 +98,7 @@ class Top:
         """Take the next columns in, and drop what has fallen out of every list."""
         fresh = Kept(scores, torch.arange(self._seen, self._seen + scores.shape[1]), targets)
         self._seen += scores.shape[1]
-        held = fresh if self._held is None else _side_by_side(self._held, fresh)
+        held = fresh if self._held is None else merged([self._held, fresh])
         wanted = self._wanted(held)
         self._held = Kept(held.scores[:, wanted], held.places[wanted], held.targets[wanted])
 
@@ -112,12 +117,17 @@ class Top:
         return torch.cat([scores.topk(k, dim=1).indices.flatten() for scores in lists]).unique()
 
 
-def _side_by_side(old: Kept, new: Kept) -> Kept:
-    return Kept(
-        torch.cat([old.scores, new.scores], dim=1),
-        torch.cat([old.places, new.places]),
-        torch.cat([old.targets, new.targets]),
+def merged(parts: Sequence[Kept]) -> Kept:
+    """Return the columns of all parts, in the order of their places."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = Kept(
+        torch.cat([part.scores for part in parts], dim=1),
+        torch.cat([part.places for part in parts]),
+        torch.cat([part.targets for part in parts]),
     )
+    order = whole.places.argsort()
+    return Kept(whole.scores[:, order], whole.places[order], whole.targets[order])
 
 
 def overlap(left: Kept, right: Kept, k: int) -> float:

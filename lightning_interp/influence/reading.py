@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +10,15 @@ import torch
 from torch import Tensor
 
 from lightning_interp.batch import device_of, picked, size, take, to_device
-from lightning_interp.influence.columns import Columns, Root, hessian_root, sampled
+from lightning_interp.influence.columns import Columns, PrioritySample, Root, hessian_root
 from lightning_interp.influence.coverage import Coverage
+from lightning_interp.influence.ranks import Alone, Ranks, share
 from lightning_interp.influence.rows import Rows
 from lightning_interp.influence.trace import Trace
 from lightning_interp.progress import Progress, quiet
 from lightning_interp.samples import Samples
 
+ALONE = Alone()
 ELEMENTS_AT_ONCE = 2**22
 SMALLEST = 1e-12
 
@@ -30,18 +31,22 @@ class Reader:
         coverage: the network, and what is watched of it.
         at_once: how many samples' factors fit in memory.
         progress: shows how far it got.
+        ranks: the processes that share passes over all samples.
     """
 
     coverage: Coverage
     at_once: int
     progress: Progress = quiet
+    ranks: Ranks = ALONE
 
     @classmethod
-    def of(cls, coverage: Coverage, batch: Any, batch_size: int, progress: Progress = quiet) -> Reader:
+    def of(
+        cls, coverage: Coverage, batch: Any, batch_size: int, progress: Progress = quiet, ranks: Ranks = ALONE
+    ) -> Reader:
         """Measure on one sample how many fit."""
         rows = Trace(coverage.watch, take(batch, 0, 1)).loss_rows()
         held = sum(row.held for row in rows.values())
-        return cls(coverage, max(1, min(batch_size, ELEMENTS_AT_ONCE // max(1, held))), progress)
+        return cls(coverage, max(1, min(batch_size, ELEMENTS_AT_ONCE // max(1, held))), progress, ranks)
 
     def batches(self, samples: Samples, what: str) -> Iterator[Any]:
         """Yield the samples in parts, on the network's device."""
@@ -57,8 +62,14 @@ class Reader:
 
     def columns(self, samples: Samples, count: int, seed: int) -> Columns:
         """Return an unbiased sample of the curvature's columns, from one forward over the samples."""
-        draws = torch.Generator().manual_seed(seed)
-        return sampled(self._roots(samples, draws), count, draws)
+        mine, places = share(samples, self.ranks)
+        draws = torch.Generator().manual_seed(seed + self.ranks.index)
+        sample, start = PrioritySample(count, draws), 0
+        for root in self._roots(mine, draws):
+            stop = start + len(root.norms)
+            sample.add(root, torch.tensor(places[start:stop]))
+            start = stop
+        return sample.columns(self.ranks.gather(sample.held()))
 
     def all_columns(self, samples: Samples, seed: int, what: str) -> Iterator[dict[str, Rows]]:
         """Yield rows whose gradients' squares sum to the curvature times n: one backward per column."""
@@ -98,11 +109,3 @@ def _alive(norms: Tensor) -> list[int]:
     """Return the columns that are not zero for all samples; at least one."""
     most = norms.amax(dim=0)
     return (most > SMALLEST * most.max()).nonzero()[:, 0].tolist() or [0]
-
-
-def with_progress(reader: Reader, progress: Progress) -> Reader:
-    """Return the reader with its progress shown."""
-    return dataclasses.replace(reader, progress=progress)
-
-
-Pass = Callable[[str], Iterator[dict[str, Rows]]]

@@ -74,13 +74,14 @@ class Trace:
     """One forward of a batch.
 
     Attributes:
+        batch: what went in.
         outputs: the model's outputs.
         targets: the batch's targets.
         losses: loss per sample, `(n,)`; of a task by training steps, n copies of the batch's mean.
     """
 
     def __init__(self, watch: Watch, batch: Any) -> None:
-        self._watch, self._batch, self._n = watch, batch, size(batch)
+        self._watch, self.batch, self._n = watch, batch, size(batch)
         self.uses: list[tuple[str, Use]] = []
         with _hooked(watch, self._note):
             self.outputs, self.targets, self.losses = watch.task.losses(watch.model, batch)
@@ -100,7 +101,7 @@ class Trace:
         """Return each block's rows for the gradients of the samples' losses; `keep` the graph to ask again."""
         found = self._rows(self.losses, torch.ones_like(self.losses), keep)
         if self._watch.leftover is not None:
-            found |= self._watch.leftover.of_losses(self._batch)
+            found |= self._watch.leftover.of_losses(self.batch)
         return found
 
     def output_rows(self, weights: Tensor, keep: bool = False) -> dict[str, Rows]:
@@ -112,7 +113,7 @@ class Trace:
         """
         found = self._rows(self.outputs, weights.to(self.outputs), keep)
         if self._watch.leftover is not None:
-            found |= self._watch.leftover.of_outputs(self._batch, weights)
+            found |= self._watch.leftover.of_outputs(self.batch, weights)
         return found
 
     def _rows(self, of: Tensor, weights: Tensor, keep: bool) -> dict[str, Rows]:

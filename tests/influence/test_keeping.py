@@ -117,3 +117,14 @@ def test_suspects_come_first(asked: tuple[FittedInfluence, TensorDataset]) -> No
     assert torch.equal(found.suggested, chance.argmax(1))
     assert torch.allclose(found.chance, chance.gather(1, torch.stack(labels)[:, None])[:, 0])
     assert found.ids.tolist() == list(range(299, -1, -1))
+
+
+def test_queries_among_the_training_samples_are_named(asked: tuple[FittedInfluence, TensorDataset]) -> None:
+    fitted, query = asked
+    x, y = query.tensors
+    there = fitted.train.dataset[10][0]
+    mixed = TensorDataset(torch.stack([x[0], there, there + 1e-6]), y[:3])
+    assert fitted(mixed).duplicates == {1: (289,)}
+    assert fitted(query).duplicates == {}
+    assert fitted(mixed, candidates=range(100)).duplicates == {1: (289,)}
+    assert fitted(mixed, candidates=range(11, 100)).duplicates == {}
