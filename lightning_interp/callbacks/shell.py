@@ -75,7 +75,8 @@ class Shell:
                         f"by its defaults it cannot look at this model and data ({told}); pass task= or a dataset"
                     )
         self._raise_everywhere(trainer, failed)
-        if self.on and not all(self._everyone(trainer, self.on)):
+        everyone = self._everyone(trainer, self.on)
+        if self.on and not all(everyone):
             self.switch_off("it is off on another rank")
 
     def run(self, work: Work, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -85,7 +86,8 @@ class Shell:
             try:
                 with self._timed(), undisturbed(module):
                     work(trainer, module)
-                self._log_cost(trainer)
+                if trainer.is_global_zero:
+                    self._log_cost(trainer)
             except Exception as error:
                 failed = error
                 if self.on_error == "warn":

@@ -9,6 +9,10 @@ import torch.distributed as dist
 from lightning_interp.samples import Samples
 
 
+class OtherRankFailed(RuntimeError):
+    """Another rank failed, and said so."""
+
+
 @runtime_checkable
 class Ranks(Protocol):
     """How many processes there are, and a way to tell each other."""
@@ -46,7 +50,7 @@ class Distributed:
         """Return what each rank gave.
 
         Raises:
-            RuntimeError: another rank failed.
+            OtherRankFailed: another rank came with bad news instead.
         """
         return self._exchanged((None, value))
 
@@ -54,7 +58,7 @@ class Distributed:
         """Come to the others' next `gather` with the bad news."""
         try:
             self._exchanged((why, None))
-        except RuntimeError:
+        except OtherRankFailed:
             return
 
     def _exchanged(self, message: tuple[str | None, Any]) -> list[Any]:
@@ -62,7 +66,7 @@ class Distributed:
         dist.all_gather_object(held, message)
         for rank, (why, _) in enumerate(held):
             if why is not None:
-                raise RuntimeError(f"rank {rank} failed: {why}")
+                raise OtherRankFailed(f"rank {rank} failed: {why}")
         return [value for _, value in held]
 
 

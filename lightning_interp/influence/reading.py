@@ -19,7 +19,7 @@ from lightning_interp.progress import Progress, quiet
 from lightning_interp.samples import Samples
 
 ALONE = Alone()
-ELEMENTS_AT_ONCE = 2**22
+ELEMENTS_AT_ONCE = 2**20
 SMALLEST = 1e-12
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-LARGEST_BLOCK = 2**22
+LARGEST_BLOCK = 2**21
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ class Rows:
         return self.outputs.transpose(2, 3) @ self.inputs
 
     def blocks(self) -> Iterator[tuple[slice, Rows]]:
-        """Yield the samples in blocks whose gradients fit in 16 MB (float32)."""
+        """Yield the samples in blocks whose gradients fit in 8 MB (float32)."""
         n, step = len(self), max(1, LARGEST_BLOCK // self.size)
         for start in range(0, n, step):
             part = slice(start, min(n, start + step))
@@ -111,13 +111,6 @@ class Rows:
         if self.positions == 1 and isinstance(self.inputs, Tensor):
             return (self.inputs.square().sum((2, 3)) * self.outputs.square().sum((2, 3))).sum(1)
         return torch.cat([few.gradients().square().sum((1, 2, 3)) for _, few in self.blocks()])
-
-    def weighted_squares(self, weights: Float[Tensor, "groups o i"]) -> Float[Tensor, " n"]:
-        """Return Σ weights ⊙ G² of each gradient."""
-        if self.positions == 1 and isinstance(self.inputs, Tensor):
-            inside = torch.einsum("ngi,goi->ngo", self.inputs[:, :, 0].square(), weights)
-            return (inside * self.outputs[:, :, 0].square()).sum((1, 2))
-        return torch.cat([(few.gradients().square() * weights).sum((1, 2, 3)) for _, few in self.blocks()])
 
     def whole(self) -> Rows:
         """Return the same gradients as one vector each, `(n, 1, 1, elements)` as outputs."""

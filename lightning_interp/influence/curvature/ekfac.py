@@ -149,8 +149,7 @@ class EKFACInverse:
     def squares(self, rows: Gradients) -> Tensor:
         """Return ∇ℓ_iᵀ (H + Λ)⁻¹ ∇ℓ_i of each sample, `(n,)`."""
         return sum_of(
-            self.bases[block].rotate_rows(row).weighted_squares(1 / self.eigenvalues[block])
-            for block, row in rows.items()
+            _weighted_squares(row, self.bases[block], 1 / self.eigenvalues[block]) for block, row in rows.items()
         )
 
 
@@ -217,8 +216,18 @@ def _eigenvectors(factor: Tensor | None) -> Tensor | None:
 
 def _squares(rows: Rows, basis: Basis) -> Tensor:
     """Return Σ_n (U_Bᵀ G_n U_A)² over samples, G_n a sample's gradient."""
-    rotated = basis.rotate_rows(rows)
-    if rows.positions == 1 and isinstance(rotated.inputs, Tensor):
+    if rows.positions == 1 and isinstance(rows.inputs, Tensor):
+        rotated = basis.rotate_rows(rows)
         a, g = rotated.inputs[:, :, 0].square(), rotated.outputs[:, :, 0].square()
         return torch.einsum("ngo,ngi->goi", g, a)
-    return torch.stack([block.gradients().square().sum(0) for _, block in rotated.blocks()]).sum(0)
+    return sum_of(basis.rotate(few.gradients()).square().sum(0) for _, few in rows.blocks())
+
+
+def _weighted_squares(rows: Rows, basis: Basis, weights: Tensor) -> Tensor:
+    """Return Σ weights ⊙ (U_Bᵀ G U_A)² of each sample, in the cheaper order."""
+    if rows.positions == 1 and isinstance(rows.inputs, Tensor):
+        rotated = basis.rotate_rows(rows)
+        a, g = rotated.inputs[:, :, 0].square(), rotated.outputs[:, :, 0].square()
+        return (torch.einsum("ngi,goi->ngo", a, weights) * g).sum((1, 2))
+    parts = [(basis.rotate(few.gradients()).square() * weights).sum((1, 2, 3)) for _, few in rows.blocks()]
+    return torch.cat(parts)

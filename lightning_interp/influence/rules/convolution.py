@@ -30,6 +30,6 @@ def patches(part: Any, given: Tensor) -> Tensor:
     for axis in range(spatial):
         reach = part.dilation[axis] * (part.kernel_size[axis] - 1) + 1
         windows = windows.unfold(2 + axis, reach, part.stride[axis])[..., :: part.dilation[axis]]
-    n, channels, positions = len(given), given.shape[1], windows.shape[2 : 2 + spatial]
-    windows = windows.reshape(n, part.groups, channels // part.groups, positions.numel(), -1)
-    return windows.transpose(2, 3).flatten(3)
+    n, groups, positions = len(given), part.groups, windows.shape[2 : 2 + spatial].numel()
+    windows = windows.unflatten(1, (groups, -1)).movedim(2, 2 + spatial)  # a view still: copied once, at the end
+    return windows.reshape(n, groups, positions, -1)
