@@ -56,9 +56,7 @@ def answered(asked: Asked, plan: Plan, self_influence: bool) -> Answered | None:
     return Answered(plan.estimator(*held, task=asked.task, candidates=candidates, progress=asked.progress), None)
 
 
-def spot_checks(
-    asked: Asked, found: Influence, retrain: Callable[[Sequence[int]], nn.Module]
-) -> tuple[SpotCheck, ...]:
+def spot_checks(asked: Asked, found: Influence, retrain: Callable[[Sequence[int]], nn.Module]) -> tuple[SpotCheck, ...]:
     """Retrain without the most helpful and the most harmful sample of each query, and compare.
 
     A baseline is retrained on all samples, by the same function: what differs is then the sample alone.

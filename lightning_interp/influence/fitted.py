@@ -88,14 +88,14 @@ class FittedInfluence:
         chosen = self.train if candidates is None else self.train.at(candidates)
         if not len(chosen):
             raise ValueError("candidates: expected training samples to score, got none")
+        mine, places = share(chosen, self.reader.ranks)
         path = None if scores_file is None else Path(scores_file)
         with differentiable(self.coverage.watch.model):
             asked = _asked(self.reader, query)
-            keeper = Top(top_k, asked.targets) if top_k is not None else Everything(len(query), len(chosen), path)
+            keeper = Top(top_k, asked.targets) if top_k is not None else Everything(len(query), len(mine), path)
             ways = [(self.inverse.against(asked.rows), keeper)]
             others = self._others() if check else {}
             ways += [(inverse.against(asked.rows), Top(COMPARED, asked.targets)) for inverse in others.values()]
-            mine, places = share(chosen, self.reader.ranks)
             same = Duplicates(asked.inputs)
             sums = self._score(mine, ways, same)
         found = [keeper.kept().at(places) for _, keeper in ways] if len(mine) else []

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from lightning_interp.samples import Samples
 
 
-class OtherRankFailed(RuntimeError):
+class OtherRankError(RuntimeError):
     """Another rank failed, and said so."""
 
 
@@ -50,7 +50,7 @@ class Distributed:
         """Return what each rank gave.
 
         Raises:
-            OtherRankFailed: another rank came with bad news instead.
+            OtherRankError: another rank came with bad news instead.
         """
         return self._exchanged((None, value))
 
@@ -58,7 +58,7 @@ class Distributed:
         """Come to the others' next `gather` with the bad news."""
         try:
             self._exchanged((why, None))
-        except OtherRankFailed:
+        except OtherRankError:
             return
 
     def _exchanged(self, message: tuple[str | None, Any]) -> list[Any]:
@@ -66,7 +66,7 @@ class Distributed:
         dist.all_gather_object(held, message)
         for rank, (why, _) in enumerate(held):
             if why is not None:
-                raise OtherRankFailed(f"rank {rank} failed: {why}")
+                raise OtherRankError(f"rank {rank} failed: {why}")
         return [value for _, value in held]
 
 
