@@ -85,12 +85,6 @@ class Basis(NamedTuple):
             rotated = self.outputs @ rotated
         return rotated if self.inputs is None else rotated @ self.inputs.mT
 
-    def rotate_rows(self, rows: Rows) -> Rows:
-        """Return rows whose gradients are rotated."""
-        outputs = rows.outputs if self.outputs is None else rows.outputs @ self.outputs
-        held = rows.inputs
-        return Rows(held if self.inputs is None or isinstance(held, Lookup) else held @ self.inputs, outputs)
-
     def diagonal(self, shift: float | Tensor) -> float | Tensor:
         """Return the diagonal, in this basis, of a matrix that is diagonal in the parameters: Σ U_B² Λ U_A²."""
         if not isinstance(shift, Tensor):
@@ -216,18 +210,24 @@ def _eigenvectors(factor: Tensor | None) -> Tensor | None:
 
 def _squares(rows: Rows, basis: Basis) -> Tensor:
     """Return Σ_n (U_Bᵀ G_n U_A)² over samples, G_n a sample's gradient."""
-    if rows.positions == 1 and isinstance(rows.inputs, Tensor):
-        rotated = basis.rotate_rows(rows)
-        a, g = rotated.inputs[:, :, 0].square(), rotated.outputs[:, :, 0].square()
-        return torch.einsum("ngo,ngi->goi", g, a)
+    if (factors := _squared_factors(rows, basis)) is not None:
+        return torch.einsum("ngo,ngi->goi", *factors)
     return sum_of(basis.rotate(few.gradients()).square().sum(0) for _, few in rows.blocks())
+
+
+def _squared_factors(rows: Rows, basis: Basis) -> tuple[Tensor, Tensor] | None:
+    """Return the squares of rotated outputs `(n, groups, o)` and inputs `(n, groups, i)`; None at several positions."""
+    if rows.positions != 1 or isinstance(rows.inputs, Lookup):
+        return None
+    a, g = rows.inputs[:, :, 0], rows.outputs[:, :, 0]
+    g = g if basis.outputs is None else torch.einsum("ngo,gop->ngp", g, basis.outputs)
+    a = a if basis.inputs is None else torch.einsum("ngi,gij->ngj", a, basis.inputs)
+    return g.square(), a.square()
 
 
 def _weighted_squares(rows: Rows, basis: Basis, weights: Tensor) -> Tensor:
     """Return Σ weights ⊙ (U_Bᵀ G U_A)² of each sample, in the cheaper order."""
-    if rows.positions == 1 and isinstance(rows.inputs, Tensor):
-        rotated = basis.rotate_rows(rows)
-        a, g = rotated.inputs[:, :, 0].square(), rotated.outputs[:, :, 0].square()
-        return (torch.einsum("ngi,goi->ngo", a, weights) * g).sum((1, 2))
+    if (factors := _squared_factors(rows, basis)) is not None:
+        return torch.einsum("ngo,ngi,goi->n", *factors, weights)
     parts = [(basis.rotate(few.gradients()).square() * weights).sum((1, 2, 3)) for _, few in rows.blocks()]
     return torch.cat(parts)
