@@ -1,0 +1,181 @@
+"""How far training went along each parameter, and the damping that follows from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+MEASURED = ("SGD", "Adam", "AdamW")
+
+
+@dataclass(frozen=True)
+class Damping:
+    """What is added to the curvature's diagonal before it is inverted.
+
+    Args:
+        values: total λ, weight decay included: one for all parameters, or by a parameter's name one for all its
+            numbers or one for each, in the parameter's shape.
+        origin: a sentence that says where it is from.
+    """
+
+    values: float | Mapping[str, float | Tensor]
+    origin: str
+
+    def on(self, name: str) -> float | Tensor:
+        """Return λ of a parameter: a number, or a tensor of the parameter's shape.
+
+        Raises:
+            ValueError: there is none for this parameter.
+        """
+        if not isinstance(self.values, Mapping):
+            return self.values
+        if name not in self.values:
+            raise ValueError(f"damping: expected one for {name!r}, got those of {', '.join(self.values) or 'none'}")
+        return self.values[name]
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """How one parameter was trained: θ moves by −rate · (∇L / divisor), plus its weight decay.
+
+    Args:
+        optimizer: class of the optimizer.
+        steps: optimizer steps in which the parameter had a gradient.
+        rate_sum: Σ lr over these steps; Σ lr / (1 − momentum) where momentum adds gradients up instead of averaging.
+        weight_decay: of the loss's unit per squared unit of the parameter; per rate where it is decoupled.
+        decoupled: whether weight decay bypasses the divisor, as in AdamW.
+        divisor: what the gradient is divided by at the end, in the parameter's shape: √v̂ + ε of Adam kinds, v̂ the
+            second moment corrected for its start at zero; None for 1, as in SGD.
+        idle: how many of the parameter's numbers never had a gradient, as far as the optimizer remembers.
+
+    Raises:
+        ValueError: a number is negative, zero where it cannot be, or not finite.
+    """
+
+    optimizer: str
+    steps: int
+    rate_sum: float
+    weight_decay: float = 0.0
+    decoupled: bool = False
+    divisor: Tensor | None = None
+    idle: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.rate_sum < math.inf):
+            raise ValueError(f"rate_sum: expected a positive sum of learning rates, got {self.rate_sum}")
+        if not (0 <= self.weight_decay < math.inf):
+            raise ValueError(f"weight_decay: expected a number from 0, got {self.weight_decay}")
+        if self.divisor is not None and not bool(((self.divisor > 0) & self.divisor.isfinite()).all()):
+            raise ValueError("divisor: expected positive numbers, got some that are not (NaN, infinity or zero)")
+
+    def damping(self, k: float) -> float | Tensor:
+        """Return total λ, a number or in the parameter's shape."""
+        share = k / self.rate_sum
+        if self.divisor is None:
+            return self.weight_decay + share
+        if self.decoupled:
+            return self.divisor * (self.weight_decay + share)
+        return self.divisor * share + self.weight_decay
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What was recorded of one training run, by the names of its parameters.
+
+    Training for a while moves the parameters no further along a direction than its learning rates allow, however
+    flat the loss is there; damping says the same of a Newton step. Gradient descent by rates that sum to τ reaches
+    1/λ along a flat direction where λ = 1/τ. With k = 2 it ranks retrainings best where that was measured:
+
+        SGD:   λ = weight decay + k / τ,    τ = Σ lr / (1 − momentum)
+        Adam:  Λ = weight decay + k s / Σ lr,    s = √v̂ + ε
+        AdamW: Λ = s (weight decay + k / Σ lr)
+
+    Momentum of SGD adds gradients up, by 1 / (1 − momentum) in the long run, with or without Nesterov's look ahead;
+    dampening takes it back. Adam's is an average, which adds nothing. Adam divides each number's gradient by s, which
+    is gradient descent in θ √s; a damping of k / Σ lr there is one of k s / Σ lr for θ. AdamW comes to rest where
+    weight decay · θ + ∇L / s = 0, that is ∇L + (s · weight decay) θ = 0: as under an L2 penalty of s · weight decay.
+
+    It takes the divisor for constant and training for a descent without noise: it knows the order of magnitude.
+
+    Args:
+        paths: name → how the parameter was trained; those that never had a step are not in it.
+        unknown: name → why nothing is known of how it was trained.
+    """
+
+    paths: Mapping[str, Path]
+    unknown: Mapping[str, str] = field(default_factory=dict)
+
+    def damping(self, k: float = 2.0) -> Damping | None:
+        """Return the damping of each trained parameter, None where `why_not` says why.
+
+        Args:
+            k: how much stronger than 1/τ.
+
+        Raises:
+            ValueError: k is not positive.
+        """
+        if not (0 < k < math.inf):
+            raise ValueError(f"damping(k=...): expected a positive number, got {k}")
+        if self.why_not:
+            return None
+        values = {name: path.damping(k) for name, path in self.paths.items()}
+        numbers = {value if isinstance(value, float) else math.nan for value in values.values()}
+        origin = "; ".join(_sentences(self.paths.values(), k))
+        return Damping(numbers.pop() if len(numbers) == 1 and math.nan not in numbers else values, origin)
+
+    @property
+    def why_not(self) -> str:
+        """Say why no damping follows; empty if one does."""
+        if self.unknown:
+            name, why = next(iter(self.unknown.items()))
+            others = f" (and {len(self.unknown) - 1} more)" if len(self.unknown) > 1 else ""
+            return f"{name}{others}: {why}"
+        return "" if self.paths else "no step of an optimizer was recorded"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return it as a plain dictionary of tensors and Python's own values."""
+        return {"paths": {name: dict(vars(path)) for name, path in self.paths.items()}, "unknown": dict(self.unknown)}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> Trajectory:
+        """Return what `state_dict` was made from."""
+        return cls({name: Path(**path) for name, path in state["paths"].items()}, dict(state["unknown"]))
+
+
+def _sentences(paths: Iterable[Path], k: float) -> Iterable[str]:
+    """Say for each kind of rule what was added up."""
+    kinds: dict[tuple[str, bool, bool], list[Path]] = {}
+    for path in paths:
+        kinds.setdefault((path.optimizer, path.divisor is None, path.decoupled), []).append(path)
+    return [_sentence(alike, k) for alike in kinds.values()]
+
+
+def _sentence(paths: list[Path], k: float) -> str:
+    first = paths[0]
+    decay = f"weight decay {_range(path.weight_decay for path in paths)}"
+    sums, steps = _range(path.rate_sum for path in paths), _range(path.steps for path in paths)
+    caveat = "" if first.optimizer in MEASURED else " (as if it were one of Adam's kind)"
+    if first.divisor is None:
+        caveat = caveat and " (as if it were plain SGD)"
+        rule, total = f"{decay} + {k:g}/τ", "τ = Σ lr / (1 − momentum)"
+    elif first.decoupled:
+        rule, total = f"(√v̂ + ε) × ({decay} + {k:g} / Σ lr) per parameter", "Σ lr"
+    else:
+        rule, total = f"{decay} + {k:g} (√v̂ + ε) / Σ lr per parameter", "Σ lr"
+    idle = sum(path.idle for path in paths)
+    least = f", {idle:,} of {_size(paths):,} parameters never had a gradient: theirs is the least" if idle else ""
+    return f"{first.optimizer}{caveat}: {rule}, {total} = {sums} over {steps} steps{least}"
+
+
+def _size(paths: list[Path]) -> int:
+    return sum(path.divisor.numel() for path in paths if path.divisor is not None)
+
+
+def _range(numbers: Iterable[float]) -> str:
+    found = sorted(set(numbers))
+    shown = [f"{found[0]:.3g}", f"{found[-1]:.3g}"] if isinstance(found[0], float) else [f"{n:,}" for n in found]
+    return shown[0] if shown[0] == shown[-1] else f"{shown[0]} to {shown[-1]}"
