@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
-from lightning_interp.influence.trajectory import Path, Trajectory
+from lightning_interp.influence.trajectory import Path, Trajectory, rate_of
 
-LEAST_DIVISOR = 1e-8
 Group = dict[str, Any]
 
 
@@ -35,7 +33,7 @@ class Recorder:
     def step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Count one step; to be called in `on_before_optimizer_step`."""
         for group in optimizer.param_groups:
-            rate = _rate(group)
+            rate = rate_of(group)
             for parameter in group["params"]:
                 if parameter.grad is not None and (name := self._name(parameter, module)):
                     self._steps[name] = self._steps.get(name, 0) + 1
@@ -84,16 +82,7 @@ class Recorder:
             return "several optimizers trained it"
         optimizer, group = held[0]
         try:
-            divisor, idle = _divisor(optimizer, group, parameter, self._steps[name])
-            return Path(
-                optimizer=type(optimizer).__name__,
-                steps=self._steps[name],
-                rate_sum=self._rate_sums[name],
-                weight_decay=float(group.get("weight_decay", 0.0)),
-                decoupled=_decoupled(optimizer, group),
-                divisor=divisor,
-                idle=idle,
-            )
+            return Path.of(optimizer, group, parameter, self._steps[name], self._rate_sums[name])
         except ValueError as error:
             return f"{type(optimizer).__name__}: {error}"
 
@@ -107,48 +96,3 @@ def _held(optimizers: list[Optimizer]) -> dict[Tensor, list[tuple[Optimizer, Gro
             for parameter in group["params"]:
                 held.setdefault(parameter, []).append((inner, group))
     return held
-
-
-def _rate(group: Group) -> float:
-    """Return how far one step goes in the long run, per gradient: momentum of SGD's kind adds steps up."""
-    rate, momentum = float(group["lr"]), float(group.get("momentum", 0.0))
-    if momentum == 0:
-        return rate
-    return rate * (1 - float(group.get("dampening", 0.0))) / (1 - momentum) if momentum < 1 else math.inf
-
-
-def _decoupled(optimizer: Optimizer, group: Group) -> bool:
-    """Say whether weight decay bypasses the second moment; older versions of AdamW have no word for it in a group."""
-    return bool(group.get("decoupled_weight_decay", "AdamW" in {kind.__name__ for kind in type(optimizer).__mro__}))
-
-
-def _divisor(optimizer: Optimizer, group: Group, parameter: Tensor, steps: int) -> tuple[Tensor | None, int]:
-    """Return what the optimizer divides a gradient by, None for 1, and how many numbers it never saw a gradient of.
-
-    Raises:
-        ValueError: it is not known.
-    """
-    if group.get("maximize"):
-        raise ValueError("expected a loss that is minimised, got maximize=True")
-    square = _second_moment(optimizer.state.get(parameter, {}), group, steps)
-    if square is None:
-        if isinstance(optimizer, SGD):
-            return None, 0
-        raise ValueError("expected SGD, or a second moment of the gradients in the optimizer's state, got neither")
-    if square.shape != parameter.shape:
-        raise ValueError(f"expected a second moment of shape {tuple(parameter.shape)}, got {tuple(square.shape)}")
-    divisor = square.sqrt() + float(group.get("eps", 0.0))
-    return divisor.clamp(min=LEAST_DIVISOR), int((square == 0).sum())
-
-
-def _second_moment(state: Mapping[str, Any], group: Group, steps: int) -> Tensor | None:
-    """Return that of Adam's kinds corrected for its start at zero, RMSprop's about the mean if it is, Adagrad's sum."""
-    if "exp_avg_sq" in state:
-        _, beta = group.get("betas", (0.0, 0.0))
-        taken = float(state.get("step", group.get("step", steps)))
-        return state.get("max_exp_avg_sq", state["exp_avg_sq"]).float() / (1 - float(beta) ** taken)
-    if "square_avg" in state and "acc_delta" not in state:
-        mean = state.get("grad_avg")
-        square = state["square_avg"].float()
-        return square if mean is None else (square - mean.float().square()).clamp(min=0)
-    return state["sum"].float() if "sum" in state else None

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch.optim import SGD, Optimizer
 
 MEASURED = ("SGD", "Adam", "AdamW")
+LEAST_DIVISOR = 1e-8
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,33 @@ class Path:
             raise ValueError(f"weight_decay: expected a number from 0, got {self.weight_decay}")
         if self.divisor is not None and not bool(((self.divisor > 0) & self.divisor.isfinite()).all()):
             raise ValueError("divisor: expected positive numbers, got some that are not (NaN, infinity or zero)")
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor, steps: int, rate_sum: float) -> Path:
+        """Read the optimizer's settings and state after training.
+
+        Args:
+            optimizer: that trained the parameter.
+            group: the parameter's, of `optimizer.param_groups`.
+            parameter: as the optimizer knows it.
+            steps: it took.
+            rate_sum: Σ `rate_of(group)` over them.
+
+        Raises:
+            ValueError: the loss was maximised, the optimizer is of another kind, or a number is off.
+        """
+        if group.get("maximize"):
+            raise ValueError("maximize: expected a loss that is minimised, got True")
+        square = _second_moment(optimizer, group, parameter, steps)
+        return cls(
+            optimizer=type(optimizer).__name__,
+            steps=steps,
+            rate_sum=rate_sum,
+            weight_decay=float(group.get("weight_decay", 0.0)),
+            decoupled=_decoupled(optimizer, group),
+            divisor=None if square is None else _divisor(square, float(group.get("eps", 0.0))),
+            idle=0 if square is None else int((square == 0).sum()),
+        )
 
     def damping(self, k: float) -> float | Tensor:
         """Return total λ, a number or in the parameter's shape."""
@@ -144,6 +173,53 @@ class Trajectory:
     def of_state(cls, state: Mapping[str, Any]) -> Trajectory:
         """Return what `state_dict` was made from."""
         return cls({name: Path(**path) for name, path in state["paths"].items()}, dict(state["unknown"]))
+
+
+def rate_of(group: Mapping[str, Any]) -> float:
+    """Return how far a step of this parameter group goes in the long run, per gradient over divisor.
+
+    lr, times (1 − dampening) / (1 − momentum) where the group has a momentum that adds steps up.
+    """
+    rate, momentum = float(group["lr"]), float(group.get("momentum", 0.0))
+    if momentum == 0:
+        return rate
+    return rate * (1 - float(group.get("dampening", 0.0))) / (1 - momentum) if momentum < 1 else math.inf
+
+
+def _decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    """Say whether weight decay bypasses the divisor; the groups of older versions of AdamW have no word for it."""
+    return bool(group.get("decoupled_weight_decay", "AdamW" in {kind.__name__ for kind in type(optimizer).__mro__}))
+
+
+def _divisor(square: Tensor, eps: float) -> Tensor:
+    return (square.sqrt() + eps).clamp(min=LEAST_DIVISOR)
+
+
+def _second_moment(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor, steps: int) -> Tensor | None:
+    """Return what the optimizer divides gradients by, squared; None if by nothing, as SGD does.
+
+    Adam's kinds: corrected for its start at zero; RMSprop: about the mean where it is centred; Adagrad: a
+    quarter of its sum, which grows: the root of it is, in the harmonic mean over the steps, half of what it is at last.
+    """
+    state = optimizer.state.get(parameter, {})
+    if "exp_avg_sq" in state:
+        beta, taken = float(group.get("betas", (0.0, 0.0))[1]), float(state.get("step", group.get("step", steps)))
+        square = state.get("max_exp_avg_sq", state["exp_avg_sq"]).float() / (1 - beta**taken)
+    elif "square_avg" in state and "acc_delta" not in state:
+        square = state["square_avg"].float()
+        square = square if "grad_avg" not in state else (square - state["grad_avg"].float().square()).clamp(min=0)
+    elif "sum" in state and not group.get("lr_decay"):
+        square = state["sum"].float() / 4
+    elif isinstance(optimizer, SGD):
+        return None
+    else:
+        raise ValueError("optimizer: expected SGD, or a state with a second moment of the gradients, got neither")
+    if square.shape != parameter.shape:
+        raise ValueError(
+            f"optimizer: expected a second moment for each of {tuple(parameter.shape)} parameters, got"
+            f" {tuple(square.shape)}"
+        )
+    return square
 
 
 def _sentences(paths: Iterable[Path], k: float) -> Iterable[str]:
