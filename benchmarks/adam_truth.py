@@ -1,7 +1,7 @@
 """How the retrainings in `tests/data/digits_mlp_adam.npz` were made: `python -m benchmarks.adam_truth FILE`.
 
-All networks are trained at once: each weight has a leading axis of networks, and Adam, which works number by number,
-trains each as if it were alone. Each half subset is drawn at random and trained on from several seeds.
+All networks are trained at once: each weight has a leading axis of networks, and SGD and Adam, which work number by
+number, train each as if it were alone. Each half subset is drawn at random and trained on from several seeds.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -128,13 +129,6 @@ def half_subsets(n: int, count: int, seed: int) -> Tensor:
     return torch.stack([torch.randperm(n, generator=draw)[: n // 2].sort().values for _ in range(count)])
 
 
-def second_moment(trained: Trained) -> list[Tensor]:
-    """Return Adam's v̂ after the last step, in the shapes of the weights."""
-    (group,) = trained.optimizer.param_groups
-    states = [trained.optimizer.state[p] for p in group["params"]]
-    return [s["exp_avg_sq"] / (1 - group["betas"][1] ** float(s["step"])) for s in states]
-
-
 def retrain(recipe: Recipe, digits: Digits, halves: Tensor, seeds: int) -> Tensor:
     """Return query losses after training on each half from each seed, `(seeds, subsets, queries)`."""
     count = len(halves)
@@ -142,27 +136,33 @@ def retrain(recipe: Recipe, digits: Digits, halves: Tensor, seeds: int) -> Tenso
     return query_losses(recipe, digits, trained.weights).reshape(seeds, count, -1)
 
 
-def main(file: Path) -> None:
-    torch.set_num_threads(1)
+def names_of(recipe: Recipe) -> list[str]:
+    return [f"fc{layer}.{kind}" for layer in range(1, len(recipe.widths)) for kind in ("weight", "bias")]
+
+
+def make(file: Path) -> None:
+    """Retrain, and write the subsets, their losses, and one network trained on all rows with its second moments."""
     digits, recipe = Digits.load(), Recipe()
     n = len(digits.train_x)
     halves = half_subsets(n, SUBSETS, seed=0)
-    masks = torch.zeros(SUBSETS, n, dtype=torch.bool).scatter(1, halves, True)
     trained = train(recipe, digits, torch.arange(n)[None], [0])
-    names = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
-    kept = dict(zip(names, trained.weights, strict=True))
-    kept |= {f"{name}.v": v for name, v in zip(names, second_moment(trained), strict=True)}
     losses = retrain(recipe, digits, halves, SEEDS)
-    np.savez_compressed(
-        file,
-        masks=np.packbits(masks.numpy(), axis=1),
-        loss=losses[:FEW].mean(0).numpy(),
-        loss_of_20_seeds=losses.mean(0).numpy(),
-        rate_sum=sum(trained.rates),
-        steps=len(trained.rates),
-        **{name: tensor[0].numpy() for name, tensor in kept.items()},
-    )
+    (group,) = trained.optimizer.param_groups
+    kept: dict[str, Any] = {"rate_sum": sum(trained.rates), "steps": len(trained.rates)}
+    for name, parameter in zip(names_of(recipe), group["params"], strict=True):
+        state = trained.optimizer.state[parameter]
+        second_moment = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+        kept |= {name: parameter[0].detach().numpy(), f"{name}.v": second_moment[0].numpy()}
+    kept["masks"] = np.packbits(members(halves, n).numpy(), axis=1)
+    kept |= {"loss": losses[:FEW].mean(0).numpy(), "loss_of_20_seeds": losses.mean(0).numpy()}
+    np.savez_compressed(file, **kept)
+
+
+def members(halves: Tensor, n: int) -> Tensor:
+    """Return which of n samples are in each subset, `(subsets, n)`."""
+    return torch.zeros(len(halves), n, dtype=torch.bool).scatter(1, halves, True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    torch.set_num_threads(1)
+    make(Path(sys.argv[1]))

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -91,8 +90,7 @@ def _held(optimizers: list[Optimizer]) -> dict[Tensor, list[tuple[Optimizer, Gro
     """Return for each parameter the optimizers, and their groups, that hold it."""
     held: dict[Tensor, list[tuple[Optimizer, Group]]] = {}
     for optimizer in optimizers:
-        inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        for group in inner.param_groups:
+        for group in optimizer.param_groups:
             for parameter in group["params"]:
-                held.setdefault(parameter, []).append((inner, group))
+                held.setdefault(parameter, []).append((optimizer, group))
     return held
