@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from lightning_interp.batch import precise
+
 MEASURED = ("SGD", "Adam", "AdamW")
 LEAST_DIVISOR = 1e-8
 
@@ -209,12 +211,12 @@ def _second_moment(optimizer: Optimizer, group: Mapping[str, Any], parameter: Te
     state = optimizer.state.get(parameter, {})
     if "exp_avg_sq" in state:
         beta, taken = float(group.get("betas", (0.0, 0.0))[1]), float(state.get("step", group.get("step", steps)))
-        square = state.get("max_exp_avg_sq", state["exp_avg_sq"]).float() / (1 - beta**taken)
+        square = precise(state.get("max_exp_avg_sq", state["exp_avg_sq"])) / (1 - beta**taken)
     elif "square_avg" in state and "acc_delta" not in state:
-        square = state["square_avg"].float()
-        square = square if "grad_avg" not in state else (square - state["grad_avg"].float().square()).clamp(min=0)
+        square = precise(state["square_avg"])
+        square = square if "grad_avg" not in state else (square - precise(state["grad_avg"]).square()).clamp(min=0)
     elif "sum" in state and not group.get("lr_decay"):
-        square = state["sum"].float() / 4
+        square = precise(state["sum"]) / 4
     elif isinstance(optimizer, SGD):
         return None
     else:

@@ -200,6 +200,17 @@ def test_a_parameter_without_gradients_gets_the_least(unchecked: None) -> None:
     assert path.divisor.tolist() == pytest.approx([1e-8, 1.0, 2.0], rel=1e-3)
 
 
+@pytest.mark.parametrize(("kept", "read"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_half_precision_is_read_as_single(kept: torch.dtype, read: torch.dtype) -> None:
+    parameter = nn.Parameter(torch.ones(2, dtype=kept))
+    parameter.grad = torch.ones(2, dtype=kept)
+    optimizer = torch.optim.Adam([parameter], 0.01)
+    optimizer.step()
+    path = Path.of(optimizer, optimizer.param_groups[0], parameter, 1, 0.01)
+    assert path.divisor.dtype is read
+    assert path.divisor.tolist() == pytest.approx([1.0, 1.0], rel=1e-2)
+
+
 class Lion(Optimizer):
     """Keeps no second moment."""
 
