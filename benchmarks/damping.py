@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning_interp.influence.gradients import Trace, layers_of
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -22,7 +23,6 @@ from lightning_interp import Task
 from lightning_interp.capture import differentiable
 from lightning_interp.influence import EKFAC
 from lightning_interp.influence.curvature import FittedEKFAC
-from lightning_interp.influence.gradients import Trace, layers_of
 from lightning_interp.influence.trajectory import Damping, Path, Trajectory, rate_of
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_interp.influence.coverage import Coverage
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Damping:
     """The total λ of each parameter, and where it comes from.
 
@@ -27,12 +27,14 @@ class Damping:
         """Return the λ of a parameter.
 
         Raises:
-            KeyError: none was recorded for it.
+            ValueError: there is none for it.
         """
         if not isinstance(self.values, Mapping):
             return self.values
         if parameter not in self.values:
-            raise KeyError(f"damping: expected a value for every covered parameter, got none for {parameter}")
+            raise ValueError(
+                f"damping: expected one for {parameter!r}, got those of {', '.join(self.values) or 'none'}"
+            )
         return self.values[parameter]
 
     @property

@@ -11,35 +11,10 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from lightning_interp.batch import precise
+from lightning_interp.influence.damping import Damping
 
 MEASURED = ("SGD", "Adam", "AdamW")
 LEAST_DIVISOR = 1e-8
-
-
-@dataclass(frozen=True)
-class Damping:
-    """What is added to the curvature's diagonal before it is inverted.
-
-    Args:
-        values: total λ, weight decay included: one for all parameters, or by a parameter's name one for all its
-            numbers or one for each, in the parameter's shape.
-        origin: a sentence that says where it is from.
-    """
-
-    values: float | Mapping[str, float | Tensor]
-    origin: str
-
-    def on(self, name: str) -> float | Tensor:
-        """Return λ of a parameter: a number, or a tensor of the parameter's shape.
-
-        Raises:
-            ValueError: there is none for this parameter.
-        """
-        if not isinstance(self.values, Mapping):
-            return self.values
-        if name not in self.values:
-            raise ValueError(f"damping: expected one for {name!r}, got those of {', '.join(self.values) or 'none'}")
-        return self.values[name]
 
 
 @dataclass(frozen=True, eq=False)
