@@ -107,6 +107,6 @@ def _sentence(words: Sequence[str]) -> str:
 
 
 def _cells(values: Tensor, columns: Sequence[int], display: Display) -> tuple[tuple[str, str], ...]:
-    found = tuple((display.column(place), f"{float(values[place]):.4g}") for place in columns if place < len(values))
+    found = tuple((display.column(place), f"{float(values[place]):.3g}") for place in columns if place < len(values))
     left = len(values) - len(found)
     return (*found, (f"… {left} more", "")) if left > 0 else found

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from lightning_interp.display import Display, kind_of
 from lightning_interp.faces import Suspect
 from lightning_interp.figures import render
-from lightning_interp.panels import WRONG, noted
+from lightning_interp.panels import WRONG, columns_of, noted, tail
 from lightning_interp.records import Pixels, SpotCheck
-from lightning_interp.sheets import GAP, beside, captioned, under
+from lightning_interp.sheets import GAP, captioned, under
 
 IMAGES_ACROSS, OTHERS_ACROSS = 8, 4
 
@@ -24,8 +24,9 @@ def suspects_sheet(suspects: Sequence[Suspect], title: str, display: Display) ->
         `(height, width, 3)`, 0 to 255.
     """
     across = IMAGES_ACROSS if kind_of(suspects[0].shown.value) == "image" else OTHERS_ACROSS
-    tiles = [noted(held.shown, _said(held), display, None, lines=4) for held in suspects]
-    rows = [beside(tiles[start : start + across]) for start in range(0, len(tiles), across)]
+    columns = columns_of(suspects[0].shown.value)
+    tiles = [(held.shown, _said(held)) for held in suspects]
+    rows = [noted(tiles[start : start + across], display, columns) for start in range(0, len(tiles), across)]
     return captioned([title], under(rows, gap=GAP))
 
 
@@ -49,7 +50,7 @@ def spot_scatter(checks: Sequence[SpotCheck]) -> Pixels:
 
 def _said(held: Suspect) -> str:
     shown = held.shown
-    lines = [f"#{shown.id}: {shown.label}", f"{WRONG if shown.wrong else ''}network: {shown.prediction}"]
+    lines = [f"#{tail(shown.id)}", f"label {shown.label}", f"{WRONG if shown.wrong else ''}network: {shown.prediction}"]
     if held.chance == held.chance:
         lines.append(f"p(label) {held.chance:.2f}")
     return "\n".join([*lines, f"{held.score:.2e}"])

@@ -32,6 +32,7 @@ POSITIVE, NEGATIVE = (0, 114, 178), (213, 94, 0)
 MOST_FEATURES = 10
 TILE = SIDE // 2 + 16
 WRONG = "✗ "
+LINE_OF_NOTE = 17
 
 
 def picture(value: Any, display: Display, side: int = SIDE, order: Sequence[int] | None = None) -> Image.Image:
@@ -44,7 +45,7 @@ def picture(value: Any, display: Display, side: int = SIDE, order: Sequence[int]
         order: which columns of a table to draw; the largest when None.
     """
     if not display.show_inputs:
-        return sheet_of_text(["not shown", "(show_inputs=False)"], side)
+        return sheet_of_text(["not shown:", "show_inputs", "= False"], side)
     kind = kind_of(value)
     if kind == "image":
         return fit(to_pixels(display.rgb(value)), side)
@@ -71,9 +72,9 @@ def gallery(
         `(height, width, 3)`, 0 to 255.
     """
     columns = columns_of(query.value)
-    tiles = [(heading, [noted(s, note, display, columns) for s, note in samples]) for heading, samples in rows]
-    right = [captioned_image([heading], beside(row) if row else _none()) for heading, row in tiles]
-    left = noted(query, query_note, display, columns, SIDE, lines=4)
+    tiles = [(heading, noted(samples, display, columns)) for heading, samples in rows]
+    right = [captioned_image([heading], row) for heading, row in tiles]
+    left = noted([(query, query_note)], display, columns, SIDE)
     return np.asarray(beside([left, under(right)] if right else [left], gap=2 * GAP))
 
 
@@ -86,18 +87,42 @@ def columns_of(value: Any) -> list[int] | None:
 
 
 def noted(
-    shown: Shown, note: str, display: Display, columns: Sequence[int] | None, side: int | None = None, lines: int = 3
+    samples: Sequence[tuple[Shown, str]], display: Display, columns: Sequence[int] | None, side: int | None = None
 ) -> Image.Image:
-    """Draw a sample over a few lines of text; words and columns get more room than a picture, unless `side` says."""
-    side = side or (TILE if kind_of(shown.value) == "image" else SIDE)
-    tile = picture(shown.value, display, side, columns)
-    sheet = Image.new("RGB", (side, side + 4 + 17 * lines), PAPER)
-    sheet.paste(tile, ((side - tile.width) // 2, 0))
-    pen = ImageDraw.Draw(sheet)
-    for place, line in enumerate(note.split("\n")[:lines]):
-        ink = NEGATIVE if line.startswith(WRONG) else INK
-        written(pen, (side / 2, side + 4 + 17 * place), line, side, "ma", ink)
-    return sheet
+    """Draw samples in a row, each over its lines of text.
+
+    Args:
+        samples: each with its note.
+        display: how samples are shown.
+        columns: which columns of a table.
+        side: of each sample, in pixels; words and columns get more room than a picture when None.
+    """
+    if not samples:
+        return sheet_of_nothing()
+    side = side or (TILE if kind_of(samples[0][0].value) == "image" else SIDE)
+    drawn = [picture(shown.value, display, side, columns) for shown, _ in samples]
+    height = max(tile.height for tile in drawn)
+    lines = [note.split("\n") for _, note in samples]
+    room = LINE_OF_NOTE * max(map(len, lines))
+    sheets = []
+    for tile, said in zip(drawn, lines, strict=True):
+        sheet = Image.new("RGB", (side, height + 4 + room), PAPER)
+        sheet.paste(tile, ((side - tile.width) // 2, 0))
+        for place, line in enumerate(said):
+            ink = NEGATIVE if line.startswith(WRONG) else INK
+            top = height + 4 + LINE_OF_NOTE * place
+            written(ImageDraw.Draw(sheet), (side / 2, top), line, side, "ma", ink)
+        sheets.append(sheet)
+    return beside(sheets)
+
+
+def tail(name: str, most: int = 14) -> str:
+    """Return a name without its front where it is long, as of a path.
+
+    >>> tail("images/train/0012.png")
+    '…rain/0012.png'
+    """
+    return name if len(name) <= most else "…" + name[1 - most :]
 
 
 def verdict(shown: Shown) -> str:
@@ -187,7 +212,8 @@ def tokens(words: Sequence[str], weights: Tensor | None, side: int, top: float |
     return sheet.crop((0, 0, side, min(side, int(y) + 20)))
 
 
-def _none() -> Image.Image:
+def sheet_of_nothing() -> Image.Image:
+    """Return the word "none" where a row of samples would be."""
     sheet = Image.new("RGB", (TILE, LINE), PAPER)
     written(ImageDraw.Draw(sheet), (2, 0), "none", TILE, "la")
     return sheet

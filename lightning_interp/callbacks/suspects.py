@@ -10,6 +10,7 @@ from lightning_interp.callbacks.looking import look_up, worded
 from lightning_interp.display import Display
 from lightning_interp.faces import Suspect, face
 from lightning_interp.influence_panels import suspects_sheet
+from lightning_interp.panels import columns_of
 from lightning_interp.records import Pixels, SelfInfluence
 from lightning_interp.samples import Samples
 from lightning_interp.task import Problem, Task
@@ -38,12 +39,13 @@ def suspects_of(
     first = found.first(shown)
     ids = found.ids[first].tolist()
     held = look_up(model, task, train, ids, display)
+    columns = columns_of(held[ids[0]].value) if ids else None
     return [
         Suspect(
             held[index],
             float(found.chance[place]),
             float(found.scores[place]),
-            face(held[index].value, display),
+            face(held[index].value, display, columns),
         )
         for index, place in zip(ids, first.tolist(), strict=True)
     ]

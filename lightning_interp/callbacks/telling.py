@@ -15,7 +15,7 @@ from lightning_interp.callbacks.suspects import SHOWN, SuspectRow, suspect_rows,
 from lightning_interp.display import Display
 from lightning_interp.faces import Card, Ranking, Scored, Suspect, face
 from lightning_interp.influence_panels import spot_scatter
-from lightning_interp.panels import WRONG, columns_of
+from lightning_interp.panels import WRONG, columns_of, tail
 from lightning_interp.records import Influence, Pixels, SelfInfluence, Shown, SpotCheck
 from lightning_interp.samples import Samples
 from lightning_interp.task import Problem, Task, predicted
@@ -164,13 +164,13 @@ def _gallery(card: Card, display: Display) -> Pixels:
     ]
     true, *answer = panels.verdict(card.shown).split("   ")
     answer = [f"{WRONG if card.shown.wrong else ''}{said}" for said in answer]
-    note = "\n".join((f"query #{card.shown.id}", true, *answer, f"loss {card.loss:.3g}"))
+    note = "\n".join((f"query #{tail(card.shown.id)}", true, *answer, f"loss {card.loss:.3g}"))
     return panels.gallery(card.shown, note, rows, display)
 
 
 def _note(shown: Shown, score: float) -> str:
     differs = f"\n{WRONG}predicted {shown.prediction}" if shown.wrong else ""
-    return f"#{shown.id}: {shown.label}\n{score:+.2e}{differs}"
+    return f"#{tail(shown.id)}\nlabel {shown.label}\n{score:+.2e}{differs}"
 
 
 def _duplicates(found: Influence, queries: Sequence[Shown], duplicates: Mapping[int, Sequence[int]]) -> list[Duplicate]:
