@@ -76,7 +76,7 @@ def attribution_panel(shown: Shown, maps: Sequence[Titled], title: str, display:
     left = picture(shown.value, display)
     if kind == "table" and display.show_inputs and maps[0].map.ndim == 1:
         left = bars(
-            main_tensor(shown.value), SIDE, order=largest(maps[0].map)
+            main_tensor(shown.value), SIDE, order=largest(maps[0].map), name=display.column
         )  # the columns that the map's bars are of
     return captioned(caption, beside([left, *drawn, *scale, *classes]))
 
@@ -130,7 +130,7 @@ def _drawn(value: Any, attribution: Tensor, display: Display, top: float, signed
     if not display.show_inputs:
         return sheet_of_text(["not shown"], side)
     if kind == "table" and attribution.ndim == 1:
-        return bars(attribution, side, top)
+        return bars(attribution, side, top, name=display.column)
     if attribution.ndim != 1:
         return sheet_of_text([f"map of shape {tuple(attribution.shape)}", "is not drawn"], side)
     return tokens(display.words(main_tensor(value)), attribution, side, top)
@@ -210,4 +210,4 @@ def _names(value: Any, count: int, display: Display) -> list[str]:
     shown = min(count, MOST_WORDS)
     if kind_of(value) == "tokens" and display.show_inputs:
         return display.words(main_tensor(value))[:shown]
-    return [f"{'token' if kind_of(value) == 'tokens' else 'x'}{i}" for i in range(shown)]
+    return [f"token{i}" if kind_of(value) == "tokens" else display.column(i) for i in range(shown)]

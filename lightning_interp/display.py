@@ -27,6 +27,7 @@ class Display:
         decode: token ids `(tokens,)` → one word per token.
         sample_id: dataset index → the name to show, e.g. a path.
         show_inputs: False for private data: names and numbers are shown, inputs are not.
+        column_names: name of each column of a table; `x0`, `x1`, ... when None.
 
     >>> Display(class_names=["cat", "dog"]).label(torch.tensor(1))
     'dog'
@@ -38,6 +39,7 @@ class Display:
     decode: Callable[[Tensor], Sequence[str]] | None = None
     sample_id: Callable[[int], str] | None = None
     show_inputs: bool = True
+    column_names: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if (self.mean is None) != (self.std is None):
@@ -46,8 +48,9 @@ class Display:
             given = getattr(self, name)
             if given is not None and not callable(given):
                 raise TypeError(f"Display({name}=...): expected a function or None, got {given!r}")
-        if isinstance(self.class_names, str):
-            raise TypeError(f"Display(class_names=...): expected a list of names, got {self.class_names!r}")
+        for name in ("class_names", "column_names"):
+            if isinstance(getattr(self, name), str):
+                raise TypeError(f"Display({name}=...): expected a list of names, got {getattr(self, name)!r}")
 
     def label(self, target: Tensor) -> str:
         """Return a target in words: the class, the classes of a multi-label row, or the value."""
@@ -70,6 +73,11 @@ class Display:
         """Return one word per token id."""
         ids = tokens.detach().cpu()
         return list(self.decode(ids)) if self.decode else [str(i) for i in ids.tolist()]
+
+    def column(self, index: int) -> str:
+        """Return the name of a table's column."""
+        names = self.column_names
+        return names[index] if names is not None and index < len(names) else f"x{index}"
 
     def rgb(self, value: Any) -> NDArray[np.float64]:
         """Return an image sample `(C, H, W)` or `(H, W)` as `(H, W, 3)` in [0, 1].

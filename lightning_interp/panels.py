@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,9 @@ from lightning_interp.batch import main_tensor
 from lightning_interp.display import Display, kind_of
 from lightning_interp.records import Pixels, Shown
 from lightning_interp.sheets import (
+    GAP,
     INK,
+    LINE,
     PAPER,
     SIDE,
     beside,
@@ -28,17 +30,27 @@ from lightning_interp.sheets import (
 
 POSITIVE, NEGATIVE = (0, 114, 178), (213, 94, 0)
 MOST_FEATURES = 10
+TILE = SIDE // 2 + 16
+WRONG = "✗ "
+LINE_OF_NOTE = 17
 
 
-def picture(value: Any, display: Display, side: int = SIDE) -> Image.Image:
-    """Draw one sample: an image as it is, a table row as bars, token ids as words; a blank if private."""
+def picture(value: Any, display: Display, side: int = SIDE, order: Sequence[int] | None = None) -> Image.Image:
+    """Draw one sample: an image as it is, a table row as bars, token ids as words; a blank if private.
+
+    Args:
+        value: of the sample.
+        display: how samples are shown.
+        side: of the square, in pixels.
+        order: which columns of a table to draw; the largest when None.
+    """
     if not display.show_inputs:
-        return sheet_of_text(["not shown", "(show_inputs=False)"], side)
+        return sheet_of_text(["not shown:", "show_inputs", "= False"], side)
     kind = kind_of(value)
     if kind == "image":
         return fit(to_pixels(display.rgb(value)), side)
     if kind == "table":
-        return bars(main_tensor(value), side)
+        return bars(main_tensor(value), side, order=order, name=display.column)
     if kind == "tokens":
         return tokens(display.words(main_tensor(value)), None, side)
     tensor = main_tensor(value)
@@ -53,17 +65,64 @@ def gallery(
     Args:
         query: the explained sample.
         query_note: what to say under it.
-        rows: heading and (sample, note) pairs of each row.
+        rows: heading and (sample, note) pairs of each row; a line of a note that begins with `WRONG` is in red.
         display: how samples are shown.
 
     Returns:
         `(height, width, 3)`, 0 to 255.
     """
-    side = SIDE // 2 + 16
-    tiles = [(heading, [_noted(s, note, display, side) for s, note in samples]) for heading, samples in rows]
-    right = under([captioned_image([heading], beside(row)) for heading, row in tiles if row])
-    left = _noted(query, query_note, display, SIDE, lines=4)
-    return np.asarray(beside([left, right]))
+    columns = columns_of(query.value)
+    tiles = [(heading, noted(samples, display, columns)) for heading, samples in rows]
+    right = [captioned_image([heading], row) for heading, row in tiles]
+    left = noted([(query, query_note)], display, columns, SIDE)
+    return np.asarray(beside([left, under(right)] if right else [left], gap=2 * GAP))
+
+
+def columns_of(value: Any) -> list[int] | None:
+    """Return the columns that a table's row is shown by, in which others can be compared with it; None if no table."""
+    if kind_of(value) != "table":
+        return None
+    flat = main_tensor(value).flatten()
+    return list(range(len(flat))) if len(flat) <= MOST_FEATURES else sorted(largest(flat))
+
+
+def noted(
+    samples: Sequence[tuple[Shown, str]], display: Display, columns: Sequence[int] | None, side: int | None = None
+) -> Image.Image:
+    """Draw samples in a row, each over its lines of text.
+
+    Args:
+        samples: each with its note.
+        display: how samples are shown.
+        columns: which columns of a table.
+        side: of each sample, in pixels; words and columns get more room than a picture when None.
+    """
+    if not samples:
+        return sheet_of_nothing()
+    side = side or (TILE if kind_of(samples[0][0].value) == "image" else SIDE)
+    drawn = [picture(shown.value, display, side, columns) for shown, _ in samples]
+    height = max(tile.height for tile in drawn)
+    lines = [note.split("\n") for _, note in samples]
+    room = LINE_OF_NOTE * max(map(len, lines))
+    sheets = []
+    for tile, said in zip(drawn, lines, strict=True):
+        sheet = Image.new("RGB", (side, height + 4 + room), PAPER)
+        sheet.paste(tile, ((side - tile.width) // 2, 0))
+        for place, line in enumerate(said):
+            ink = NEGATIVE if line.startswith(WRONG) else INK
+            top = height + 4 + LINE_OF_NOTE * place
+            written(ImageDraw.Draw(sheet), (side / 2, top), line, side, "ma", ink)
+        sheets.append(sheet)
+    return beside(sheets)
+
+
+def tail(name: str, most: int = 14) -> str:
+    """Return a name without its front where it is long, as of a path.
+
+    >>> tail("images/train/0012.png")
+    '…rain/0012.png'
+    """
+    return name if len(name) <= most else "…" + name[1 - most :]
 
 
 def verdict(shown: Shown) -> str:
@@ -80,7 +139,13 @@ def scale_of(attribution: Tensor) -> float:
     return float(attribution.abs().max()) if attribution.numel() else 0.0
 
 
-def bars(values: Tensor, side: int, top: float = 0.0, order: Sequence[int] | None = None) -> Image.Image:
+def bars(
+    values: Tensor,
+    side: int,
+    top: float = 0.0,
+    order: Sequence[int] | None = None,
+    name: Callable[[int], str] = "x{}".format,
+) -> Image.Image:
     """Draw a row's values as bars, the largest absolute ones first, blue for positive, orange for negative.
 
     Args:
@@ -88,6 +153,7 @@ def bars(values: Tensor, side: int, top: float = 0.0, order: Sequence[int] | Non
         side: of the square, in pixels.
         top: the value of a full bar; the largest absolute one where that is larger.
         order: which columns to draw, as many as there is room for; the largest when None.
+        name: column → its name.
     """
     sheet = Image.new("RGB", (side, side), PAPER)
     pen = ImageDraw.Draw(sheet)
@@ -95,11 +161,13 @@ def bars(values: Tensor, side: int, top: float = 0.0, order: Sequence[int] | Non
     order = largest(flat) if order is None else list(order)
     longest = max(float(flat.abs().max()), top, 1e-300)
     height = min(side / max(1, len(order)), 24)
+    names = {index: name(index) for index in order}
+    widest = max((pen.textlength(one, typeface(11)) for one in names.values()), default=0)
+    start = min(max(side * 0.2, widest + 6), side * 0.45)
     for place, index in enumerate(sorted(order) if len(flat) <= MOST_FEATURES else order):
         value, top = float(flat[index]), place * height
-        length = abs(value) / longest * (side * 0.4)
-        pen.text((2, top + height / 2), f"x{index}", INK, typeface(11), anchor="lm")
-        start = side * 0.2
+        length = abs(value) / longest * (side * 0.72 - start)
+        written(pen, (2, top + height / 2), names[index], start - 4, "lm", size=11)
         pen.rectangle((start, top + 3, start + length, top + height - 3), POSITIVE if value > 0 else NEGATIVE)
         pen.text((start + length + 4, top + height / 2), f"{value:.2g}", INK, typeface(11), anchor="lm")
     return sheet
@@ -144,11 +212,8 @@ def tokens(words: Sequence[str], weights: Tensor | None, side: int, top: float |
     return sheet.crop((0, 0, side, min(side, int(y) + 20)))
 
 
-def _noted(shown: Shown, note: str, display: Display, side: int, lines: int = 3) -> Image.Image:
-    tile = picture(shown.value, display, side)
-    sheet = Image.new("RGB", (side, side + 4 + 17 * lines), PAPER)
-    sheet.paste(tile, ((side - tile.width) // 2, 0))
-    pen = ImageDraw.Draw(sheet)
-    for place, line in enumerate(note.split("\n")[:lines]):
-        written(pen, (side / 2, side + 4 + 17 * place), line, side, "ma")
+def sheet_of_nothing() -> Image.Image:
+    """Return the word "none" where a row of samples would be."""
+    sheet = Image.new("RGB", (TILE, LINE), PAPER)
+    written(ImageDraw.Draw(sheet), (2, 0), "none", TILE, "la")
     return sheet

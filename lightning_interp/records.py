@@ -272,6 +272,22 @@ class Influence:
         return self.train_ids[top.indices], top.values
 
 
+class SpotCheck(NamedTuple):
+    """A score that retraining has checked.
+
+    Args:
+        query: id of the query.
+        train_index: dataset index of the sample that was left out.
+        predicted: its score.
+        actual: by how much the query's loss rose without it.
+    """
+
+    query: str
+    train_index: int
+    predicted: float
+    actual: float
+
+
 @dataclass(frozen=True, eq=False)
 class SelfInfluence:
     """By how much each training sample's own loss would rise if it were left out: large where only it says so.

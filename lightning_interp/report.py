@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
 
-from lightning_interp.records import Influence, Shown
+from lightning_interp.faces import Card, Suspect, inline
+from lightning_interp.figures import png
+from lightning_interp.records import Influence, Pixels, Shown
+from lightning_interp.trust import Trust, meaning, trust
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("lightning_interp"),
@@ -33,6 +36,17 @@ CSV_COLUMNS = (
     "score",
 )
 
+SELF_INFLUENCE_COLUMNS = (
+    "rank",
+    "train_index",
+    "train_id",
+    "label",
+    "suggested_label",
+    "label_probability",
+    "self_influence",
+    "loss",
+)
+
 
 def page(title: str, sections: Sequence[str]) -> str:
     """Return a whole HTML page of sections that the functions below made."""
@@ -50,7 +64,7 @@ def similarity_section(
         notes: in words.
     """
     pictures = [
-        (measure, [(name, _inline(png)) for name, png in drawn.items()], tables[measure])
+        (measure, [(name, inline(png)) for name, png in drawn.items()], tables[measure])
         for measure, drawn in maps.items()
     ]
     return _TEMPLATES.get_template("similarity.html.jinja").render(maps=pictures, notes=notes)
@@ -70,10 +84,7 @@ def attribution_section(
         table: what says whether to trust each method, as rows of text, a heading first.
         notes: in words.
     """
-    groups = [
-        (name, [_inline(png) for png in pngs], [_inline(png) for png in films.get(name, ())])
-        for name, pngs in panels.items()
-    ]
+    groups = [(name, list(map(inline, pngs)), list(map(inline, films.get(name, ())))) for name, pngs in panels.items()]
     template = _TEMPLATES.get_template("attribution.html.jinja")
     return template.render(groups=groups, table=table, notes=notes)
 
@@ -84,27 +95,48 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([heading, "|---" * len(rows[0]) + "|", *others])
 
 
-def influence_section(influence: Influence, queries: Sequence[Mapping[str, Any]]) -> str:
+def influence_section(
+    influence: Influence,
+    queries: Sequence[Card],
+    suspects: Sequence[Suspect] = (),
+    trusted: Trust | None = None,
+    scatter: Pixels | None = None,
+) -> str:
     """Return the part on training samples.
 
     Args:
-        influence: the scores' record, for the trust panel.
-        queries: per query: `shown` and `loss`, its `picture` as PNG, whether it is an `image`, and `lists` of
-            (heading, explanation, samples), a sample being (shown, score, picture).
+        influence: the scores.
+        queries: each with its lists.
+        suspects: training samples to look at first.
+        trusted: how far to trust the scores; by what the record says when None.
+        scatter: predicted against actual, where retraining has checked some.
     """
-    held = [
-        {
-            **query,
-            "picture": _inline(query["picture"]),
-            "lists": [
-                (heading, about, [(shown, score, _inline(picture)) for shown, score, picture in samples])
-                for heading, about, samples in query["lists"]
-            ],
-        }
-        for query in queries
-    ]
-    template = _TEMPLATES.get_template("influence.html.jinja")
-    return template.render(influence=influence, n=influence.scores.shape[1], queries=held)
+    return _TEMPLATES.get_template("influence.html.jinja").render(
+        meaning=meaning(influence.unit),
+        queries=queries,
+        suspects=suspects,
+        trusted=trusted or trust(influence),
+        scatter="" if scatter is None else inline(png(scatter)),
+    )
+
+
+def self_influence_csv(rows: Sequence[Sequence[Any]]) -> str:
+    """Return self-influence as CSV.
+
+    Args:
+        rows: one value for each of `SELF_INFLUENCE_COLUMNS`; numbers that are not known are left empty.
+    """
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(SELF_INFLUENCE_COLUMNS)
+    writer.writerows([_cell(value) for value in row] for row in rows)
+    return buffer.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return "" if math.isnan(value) else f"{value:.6g}"
 
 
 def influence_csv(rows: Sequence[tuple[Shown, float, str, int, int, Shown, float]]) -> str:
@@ -120,7 +152,3 @@ def influence_csv(rows: Sequence[tuple[Shown, float, str, int, int, Shown, float
         told = (query.id, query.label, query.prediction, f"{loss:.6g}")
         writer.writerow((*told, where, rank, index, train.id, train.label, f"{score:.6g}"))
     return buffer.getvalue()
-
-
-def _inline(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()

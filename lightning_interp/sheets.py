@@ -20,12 +20,21 @@ CAPTION = 15
 INK, PAPER, FAINT = (20, 20, 20), (255, 255, 255), (225, 225, 225)
 
 
-def written(pen: ImageDraw.ImageDraw, place: tuple[float, float], line: str, width: float, anchor: str) -> None:
-    """Write a line in the largest type that fits, cut short with an ellipsis where none does."""
-    font = next((f for f in map(typeface, (14, 13, 12, 11, 10)) if pen.textlength(line, f) <= width), typeface(10))
+def written(
+    pen: ImageDraw.ImageDraw,
+    place: tuple[float, float],
+    line: str,
+    width: float,
+    anchor: str,
+    ink: tuple[int, int, int] = INK,
+    size: int = 14,
+) -> None:
+    """Write a line in the largest type up to `size` that fits, cut short with an ellipsis where none does."""
+    fonts = map(typeface, range(size, 9, -1))
+    font = next((f for f in fonts if pen.textlength(line, f) <= width), typeface(10))
     while len(line) > 2 and pen.textlength(line, font) > width:
         line = line[:-2].rstrip() + "…"
-    pen.text(place, line, INK, font, anchor=anchor)
+    pen.text(place, line, ink, font, anchor=anchor)
 
 
 def captioned(lines: Sequence[str], body: Image.Image) -> Pixels:

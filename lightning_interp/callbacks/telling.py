@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_interp import panels
-from lightning_interp.callbacks.showing import shown_samples
-from lightning_interp.display import Display, kind_of
-from lightning_interp.figures import png
-from lightning_interp.records import Influence, Pixels, Shown
+from lightning_interp import panels, report
+from lightning_interp.callbacks.looking import look, look_up, worded
+from lightning_interp.callbacks.suspects import SHOWN, SuspectRow, suspect_rows, suspects_of, suspects_picture
+from lightning_interp.display import Display
+from lightning_interp.faces import Card, Ranking, Scored, Suspect, face
+from lightning_interp.influence_panels import spot_scatter
+from lightning_interp.panels import WRONG, columns_of, tail
+from lightning_interp.records import Influence, Pixels, SelfInfluence, Shown, SpotCheck
 from lightning_interp.samples import Samples
 from lightning_interp.task import Problem, Task, predicted
+from lightning_interp.trust import Duplicate, Trust, meaning, trust
 
 ROWS_IN_CSV = 100
 ABOUT = {
@@ -39,18 +43,37 @@ class Told(NamedTuple):
     Args:
         galleries: query id → picture.
         cards: one per query, for the report.
-        rows: for the CSV.
+        rows: for `influence.csv`.
         summary: Markdown.
+        trust: how far to trust the scores.
+        section: the report's part on influence, HTML.
+        suspects_picture: the training samples to look at first; None where they were not asked for.
+        suspect_rows: for `self_influence.csv`.
+        spot_picture: predicted against actual; None where nothing was checked.
     """
 
     galleries: dict[str, Pixels]
-    cards: list[dict[str, Any]]
+    cards: list[Card]
     rows: list[tuple[Shown, float, str, int, int, Shown, float]]
     summary: str
+    trust: Trust
+    section: str
+    suspects_picture: Pixels | None
+    suspect_rows: list[SuspectRow]
+    spot_picture: Pixels | None
 
 
 def tell(
-    model: nn.Module, task: Task, found: Influence, train: Samples, query: Samples, top: int, display: Display
+    model: nn.Module,
+    task: Task,
+    found: Influence,
+    train: Samples,
+    query: Samples,
+    top: int,
+    display: Display,
+    suspects: SelfInfluence | None = None,
+    duplicates: Mapping[int, Sequence[int]] = {},
+    spot_checks: Sequence[SpotCheck] = (),
 ) -> Told:
     """Make everything that is shown.
 
@@ -58,20 +81,38 @@ def tell(
         model: in eval mode.
         task: how to call it.
         found: the scores.
-        train: the scored samples, one per column.
+        train: the training set, or as much of it as was scored.
         query: the queries, one per row.
         top: how many samples to show of each kind.
         display: how samples are shown.
+        suspects: self-influence of the training samples.
+        duplicates: row of a query → dataset indices of the training samples that are the same.
+        spot_checks: scores that retraining has checked.
     """
-    queries = _look(model, task, query, display)
+    queries = look(model, task, query, display)
     shown_lists = [ranked_lists(found, place, top, task.kind) for place in range(len(queries))]
-    columns = sorted({column for lists in shown_lists for ranked in lists for column in ranked.columns})
-    held = dict(zip(columns, _look(model, task, train.at(columns), display) if columns else [], strict=True))
-    galleries, cards = {}, []
-    for shown, loss, lists in zip(queries, found.query_losses.tolist(), shown_lists, strict=True):
-        galleries[shown.id] = _gallery(shown, loss, lists, held, display)
-        cards.append(_card(shown, loss, lists, held, display))
-    return Told(galleries, cards, _rows(found, queries, display, task.kind), _summary(found))
+    columns = {column for lists in shown_lists for ranked in lists for column in ranked.columns}
+    index = {column: int(found.train_ids[column]) for column in columns}
+    held = look_up(model, task, train, index.values(), display)
+    named = {column: held[index[column]] for column in columns}
+    cards = [
+        _card(shown, loss, lists, named, display)
+        for shown, loss, lists in zip(queries, found.query_losses.tolist(), shown_lists, strict=True)
+    ]
+    doubted = suspects_of(model, task, suspects, train, display, max(SHOWN, 2 * top)) if suspects else []
+    trusted = trust(found, _duplicates(found, queries, duplicates), spot_checks)
+    scatter = spot_scatter(spot_checks) if spot_checks else None
+    return Told(
+        galleries={card.shown.id: _gallery(card, display) for card in cards},
+        cards=cards,
+        rows=_rows(found, queries, display, task.kind),
+        summary=_summary(found, trusted, doubted),
+        trust=trusted,
+        section=report.influence_section(found, cards, doubted, trusted, scatter),
+        suspects_picture=suspects_picture(doubted, len(suspects.scores) if suspects else 0, display),
+        suspect_rows=suspect_rows(suspects, task.kind, display) if suspects else [],
+        spot_picture=scatter,
+    )
 
 
 def strangeness(task: Task, outputs: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
@@ -103,52 +144,43 @@ def _best(scores: Tensor, heading: str, top: int) -> Ranked:
     return Ranked(heading, best.indices[kept].tolist(), values.tolist())
 
 
-def _look(model: nn.Module, task: Task, samples: Samples, display: Display) -> list[Shown]:
-    shown: list[Shown] = []
-    ids = samples.ids
-    with torch.no_grad():
-        for batch in samples:
-            outputs = task.outputs(model, task.inputs(batch))
-            n = len(outputs)
-            shown += shown_samples(batch, outputs, task, ids[len(shown) : len(shown) + n], display)
-    return shown
+def _card(query: Shown, loss: float, lists: Sequence[Ranked], held: Mapping[int, Shown], display: Display) -> Card:
+    columns = columns_of(query.value)
 
+    def scored(column: int, score: float) -> Scored:
+        return Scored(held[column], score, face(held[column].value, display, columns))
 
-def _gallery(query: Shown, loss: float, lists: Sequence[Ranked], held: dict[int, Shown], display: Display) -> Pixels:
-    rows = [
-        (
-            f"{r.heading}: {ABOUT[r.heading]}",
-            [(held[c], _note(held[c], s)) for c, s in zip(r.columns, r.scores, strict=True)],
-        )
+    rankings = [
+        Ranking(r.heading, ABOUT[r.heading], [scored(*pair) for pair in zip(r.columns, r.scores, strict=True)])
         for r in lists
     ]
-    note = "\n".join(("query #" + query.id, *panels.verdict(query).split("   "), f"loss {loss:.3g}"))
-    return panels.gallery(query, note, rows, display)
+    return Card(query, loss, face(query.value, display, columns), rankings)
+
+
+def _gallery(card: Card, display: Display) -> Pixels:
+    rows = [
+        (f"{heading}: {about}", [(held.shown, _note(held.shown, held.score)) for held in samples])
+        for heading, about, samples in card.lists
+    ]
+    true, *answer = panels.verdict(card.shown).split("   ")
+    answer = [f"{WRONG if card.shown.wrong else ''}{said}" for said in answer]
+    note = "\n".join((f"query #{tail(card.shown.id)}", true, *answer, f"loss {card.loss:.3g}"))
+    return panels.gallery(card.shown, note, rows, display)
 
 
 def _note(shown: Shown, score: float) -> str:
-    differs = f"\npred. {shown.prediction}" if shown.wrong else ""
-    return f"#{shown.id}: {shown.label}\n{score:+.2e}{differs}"
+    differs = f"\n{WRONG}predicted {shown.prediction}" if shown.wrong else ""
+    return f"#{tail(shown.id)}\nlabel {shown.label}\n{score:+.2e}{differs}"
 
 
-def _card(
-    query: Shown, loss: float, lists: Sequence[Ranked], held: dict[int, Shown], display: Display
-) -> dict[str, Any]:
-    def samples(ranked: Ranked) -> list[tuple[Shown, float, bytes]]:
-        pairs = zip(ranked.columns, ranked.scores, strict=True)
-        return [(held[c], score, _png(held[c], display)) for c, score in pairs]
+def _duplicates(found: Influence, queries: Sequence[Shown], duplicates: Mapping[int, Sequence[int]]) -> list[Duplicate]:
+    columns = {int(index): column for column, index in enumerate(found.train_ids)}
 
-    return {
-        "shown": query,
-        "loss": loss,
-        "image": kind_of(query.value) == "image",
-        "picture": _png(query, display),
-        "lists": [(r.heading, ABOUT[r.heading], samples(r)) for r in lists],
-    }
+    def score(query: int, index: int) -> float:
+        return float(found.scores[query, columns[index]]) if index in columns else math.nan
 
-
-def _png(shown: Shown, display: Display) -> bytes:
-    return png(np.asarray(panels.picture(shown.value, display)))
+    pairs = [(query, int(index)) for query, indices in duplicates.items() for index in indices]
+    return [Duplicate(queries[query].id, index, score(query, index)) for query, index in pairs]
 
 
 def _rows(
@@ -159,20 +191,15 @@ def _rows(
         for heading, columns, scores in ranked_lists(found, place, ROWS_IN_CSV, kind):
             for rank, (column, score) in enumerate(zip(columns, scores, strict=True), start=1):
                 index = int(found.train_ids[column])
-                train = Shown(display.id(index), None, display.label(found.train_targets[column]))
+                train = Shown(display.id(index), None, worded(found.train_targets[column], kind, display))
                 rows.append((query, float(found.query_losses[place]), heading.lower(), rank, index, train, score))
     return rows
 
 
-def _summary(found: Influence) -> str:
-    left_out = f"; left out: {', '.join(found.left_out)}" if found.left_out else ""
-    lines = [
-        "A score is the predicted rise of the query's loss if the training sample were left out, in units of the loss."
-        " Positive is helpful, negative harmful."
-        " Read the order: away from an optimum the sizes can be many times too large.",
-        f"**Method**: {found.method}, curvature from {found.curvature_n:,} samples, damping λ = {found.damping:.3g}.",
-        f"**Training samples scored**: {found.scores.shape[1]:,}.",
-        f"**Parameters covered**: {100 * found.coverage:.1f}% ({found.covered_elements:,}){left_out}.",
-        f"**Norm of the mean training gradient**: {found.gradient_norm:.3g} (0 at an optimum).",
-    ]
-    return "\n\n".join(lines + [f"**Note**: {note}." for note in found.notes])
+def _summary(found: Influence, trusted: Trust, doubted: Sequence[Suspect]) -> str:
+    rows = [("what", "how much"), *((name, said.replace("|", "\\|")) for name, said in trusted.rows)]
+    lines = [meaning(found.unit), f"**How far to trust them: {trusted.level}.** {trusted.sentence}."]
+    if doubted:
+        named = ", ".join(f"#{held.shown.id}" for held in doubted[:8])
+        lines.append(f"**Look first** at the training samples with the largest self-influence: {named}.")
+    return "\n\n".join([*lines, report.markdown(rows)])

@@ -1,0 +1,77 @@
+"""Which training samples to look at first: those whose own loss hangs most on themselves."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+from lightning_interp.callbacks.looking import look_up, worded
+from lightning_interp.display import Display
+from lightning_interp.faces import Suspect, face
+from lightning_interp.influence_panels import suspects_sheet
+from lightning_interp.panels import columns_of
+from lightning_interp.records import Pixels, SelfInfluence
+from lightning_interp.samples import Samples
+from lightning_interp.task import Problem, Task
+
+SHOWN = 24
+ROWS_IN_CSV = 100_000
+
+
+class SuspectRow(NamedTuple):
+    """A line of the table: `suggested` is empty and `chance` NaN where there are no classes."""
+
+    rank: int
+    train_index: int
+    train_id: str
+    label: str
+    suggested: str
+    chance: float
+    score: float
+    loss: float
+
+
+def suspects_of(
+    model: nn.Module, task: Task, found: SelfInfluence, train: Samples, display: Display, shown: int = SHOWN
+) -> list[Suspect]:
+    """Return the training samples with the largest self-influence, each with the label that the network suggests."""
+    first = found.first(shown)
+    ids = found.ids[first].tolist()
+    held = look_up(model, task, train, ids, display)
+    columns = columns_of(held[ids[0]].value) if ids else None
+    return [
+        Suspect(
+            held[index],
+            float(found.chance[place]),
+            float(found.scores[place]),
+            face(held[index].value, display, columns),
+        )
+        for index, place in zip(ids, first.tolist(), strict=True)
+    ]
+
+
+def suspects_picture(suspects: list[Suspect], of: int, display: Display) -> Pixels | None:
+    """Return them as one picture; None where there are none.
+
+    Args:
+        suspects: as `suspects_of` gives.
+        of: number of training samples.
+        display: how samples are shown.
+    """
+    if not suspects:
+        return None
+    title = f"look at these first: the {len(suspects)} of {of:,} training samples with the largest self-influence"
+    return suspects_sheet(suspects, title, display)
+
+
+def suspect_rows(found: SelfInfluence, kind: Problem | None, display: Display) -> list[SuspectRow]:
+    """Return the training samples by falling self-influence, at most 100,000."""
+    rows = []
+    for rank, place in enumerate(found.first(ROWS_IN_CSV).tolist(), start=1):
+        index = int(found.ids[place])
+        suggested = "" if found.suggested is None else display.label(found.suggested[place])
+        label = worded(found.targets[place], kind, display)
+        numbers = (float(values[place]) for values in (found.chance, found.scores, found.losses))
+        rows.append(SuspectRow(rank, index, display.id(index), label, suggested, *numbers))
+    return rows
