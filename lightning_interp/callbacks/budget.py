@@ -55,7 +55,15 @@ class Stopwatch:
         return sum(spent for what, spent in self.seconds.items() if what.startswith(start))
 
 
-def afford(estimator: Estimator, model: nn.Module, train: Samples, query: Samples, task: Task, seconds: float) -> Plan:
+def afford(
+    estimator: Estimator,
+    model: nn.Module,
+    train: Samples,
+    query: Samples,
+    task: Task,
+    seconds: float,
+    twice: bool = False,
+) -> Plan:
     """Time an estimator on a few samples, and cut its work so that all of it, the trial too, takes about `seconds`.
 
     Args:
@@ -67,6 +75,7 @@ def afford(estimator: Estimator, model: nn.Module, train: Samples, query: Sample
         query: the queries.
         task: how to call the model.
         seconds: the budget; infinite for no limit.
+        twice: whether the training samples are passed over a second time, for their influence on themselves.
     """
     n, started, said = len(train), time.perf_counter(), []
     if n <= MOST or math.isinf(seconds):
@@ -79,6 +88,7 @@ def afford(estimator: Estimator, model: nn.Module, train: Samples, query: Sample
     trial = int(min(MOST, max(FEW, TRIAL_SHARE * seconds / (cold / FEW))))
     watch, whole = _timed(estimator, model, train.spread(trial), query, task)
     fitting, scoring = (max(1e-9, watch.of(what) / trial) for what in ("curvature", "scoring"))
+    scoring *= 2 if twice else 1
     left = seconds - (time.perf_counter() - started) - (whole - trial * (fitting + scoring))
     estimator, spent = _fewer_for_curvature(estimator, n, fitting, left / 2)
     count = min(n, max(MOST, int((left - spent) / scoring)))

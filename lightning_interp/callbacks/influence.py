@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,12 +13,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from safetensors.torch import save
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
-from lightning_interp import report
 from lightning_interp.batch import row, size, tensors
-from lightning_interp.board import Board, clean
 from lightning_interp.callbacks.access import (
     given_samples,
     indexed_training_set,
@@ -27,15 +26,17 @@ from lightning_interp.callbacks.access import (
 )
 from lightning_interp.callbacks.agreement import disagreement
 from lightning_interp.callbacks.budget import Estimator, afford
+from lightning_interp.callbacks.influence_answers import Asked, answered, spot_checks
+from lightning_interp.callbacks.influence_files import publish
 from lightning_interp.callbacks.shell import OnError, Shell, begun, progress_of, run_folder
-from lightning_interp.callbacks.showing import as_the_data_says, write_section
-from lightning_interp.callbacks.telling import Told, strangeness, tell
+from lightning_interp.callbacks.showing import as_the_data_says
+from lightning_interp.callbacks.telling import strangeness, tell
+from lightning_interp.callbacks.trajectory import Recorder
 from lightning_interp.display import Display
 from lightning_interp.errors import ArgumentError
-from lightning_interp.figures import png
-from lightning_interp.influence import InfluenceFunction
+from lightning_interp.influence import Damping, InfluenceFunction
+from lightning_interp.influence.ranks import Alone, Distributed, OtherRankError, Ranks
 from lightning_interp.probe import take_probe
-from lightning_interp.records import Influence
 from lightning_interp.samples import Samples
 from lightning_interp.storage import Folder
 from lightning_interp.task import Task
@@ -62,13 +63,18 @@ class DataInfluence(Callback):
     """Find, after training, the most helpful and the most harmful training samples for a few predictions.
 
     The queries are validation samples, the most confidently wrong first. Scores are those of influence functions:
-    positive is helpful (see `lightning_interp.influence.InfluenceFunction`). Written to
-    `<log_dir>/interp/influence`: `report.html`, `influence.csv` (the 100 best of each list and query),
-    `scores.safetensors` (all scores), and the pictures.
+    positive is helpful (see `lightning_interp.influence.InfluenceFunction`). Damping follows from the learning rates,
+    weight decay and second moments of the run itself, which are recorded at each optimizer step. With several ranks
+    each scores its share. Written to `<log_dir>/interp/influence`: `report.html`, `influence.csv` (the 100 best of each
+    list and query), `self_influence.csv`, `scores.safetensors` (of the samples in any list where all would be over
+    64 MB), and the pictures.
 
     Logged, with `Q` a query's id, after training, at `trainer.global_step`:
         `influence/query_Q`: image: the query beside its most helpful, most harmful and surprisingly helpful samples
             (the most helpful of another class).
+        `influence/look_at_first`: image: the training samples with the largest self-influence, mislabelled ones among
+            them, with the labels that the network suggests.
+        `influence/spot_check`: image, only with `retrain`: predicted against actual changes of loss.
         `influence_notes/summary`: text: what the scores are, from how many samples, and how far to trust them.
         `interp_seconds/DataInfluence`: scalar: seconds that this callback took.
         `interp_errors/DataInfluence`: text, only where it failed and switched itself off.
@@ -76,14 +82,18 @@ class DataInfluence(Callback):
     Args:
         queries: how many validation samples to explain.
         top: how many training samples to show of each kind.
-        estimator: `InfluenceFunction()`, or any callable (model, train, query, task=, candidates=, progress=) →
-            `Influence`.
+        estimator: an `InfluenceFunction`, which takes the recorded damping if it has none of its own, or any callable
+            (model, train, query, task=, candidates=, progress=) → `Influence`; when None, an `InfluenceFunction` whose
+            curvature goes by the size of the network.
         train_dataset: the training set without augmentation, in the order of its indices; when None, the training
             loader's dataset.
         query_dataset: where queries are looked for; when None, the validation set.
-        budget_seconds: about how long it may take at most; when None, as long as one training epoch, or 60 if that is
-            longer (with several ranks, which wait for it, never over 300). What does not fit is scored on an evenly
-            spread subset, said aloud.
+        self_influence: whether to rank the training samples by their influence on themselves.
+        retrain: for a spot check, (dataset indices to train on) → a network trained on them; called for the most
+            helpful and the most harmful sample of each query, and once for all samples.
+        budget_seconds: about how long it may take at most, `retrain` aside; when None, as long as one training epoch,
+            or 60 if that is longer (with several ranks never over 300). What does not fit is scored on an evenly spread
+            subset, said aloud.
         task: how to read a batch, call the model, and its loss.
         display: how samples are shown.
         on_error: "warn" switches the callback off on its first failure; "raise" raises.
@@ -96,26 +106,31 @@ class DataInfluence(Callback):
         self,
         queries: int = 6,
         top: int = 5,
-        estimator: Estimator = InfluenceFunction(),
+        estimator: Estimator | None = None,
         train_dataset: Any = None,
         query_dataset: Any = None,
+        self_influence: bool = True,
+        retrain: Callable[[Sequence[int]], nn.Module] | None = None,
         budget_seconds: float | None = None,
         task: Task = Task(),
         display: Display = Display(),
         on_error: OnError = "warn",
     ) -> None:
-        _check_arguments(queries, top, estimator, budget_seconds)
+        _check_arguments(queries, top, estimator, budget_seconds, retrain)
         self.queries = queries
         self.top = top
         self.estimator = estimator
         self.train_dataset = train_dataset
         self.query_dataset = query_dataset
+        self.self_influence = self_influence
+        self.retrain = retrain
         self.budget_seconds = budget_seconds
         self.task = task
         self.display = display
         chosen = train_dataset is not None or query_dataset is not None or task != Task()
-        self._shell = Shell("DataInfluence", on_error, chosen or estimator != InfluenceFunction())
+        self._shell = Shell("DataInfluence", on_error, chosen or estimator is not None, everywhere=True)
         self._run: _Run | None = None
+        self._recorder = Recorder()
         self._epoch_started = 0.0
         self._epoch_seconds: list[float] = []
 
@@ -123,6 +138,14 @@ class DataInfluence(Callback):
     def state_key(self) -> str:
         """Key of the callback in a checkpoint; two instances with other arguments get other keys."""
         return self._generate_state_key(queries=self.queries, top=self.top, estimator=repr(self.estimator))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far training went, for a run that is resumed."""
+        return self._recorder.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._recorder.load_state_dict(state_dict)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the training set, and check that its samples can be scored."""
@@ -132,6 +155,12 @@ class DataInfluence(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the time."""
         self._epoch_started = time.perf_counter()
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Note the learning rates: damping goes by their sum."""
+        self._recorder.step(trainer, pl_module, optimizer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note how long the epoch took: the budget goes by it."""
@@ -161,7 +190,7 @@ class DataInfluence(Callback):
         notes = [_augmented(task, first, again)]
         if trainer.world_size == 1:  # on one rank alone a training step with a collective would wait for ever
             notes.append(disagreement(module, task, first))
-        if check := getattr(self.estimator, "check", None):
+        if check := getattr(self._asked_for(None), "check", None):
             check(module, train, task=task)
         for note in filter(None, notes):
             rank_zero_warn(f"DataInfluence: {note}")
@@ -179,20 +208,42 @@ class DataInfluence(Callback):
         rows = [row(batch, place) for batch in batches for place in range(size(batch))]
         return Samples(rows, batch_size=size(batches[0]), move=mover(trainer))
 
+    def _asked_for(self, damping: Damping | None) -> Estimator:
+        """Return the estimator, with the recorded damping where it has none of its own."""
+        estimator = InfluenceFunction() if self.estimator is None else self.estimator
+        if isinstance(estimator, InfluenceFunction) and estimator.damping is None:
+            return dataclasses.replace(estimator, damping=damping)
+        return estimator
+
     def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        ranks = Distributed() if trainer.world_size > 1 else Alone()
+        try:
+            self._score(trainer, module, ranks)
+            ranks.gather(None)  # the others wait, so that rank zero can tell them if it could not publish
+        except OtherRankError:
+            raise
+        except Exception as error:
+            ranks.failed(f"{type(error).__name__}: {error}")
+            raise
+
+    def _score(self, trainer: pl.Trainer, module: pl.LightningModule, ranks: Ranks) -> None:
         run = begun(self._run)
-        task = run.task
-        query = self._choose_queries(trainer, module, task)
-        plan = afford(self.estimator, module, run.train, query, task, self._budget(trainer))
+        trajectory = self._recorder.finish(trainer, module)
+        query = self._choose_queries(trainer, module, run.task)
+        seconds = self._budget(trainer)
+        estimator = self._asked_for(trajectory.damping())
+        plan = ranks.gather(afford(estimator, module, run.train, query, run.task, seconds, self.self_influence))[0]
         if plan.message:
             rank_zero_warn(f"DataInfluence: {plan.message} Pass budget_seconds= for more.")
-        candidates = plan.candidates or range(len(run.train))
-        found = plan.estimator(
-            module, run.train, query, task=task, candidates=candidates, progress=progress_of(trainer)
-        )
-        found = dataclasses.replace(found, notes=found.notes + run.notes)
-        told = tell(module, task, found, run.train.at(candidates), query, self.top, run.display)
-        self._publish(trainer, run.folder, found, told)
+        asked = Asked(module, run.train, query, run.task, progress_of(trainer), ranks)
+        found = answered(asked, plan, self.self_influence)
+        if found is None or not trainer.is_global_zero:
+            return
+        checks = spot_checks(asked, found.influence, self.retrain) if self.retrain is not None else ()
+        notes = (*found.influence.notes, *run.notes, *([trajectory.why_not] if trajectory.why_not else []))
+        influence = dataclasses.replace(found.influence, notes=notes)
+        shown = (module, run.task, influence, run.train, query, self.top, run.display)
+        publish(trainer, run.folder, influence, tell(*shown, found.suspects, influence.duplicates, checks))
 
     def _budget(self, trainer: pl.Trainer) -> float:
         if self.budget_seconds is not None:
@@ -212,20 +263,6 @@ class DataInfluence(Callback):
         order = torch.cat(ranks).argsort(descending=True, stable=True)
         return samples.at(order[: self.queries].tolist())
 
-    def _publish(self, trainer: pl.Trainer, folder: Folder, found: Influence, told: Told) -> None:
-        board, step = Board(trainer.loggers), trainer.global_step
-        for name, pixels in told.galleries.items():
-            board.image(f"influence/query_{name}", pixels, step)
-            folder.write(f"influence/query-{clean(name).replace('/', '_')}.png", png(pixels))
-        board.text("influence_notes/summary", told.summary, step)
-        section = report.influence_section(found, told.cards)
-        folder.write("influence/report.html", report.page("Training-data influence", [section]))
-        folder.write("influence/influence.csv", report.influence_csv(told.rows))
-        scores = {"scores": found.scores.float().contiguous(), "train_index": found.train_ids}
-        folder.write("influence/scores.safetensors", save(scores))
-        write_section(folder, "influence", section)
-        rank_zero_info(f"DataInfluence: the report is in {folder.file('influence/report.html')}")
-
 
 def _augmented(task: Task, first: Any, again: Any) -> str:
     """Say so, if a dataset gave other inputs the second time it was read."""
@@ -238,12 +275,14 @@ def _augmented(task: Task, first: Any, again: Any) -> str:
     )
 
 
-def _check_arguments(queries: Any, top: Any, estimator: Any, budget_seconds: Any) -> None:
+def _check_arguments(queries: Any, top: Any, estimator: Any, budget_seconds: Any, retrain: Any) -> None:
     owner = "DataInfluence"
     for name, value in (("queries", queries), ("top", top)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{owner}({name}=...): expected a whole number from 1, got {value!r}")
-    if isinstance(estimator, type) or not callable(estimator):
+    if estimator is not None and (isinstance(estimator, type) or not callable(estimator)):
         raise TypeError(f"{owner}(estimator=...): expected an estimator such as InfluenceFunction(), got {estimator!r}")
+    if retrain is not None and not callable(retrain):
+        raise TypeError(f"{owner}(retrain=...): expected a function from dataset indices to a network, got {retrain!r}")
     if budget_seconds is not None and not (isinstance(budget_seconds, (int, float)) and budget_seconds > 0):
         raise ValueError(f"{owner}(budget_seconds=...): expected seconds above 0 or None, got {budget_seconds!r}")

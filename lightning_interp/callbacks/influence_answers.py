@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_interp.callbacks.budget import Plan
-from lightning_interp.callbacks.telling import SpotCheck
 from lightning_interp.capture import undisturbed
 from lightning_interp.influence import InfluenceFunction
 from lightning_interp.influence.ranks import Ranks
 from lightning_interp.progress import Progress
-from lightning_interp.records import Influence, SelfInfluence
+from lightning_interp.records import Influence, SelfInfluence, SpotCheck
 from lightning_interp.samples import Samples
 from lightning_interp.task import Task
 
@@ -75,7 +74,7 @@ def spot_checks(asked: Asked, found: Influence, retrain: Callable[[Sequence[int]
     centred = found.centred()
     return tuple(
         SpotCheck(
-            asked.query.ids[query],
+            str(asked.query.ids[query]),
             int(found.train_ids[column]),
             float(centred[query, column]),
             float(after[column][query] - before[query]),

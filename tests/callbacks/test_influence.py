@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,13 @@ def written(fit: L.Trainer) -> tuple[list[dict[str, str]], dict[str, Tensor], st
 def test_the_table_says_what_the_estimator_says(tmp_path: Path) -> None:
     module = Net()
     train, val = loaders()
-    fit = trainer(tmp_path, callbacks=[DataInfluence(queries=3, on_error="raise")])
+    estimator = InfluenceFunction(EKFAC(), damping=0.1)
+    fit = trainer(tmp_path, callbacks=[DataInfluence(queries=3, estimator=estimator, on_error="raise")])
     fit.fit(module, train, val)
     rows, scores, report = written(fit)
     queries = list(dict.fromkeys(row["query_id"] for row in rows))
     assert len(queries) == 3
-    expected = InfluenceFunction()(module, train.dataset, Subset(val.dataset, [int(q) for q in queries])).scores
+    expected = estimator(module, train.dataset, Subset(val.dataset, [int(q) for q in queries])).scores
     assert torch.allclose(scores["scores"], expected, rtol=1e-3, atol=1e-7)
     assert scores["train_index"].tolist() == list(range(24))
     for row in rows:
@@ -55,6 +57,41 @@ def test_the_table_says_what_the_estimator_says(tmp_path: Path) -> None:
         "EKFAC(columns=2048",
     ):
         assert heading in report
+
+
+def test_the_runs_own_damping_is_the_default(tmp_path: Path) -> None:
+    module = Net()
+    fit = trainer(tmp_path, callbacks=[DataInfluence(queries=2, on_error="raise")])
+    fit.fit(module, *loaders())
+    _, scores, report = written(fit)
+    assert "GaussNewton was chosen" in report
+    assert "over 6 steps" in report
+    recorded = fit.callbacks[0]._recorder.finish(fit, module).damping()
+    whole = InfluenceFunction(GaussNewton(columns=1024), damping=recorded)
+    queries = [int(row["query_id"]) for row in written(fit)[0]]
+    expected = whole(module, loaders()[0].dataset, Subset(loaders()[1].dataset, list(dict.fromkeys(queries))))
+    error = (scores["scores"] - expected.scores).abs().max()  # batches of another size round otherwise
+    assert float(error) < 1e-3 * float(expected.scores.abs().max())
+
+
+def test_suspects_and_spot_checks_are_written(tmp_path: Path) -> None:
+    asked: list[list[int]] = []
+
+    def retrain(indices: Sequence[int]) -> Net:
+        asked.append(list(indices))
+        return Net()
+
+    fit = trainer(tmp_path, callbacks=[DataInfluence(queries=2, retrain=retrain, on_error="raise")])
+    fit.fit(Net(), *loaders())
+    folder = Path(fit.log_dir) / "interp" / "influence"
+    with open(folder / "self_influence.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["rank"]) for row in rows] == list(range(1, 25))
+    assert (folder / "look-at-first.png").exists()
+    assert (folder / "spot-check.png").exists()
+    assert asked[0] == list(range(24))
+    assert all(len(indices) == 23 for indices in asked[1:])
+    assert 2 <= len(asked) <= 5
 
 
 def test_the_most_confidently_wrong_come_first() -> None:
