@@ -142,7 +142,7 @@ def compare(name: str, recipe: Recipe, digits: Digits, subsets: int = 50, seeds:
     print(f"{name}; mean loss of the halves {float(losses.mean()):.3f}; {known(trajectory.damping()).origin}")
     dampings = {f"trajectory, k = {k:g}": flat(recipe, known(trajectory.damping(k))) for k in (1.0, 2.0, 4.0)}
     plain = {key: dataclasses.replace(path, divisor=None, decoupled=False) for key, path in trajectory.paths.items()}
-    dampings["SGD's rule without momentum"] = flat(recipe, known(Trajectory(plain).damping()))
+    dampings["trajectory without divisor"] = flat(recipe, known(Trajectory(plain).damping()))
     dampings |= {f"{share} × mean eigenvalue": share * mean_eigenvalue * torch.ones(1) for share in (0.03, 0.1, 0.3, 3)}
     for said, damping in dampings.items():
         found = [datamodeling_score(kind.scores(damping), masks, losses) for kind in (exact, kronecker)]

@@ -265,15 +265,16 @@ def test_a_resumed_run_goes_on_counting(tmp_path: File) -> None:
 def test_another_module_starts_anew_and_the_same_goes_on(tmp_path: File) -> None:
     recording = Recording()
 
-    def fit(module: L.LightningModule) -> int:
+    def fit(module: L.LightningModule) -> tuple[int, float]:
         options = {"logger": False, "enable_checkpointing": False}
         trainer(tmp_path, callbacks=[recording], **options).fit(module, data())
-        return recording.found.paths["head.weight"].steps
+        path = recording.found.paths["head.weight"]
+        return path.steps, round(path.rate_sum, 6)
 
     one, other = (TwoLayers(lambda m: torch.optim.SGD(m.parameters(), lr=0.1)) for _ in range(2))
-    assert fit(one) == 6
-    assert fit(one) == 12
-    assert fit(other) == 6
+    assert fit(one) == (6, 0.6)
+    assert fit(one) == (12, 1.2)
+    assert fit(other) == (6, 0.6)
 
 
 def test_training_is_the_same_with_and_without(tmp_path: File) -> None:

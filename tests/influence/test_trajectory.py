@@ -108,6 +108,7 @@ def path_after(make: Make, steps: int, gradient: Callable[[Tensor, int], Tensor]
         (lambda p: torch.optim.SGD(p, 0.01, dampening=0.5), 1e-4),
         (lambda p: torch.optim.Adam(p, 0.01), 1e-4),
         (lambda p: torch.optim.Adam(p, torch.tensor(0.01), fused=True), 1e-4),
+        (lambda p: torch.optim.Adam(p, 0.01, eps=0.5), 1e-4),
         (lambda p: torch.optim.Adam(p, 0.01, amsgrad=True), 1e-4),
         (lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.0), 1e-4),
         (lambda p: torch.optim.NAdam(p, 0.01), 0.01),
@@ -209,6 +210,16 @@ def test_half_precision_is_read_as_single(kept: torch.dtype, read: torch.dtype) 
     path = Path.of(optimizer, optimizer.param_groups[0], parameter, 1, 0.01)
     assert path.divisor.dtype is read
     assert path.divisor.tolist() == pytest.approx([1.0, 1.0], rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_where_a_group_does_not_say_it_adamw_is_known_by_its_name(kind: type[Optimizer]) -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    optimizer = kind([parameter], weight_decay=0.1)
+    optimizer.step()
+    older = {key: value for key, value in optimizer.param_groups[0].items() if key != "decoupled_weight_decay"}
+    assert Path.of(optimizer, older, parameter, 1, 0.01).decoupled == (kind is torch.optim.AdamW)
 
 
 class Lion(Optimizer):
