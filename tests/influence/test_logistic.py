@@ -86,7 +86,7 @@ def test_binary_factors_are_the_lectures(small: tuple[Labelled, Labelled]) -> No
     weights = torch.randn(5, dtype=torch.float64)
     found = binary_factors(weights, (x, y), (query_x, query_y), 0.01)
     chance = (x @ weights).sigmoid()
-    hessian = (x.T * chance * (1 - chance)) @ x / 30 + 0.01 * torch.eye(5)
+    hessian = (x.T * chance * (1 - chance)) @ x / 30 + 0.01 * torch.eye(5).double()
     inverse = torch.linalg.inv(hessian)
     for q in range(4):
         assert float(found.query_residual[q]) == pytest.approx(float((-query_y[q] * (weights @ query_x[q])).sigmoid()))
@@ -157,8 +157,8 @@ def test_leverage_correction_is_the_newton_step_without_the_sample(small: tuple[
     corrected = leverage_corrected(x, chances, residuals, inverse)
     for i in (0, 7, 29):
         kept = [j for j in range(n) if j != i]
-        hessian = torch.linalg.inv(inverse_curvature(x[kept], chances[kept], 0.01)) - 0.01 * torch.eye(15)
-        hessian = hessian * (n - 1) / n + 0.01 * torch.eye(15)
+        hessian = torch.linalg.inv(inverse_curvature(x[kept], chances[kept], 0.01)) - 0.01 * torch.eye(15).double()
+        hessian = hessian * (n - 1) / n + 0.01 * torch.eye(15).double()
         expected = torch.linalg.solve(hessian, torch.outer(residuals[i], x[i]).flatten()) / n
         found = inverse @ torch.outer(corrected[i], x[i]).flatten() / n
         assert torch.allclose(found, expected)
