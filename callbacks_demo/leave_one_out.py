@@ -105,8 +105,7 @@ def logistic_regression(removals: int) -> tuple[dict[str, Panel], dict[str, Pixe
         for name, found in ((PLAIN, plain), (CORRECTED, corrected))
     }
     sizes = impact(SIZES, impact_by_size(train, query, SIZES, LOGISTIC_DECAY))
-    hardest = int(plain.query_residual.argmax())
-    return panels, {"factors": factors(plain, telling(plain, train, query, hardest)), "impact": sizes}
+    return panels, {"factors": factors(plain, telling(plain, train, query)), "impact": sizes}
 
 
 def digits() -> tuple[Labelled, Labelled]:
@@ -126,15 +125,24 @@ def refit(train: Labelled, kept: list[int], start: Tensor) -> Tensor:
     return torch.tensor(model.coef_)
 
 
-def telling(found: Factors, train: Labelled, query: Labelled, q: int) -> list[Pair]:
-    """Return pairs that show what the factors do for one query: its most helpful, most harmful, and near but fitted."""
-    order = found.scores[q].argsort(descending=True)
-    near = (found.closeness[q] * (found.training_loss < 0.01)).argsort(descending=True)
-    chosen = {"helpful": order[:3], "harmful": order[-3:].flip(0), "near, fitted": near[:2]}
-    asked = f"query {q}, a {int(query[1][q])}"
+def telling(found: Factors, train: Labelled, query: Labelled) -> list[Pair]:
+    """Return pairs that show what each factor does.
+
+    The most helpful and harmful for the query with the largest loss; what is near to it, yet fitted; and the most
+    helpful for a query that is answered rightly.
+    """
+    order = found.query_residual.argsort(descending=True)
+    hard, easy = int(order[0]), int(order[len(order) // 2])
+    fitted = found.training_loss < 0.01
+    chosen = [
+        (hard, "helpful", found.scores[hard].argsort(descending=True)[:3]),
+        (hard, "harmful", found.scores[hard].argsort()[:3]),
+        (hard, "near, fitted", (found.labels[hard] * found.features[hard] * fitted).argsort(descending=True)[:2]),
+        (easy, "helpful", found.scores[easy].argsort(descending=True)[:2]),
+    ]
     return [
-        Pair(q, int(i), f"{asked}; {kind} #{int(i)}, a {int(train[1][i])}")
-        for kind, some in chosen.items()
+        Pair(q, int(i), f"query {q}, a {int(query[1][q])}; {kind}: #{int(i)}, a {int(train[1][i])}")
+        for q, kind, some in chosen
         for i in some
     ]
 
@@ -268,13 +276,13 @@ def minimise(objective: Callable[[Tensor], Tensor], start: Tensor, steps: int, r
         optimizer.zero_grad()
         value = objective(place())
         value.backward()
-        return float(value)
+        return float(value.detach())
 
     optimizer = torch.optim.LBFGS(
         [moved],
         max_iter=steps,
         max_eval=2 * steps,
-        tolerance_grad=1e-8,
+        tolerance_grad=1e-7,
         tolerance_change=0,
         history_size=40,
         line_search_fn="strong_wolfe",

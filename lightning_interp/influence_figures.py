@@ -16,7 +16,7 @@ from lightning_interp.influence.logistic import Factors
 from lightning_interp.influence.validation import Retrained
 from lightning_interp.records import Pixels
 
-HELPFUL, HARMFUL, RANDOM = "#1f6fb4", "#d9661f", "#999999"
+HELPFUL, HARMFUL = "#1f6fb4", "#d9661f"
 
 
 class Panel(NamedTuple):
@@ -97,9 +97,9 @@ def impact(sizes: Sequence[int], found: Float[Tensor, "sizes draws"]) -> Pixels:
     axes, n, values = figure.add_subplot(), np.asarray(sizes, dtype=float), found.cpu().double().numpy()
     mean = values.mean(1)
     slope = np.polyfit(np.log(n), np.log(mean), 1)[0] if len(n) > 1 else np.nan
+    axes.loglog(n, mean[n.argmax()] * n.max() / n, "--", color=HARMFUL, label="1/n alone")
     axes.loglog(n, values, "o", color=HELPFUL, markersize=4, alpha=0.5)
-    axes.loglog(n, mean, color=HELPFUL, label=f"mean: grows as n to the power of {slope:.2f}".replace("-", "−"))
-    axes.loglog(n, mean[n.argmax()] * n.max() / n, "--", color=RANDOM, label="1/n alone")
+    axes.loglog(n, mean, color=HELPFUL, linewidth=2, label=f"mean, as n to the power {slope:.2f}".replace("-", "−"))
     axes.set(
         xlabel="training samples n", ylabel="mean |score| of one sample (loss)", title="Impact of one training sample"
     )
@@ -130,9 +130,15 @@ def _bars(axes: Axes, name: str, values: Sequence[float]) -> None:
     top = max(max(map(abs, values)), np.finfo(float).tiny)
     axes.barh(range(len(values)), values, color=[HELPFUL if value >= 0 else HARMFUL for value in values], height=0.7)
     for place, value in enumerate(values):
-        axes.text(0.04 * top, place, f"{value:.2g}".replace("-", "−"), fontsize=8, va="center")
+        axes.text(max(value, 0) + 0.04 * top, place, _short(value), fontsize=8, va="center")
     axes.axvline(0, color="0.3", linewidth=0.8)
-    axes.set_xlim(-1.1 * top if min(values) < 0 else 0, 1.1 * top)
-    axes.set_title(name, fontsize=9)
+    axes.set_xlim(-1.1 * top if min(values) < 0 else 0, 1.6 * top)
+    axes.set_title(name, fontsize=9, loc="left" if min(values) >= 0 else "center")
     axes.set_xticks([])
-    axes.spines[["top", "right", "bottom", "left"]].set_visible(False)
+    axes.tick_params(left=False)
+    axes.spines[:].set_visible(False)
+
+
+def _short(value: float) -> str:
+    """Return two digits that count, as one reads them."""
+    return (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2g}").replace("-", "−")
