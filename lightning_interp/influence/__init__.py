@@ -1,7 +1,64 @@
 """Attribution to training samples: callables `estimator(model, train, query, task) -> Influence`."""
 
-from lightning_interp.influence.curvature import EKFAC, GaussNewton, IdentityCurvature
+from lightning_interp.influence.curvature import (
+    EKFAC,
+    KFAC,
+    ConjugateGradient,
+    GaussNewton,
+    Hessian,
+    IdentityCurvature,
+    LiSSA,
+    ProjectedGaussNewton,
+)
 from lightning_interp.influence.damping import Damping
+from lightning_interp.influence.ensemble import Ensemble
 from lightning_interp.influence.estimator import InfluenceFunction
+from lightning_interp.influence.logistic import (
+    Factors,
+    binary_factors,
+    impact_by_size,
+    leverage_corrected,
+    multinomial_factors,
+)
+from lightning_interp.influence.store import GradientStore, stored
+from lightning_interp.influence.tracin import TracIn
+from lightning_interp.influence.trajectory import Trajectory
+from lightning_interp.influence.trak import TRAK
+from lightning_interp.influence.validation import (
+    LinearDatamodelingScore,
+    Retrained,
+    group_scores,
+    leave_k_out,
+    leave_one_out,
+    linear_datamodeling_score,
+)
 
-__all__ = ["EKFAC", "Damping", "GaussNewton", "IdentityCurvature", "InfluenceFunction"]
+__all__ = [
+    "EKFAC",
+    "KFAC",
+    "TRAK",
+    "ConjugateGradient",
+    "Damping",
+    "Ensemble",
+    "Factors",
+    "GaussNewton",
+    "GradientStore",
+    "Hessian",
+    "IdentityCurvature",
+    "InfluenceFunction",
+    "LiSSA",
+    "LinearDatamodelingScore",
+    "ProjectedGaussNewton",
+    "Retrained",
+    "TracIn",
+    "Trajectory",
+    "binary_factors",
+    "group_scores",
+    "impact_by_size",
+    "leave_k_out",
+    "leave_one_out",
+    "leverage_corrected",
+    "linear_datamodeling_score",
+    "multinomial_factors",
+    "stored",
+]
