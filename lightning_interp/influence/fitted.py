@@ -52,7 +52,8 @@ class FittedInfluence:
         with differentiable(self.coverage.watch.model):
             asked = _asked(self.reader, Samples.of(query))
             chosen = self.train if candidates is None else self.train.at(candidates)
-            scored = self._score(chosen, self.inverse.against(asked.rows))
+            scorer = self.inverse.against(asked.rows)
+            scored = self._score(chosen, scorer)
         return Influence(
             scores=finite(scored.scores, "scores"),
             train_ids=torch.tensor(chosen.ids),
@@ -66,7 +67,7 @@ class FittedInfluence:
             covered_elements=self.coverage.size,
             gradient_norm=scored.gradient_norm,
             curvature_n=self.fitted.n,
-            notes=self._notes(scored.scores, asked),
+            notes=(*self._notes(scored.scores, asked), *getattr(scorer, "notes", ())),
         )
 
     def self_influence(self) -> Tensor:
