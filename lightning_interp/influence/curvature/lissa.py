@@ -106,7 +106,7 @@ class LiSSA:
 def largest_eigenvalue(operator: Operator, batch_size: int, draws: torch.Generator) -> float:
     """Return the largest eigenvalue that 10 power iterations find in each of 8 mini-batches' matrices."""
     drawn = places(len(operator.samples), batch_size, draws)
-    start = torch.randn(1, operator.space.size, generator=draws).to(operator.space.parameters[0])
+    start = torch.randn(1, operator.space.size, generator=draws).to(operator.space.parameters[0].device)
     found = []
     for _ in range(TRIED):
         part, vector = operator.on(next(drawn)), start

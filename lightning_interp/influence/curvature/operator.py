@@ -51,11 +51,10 @@ class Operator:
         """Measure on one sample how many samples and vectors fit in memory."""
         one = next(reader.batches(samples.at([0]), "curvature, size"))
         held = sum(row.held for row in Trace(reader.coverage.watch, one).loss_rows().values())
-        batch_size = max(samples.batch_size, min(SAMPLES_AT_ONCE, ELEMENTS_AT_ONCE // held))
-        at_once = max(reader.at_once, min(batch_size, ELEMENTS_AT_ONCE // held))
-        return cls(
-            dataclasses.replace(reader, at_once=at_once), dataclasses.replace(samples, batch_size=batch_size), held
-        )
+        batch_size = max(samples.batch_size, SAMPLES_AT_ONCE)
+        at_once = max(1, min(batch_size, ELEMENTS_AT_ONCE // max(1, held)))
+        samples = dataclasses.replace(samples, batch_size=batch_size)
+        return cls(dataclasses.replace(reader, at_once=at_once), samples, held)
 
     @property
     def space(self) -> Space:
