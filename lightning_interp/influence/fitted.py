@@ -103,7 +103,8 @@ class FittedInfluence:
         kept = [merged(held) for held in zip(*(found for found, _, _ in parts if found), strict=True)]
         totals = _Totals.of([sums for _, sums, _ in parts], chosen, [pairs for _, _, pairs in parts])
         agreement = {name: overlap(kept[0], kept[1 + place], COMPARED) for place, name in enumerate(others)}
-        return self._record(chosen, asked, kept[0], totals, agreement)
+        notes = tuple(getattr(ways[0][0], "notes", ()))
+        return self._record(chosen, asked, kept[0], totals, agreement, notes)
 
     def self_influence(self, candidates: Sequence[int] | None = None) -> SelfInfluence:
         """Return ∇ℓ_iᵀ (H + Λ)⁻¹ ∇ℓ_i / n of training samples: by how much a sample's own loss would rise without it.
@@ -167,7 +168,7 @@ class FittedInfluence:
         return task.explained(task.inputs(trace.batch))
 
     def _record(
-        self, chosen: Samples, asked: _Asked, kept: Kept, totals: _Totals, agreement: dict[str, float]
+        self, chosen: Samples, asked: _Asked, kept: Kept, totals: _Totals, agreement: dict[str, float], notes: tuple[str, ...]
     ) -> Influence:
         return Influence(
             scores=kept.scores,
@@ -182,7 +183,7 @@ class FittedInfluence:
             covered_elements=self.coverage.size,
             gradient_norm=totals.gradient_norm,
             curvature_n=self.fitted.n,
-            notes=self._notes(kept.scores, len(chosen), asked),
+            notes=(*self._notes(kept.scores, len(chosen), asked), *notes),
             unit="none" if isinstance(self.curvature, IdentityCurvature) else "loss",
             places=kept.places,
             scored=len(chosen),
@@ -201,7 +202,7 @@ class FittedInfluence:
             notes.append(
                 f"{scored:,} of {len(self.train):,} training samples were scored; the others are not in the ranking"
             )
-        return (*notes, *self.notes, *getattr(self.inverse, "notes", ()))
+        return (*notes, *self.notes)
 
 
 class _Asked(NamedTuple):

@@ -1,17 +1,25 @@
 """Curvature of the training loss, from which influence takes its metric."""
 
+from lightning_interp.influence.curvature.conjugate_gradient import ConjugateGradient
 from lightning_interp.influence.curvature.curvature import Curvature, Fitted, Inverse, Scorer, Shift
 from lightning_interp.influence.curvature.ekfac import EKFAC
 from lightning_interp.influence.curvature.gauss_newton import GaussNewton
+from lightning_interp.influence.curvature.hessian import Hessian
 from lightning_interp.influence.curvature.identity import IdentityCurvature
+from lightning_interp.influence.curvature.kfac import KFAC
+from lightning_interp.influence.curvature.lissa import LiSSA
 
 __all__ = [
     "EKFAC",
+    "KFAC",
+    "ConjugateGradient",
     "Curvature",
     "Fitted",
     "GaussNewton",
+    "Hessian",
     "IdentityCurvature",
     "Inverse",
+    "LiSSA",
     "Scorer",
     "Shift",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -134,11 +134,15 @@ class EKFACInverse:
 
     def against(self, queries: Gradients) -> Scorer:
         """Return a function: gradients of m samples → ∇ℓ_qᵀ (H + Λ)⁻¹ ∇ℓ_i, `(q, m)`."""
-        solved = {
-            block: self.bases[block].back(self.bases[block].rotate(row.gradients()) / self.eigenvalues[block])
-            for block, row in queries.items()
-        }
+        solved = self.solved({block: row.gradients() for block, row in queries.items()})
         return lambda rows: sum_of(rows[block].against(solved[block]) for block in solved)
+
+    def solved(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return (H + Λ)⁻¹ times vectors by blocks, `(q, groups, o, i)`."""
+        return {
+            block: self.bases[block].back(self.bases[block].rotate(vector) / self.eigenvalues[block])
+            for block, vector in vectors.items()
+        }
 
     def squares(self, rows: Gradients) -> Tensor:
         """Return ∇ℓ_iᵀ (H + Λ)⁻¹ ∇ℓ_i of each sample, `(n,)`."""

@@ -1,0 +1,122 @@
+"""LiSSA: the inverse as a series, each of its terms from another mini-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_interp.influence.curvature.curvature import check_counts
+from lightning_interp.influence.curvature.iterative import FittedIterative, Solution, Solver, mean_eigenvalue
+from lightning_interp.influence.curvature.operator import Operator
+from lightning_interp.influence.reading import Reader, with_progress
+from lightning_interp.progress import quiet
+from lightning_interp.samples import Samples
+
+TRIED = 8
+POWERS = 10
+ROUNDING = 1.01
+
+
+@dataclass(frozen=True)
+class LiSSA:
+    """The whole generalised Gauss–Newton matrix by a stochastic series: h ← ∇ℓ_q + (I − (H_batch + Λ)/s) h.
+
+    h/s tends to (H + Λ)⁻¹ ∇ℓ_q. A direction of eigenvalue e needs s/(e + λ) steps, so that many steps act as more
+    damping would; the residual of the result, over all samples, is a note. Conjugate gradients get further with fewer
+    products; this is here for comparison with published numbers.
+
+    Reference: Agarwal, Bullins & Hazan, Second-Order Stochastic Optimization for Machine Learning in Linear Time, 2017;
+    Koh & Liang, Understanding Black-box Predictions via Influence Functions, 2017.
+
+    Args:
+        iterations: terms of the series.
+        repeats: series that are averaged.
+        scale: s, above half the largest eigenvalue of any mini-batch's damped matrix; the largest of 8 mini-batches, by
+            power iteration, when None.
+        batch_size: samples a term.
+        seed: of the mini-batches.
+    """
+
+    iterations: int = 1000
+    repeats: int = 1
+    scale: float | None = None
+    batch_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_counts("LiSSA", iterations=self.iterations, repeats=self.repeats, batch_size=self.batch_size)
+        if self.scale is not None and not self.scale > 0:
+            raise ValueError(f"LiSSA(scale=...): expected a positive number or None, got {self.scale}")
+
+    def check(self, parameters: int) -> None:
+        """Accept any number of parameters: memory grows with it, times the number of queries."""
+
+    def fit(self, reader: Reader, samples: Samples) -> FittedIterative:
+        """Estimate the mean eigenvalue alone: the series is summed when queries come."""
+        operator = Operator.of(with_progress(reader, quiet), samples)
+        prepare = partial(self._prepared, reader)
+        return FittedIterative(operator, mean_eigenvalue(reader, samples, self.seed), prepare)
+
+    def _prepared(self, reader: Reader, operator: Operator) -> Solver:
+        draws = torch.Generator().manual_seed(self.seed)
+        scale = self.scale or largest_eigenvalue(operator, self.batch_size, draws)
+
+        def solver(queries: Tensor) -> Solution:
+            draws = torch.Generator().manual_seed(self.seed)
+            series = [self._summed(reader, operator, queries, scale, draws) for _ in range(self.repeats)]
+            found = torch.stack(series).mean(0)
+            rest = (queries - operator(found)).norm(dim=1)
+            residuals = rest / queries.norm(dim=1).clamp(min=torch.finfo(queries.dtype).tiny)
+            return Solution(found, residuals, (self._note(residuals, scale),))
+
+        return solver
+
+    def _summed(
+        self, reader: Reader, operator: Operator, queries: Tensor, scale: float, draws: torch.Generator
+    ) -> Tensor:
+        """Return one series.
+
+        Raises:
+            FloatingPointError: it diverged: |h| is above |∇ℓ_q| s/λ, the most that it can be if no term grows.
+        """
+        least = float(operator.space.diagonal(operator.shift, queries).min())
+        most = ROUNDING * scale / least * queries.norm(dim=1)
+        found = queries
+        drawn = places(len(operator.samples), self.batch_size, draws)
+        for step, _ in enumerate(reader.progress(range(self.iterations), self.iterations, "LiSSA"), 1):
+            found = queries + found - operator.on(next(drawn))(found) / scale
+            if not bool((found.norm(dim=1) <= most).all()):
+                raise FloatingPointError(
+                    f"LiSSA(scale={scale:.3g}): the series diverged at step {step}; expected a scale above half the"
+                    " largest eigenvalue of every mini-batch's damped curvature; pass a larger scale= or batch_size="
+                )
+        return found / scale
+
+    def _note(self, residuals: Tensor, scale: float) -> str:
+        return (
+            f"LiSSA: relative residual {float(residuals.max()):.1e} (median {float(residuals.median()):.1e}) after"
+            f" {self.iterations} iterations of scale {scale:.3g}, {self.repeats} times"
+        )
+
+
+def largest_eigenvalue(operator: Operator, batch_size: int, draws: torch.Generator) -> float:
+    """Return the largest eigenvalue that 10 power iterations find in each of 8 mini-batches' matrices."""
+    drawn = places(len(operator.samples), batch_size, draws)
+    start = torch.randn(1, operator.space.size, generator=draws).to(operator.space.parameters[0].device)
+    found = []
+    for _ in range(TRIED):
+        part, vector = operator.on(next(drawn)), start
+        for _ in range(POWERS):
+            vector = part(vector / vector.norm())
+        found.append(float(vector.norm()))
+    return max(found)
+
+
+def places(n: int, count: int, draws: torch.Generator) -> Iterator[list[int]]:
+    """Yield mini-batches of n samples without end, each sample once before any comes again."""
+    while True:
+        yield from (part.tolist() for part in torch.randperm(n, generator=draws).split(count))

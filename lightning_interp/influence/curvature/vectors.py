@@ -1,0 +1,103 @@
+"""The covered parameters as one vector, and many vectors sent through a backward at once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_interp.influence.coverage import Coverage
+from lightning_interp.influence.curvature.curvature import Shift
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """All blocks' parameters side by side: where a vector's elements belong.
+
+    Args:
+        coverage: the covered network.
+    """
+
+    coverage: Coverage
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return sum(block.size for block in self.coverage.blocks.values())
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The parameters themselves."""
+        held = dict(self.coverage.watch.model.named_parameters())
+        return [held[name] for block in self.coverage.blocks.values() for name in block.parameters]
+
+    def blocks(self, vectors: Float[Tensor, "q p"]) -> dict[str, Tensor]:
+        """Return vectors by blocks, `(q, groups, o, i)`."""
+        shapes = self.coverage.shapes
+        parts = vectors.split([prod(shape) for shape in shapes.values()], dim=1)
+        return {name: part.reshape(-1, *shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+
+    def joined(self, blocks: Mapping[str, Tensor]) -> Float[Tensor, "q p"]:
+        """Return blocks `(q, groups, o, i)` as vectors."""
+        return torch.cat([blocks[name].flatten(1) for name in self.coverage.blocks], dim=1)
+
+    def spread(self, vectors: Float[Tensor, "q p"]) -> list[Tensor]:
+        """Return vectors by parameters, `(q, *shape)`, in the parameters' types."""
+        parts = self.blocks(vectors)
+        values: dict[str, Tensor] = {}
+        for name, block in self.coverage.blocks.items():
+            values |= block.unpack(parts[name])
+        return [value.to(held) for value, held in zip(values.values(), self.parameters, strict=True)]
+
+    def gathered(self, values: Sequence[Tensor]) -> Float[Tensor, "q p"]:
+        """Return values by parameters, `(q, *shape)`, as vectors."""
+        names = [name for block in self.coverage.blocks.values() for name in block.parameters]
+        return self.joined(self.coverage.of(dict(zip(names, values, strict=True))))
+
+    def diagonal(self, shift: Shift, like: Tensor) -> Float[Tensor, " p"]:
+        """Return Λ's diagonal, in the type of `like`."""
+        shapes = self.coverage.shapes
+        parts = [torch.as_tensor(shift[name]).to(like).expand(shape).flatten() for name, shape in shapes.items()]
+        return torch.cat(parts)
+
+
+def pulled(of: Sequence[Tensor], at: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
+    """Return Jᵀv for many vectors v, J the Jacobian of `of` by `at`; the graph is kept.
+
+    Vectorised over the vectors, or one by one where an operation cannot be.
+
+    Args:
+        of: tensors.
+        at: tensors that they depend on; zeros for one that they do not.
+        vectors: `(q, *shape of each of)`.
+
+    Returns:
+        `(q, *shape of each at)`.
+    """
+    some = [place for place, tensor in enumerate(of) if tensor.requires_grad]
+    if not some:
+        return [tensor.new_zeros(len(vectors[0]), *tensor.shape) for tensor in at]
+    of, vectors = [of[place] for place in some], [vectors[place] for place in some]
+    with contextlib.suppress(RuntimeError):
+        return list(_grad(of, at, vectors, batched=True))
+    single = [_grad(of, at, [vector[row] for vector in vectors]) for row in range(len(vectors[0]))]
+    return [torch.stack(parts) for parts in zip(*single, strict=True)]
+
+
+def _grad(
+    of: Sequence[Tensor], at: Sequence[Tensor], vectors: Sequence[Tensor], batched: bool = False
+) -> Sequence[Tensor]:
+    return torch.autograd.grad(
+        of, at, vectors, retain_graph=True, is_grads_batched=batched, allow_unused=True, materialize_grads=True
+    )
+
+
+def twice_differentiable() -> contextlib.AbstractContextManager[None]:
+    """Open a context whose forward can be differentiated twice: attention written out, not in one fused operation."""
+    return sdpa_kernel(SDPBackend.MATH)
