@@ -4,6 +4,7 @@ from lightning_interp.influence.curvature.curvature import Curvature, Fitted, In
 from lightning_interp.influence.curvature.ekfac import EKFAC
 from lightning_interp.influence.curvature.gauss_newton import GaussNewton
 from lightning_interp.influence.curvature.identity import IdentityCurvature
+from lightning_interp.influence.curvature.projected import ProjectedGaussNewton
 
 __all__ = [
     "EKFAC",
@@ -12,6 +13,7 @@ __all__ = [
     "GaussNewton",
     "IdentityCurvature",
     "Inverse",
+    "ProjectedGaussNewton",
     "Scorer",
     "Shift",
 ]
