@@ -2,6 +2,19 @@
 
 from lightning_interp.influence.curvature import EKFAC, GaussNewton, IdentityCurvature, ProjectedGaussNewton
 from lightning_interp.influence.damping import Damping
+from lightning_interp.influence.ensemble import Ensemble
 from lightning_interp.influence.estimator import InfluenceFunction
+from lightning_interp.influence.tracin import TracIn
+from lightning_interp.influence.trak import TRAK
 
-__all__ = ["EKFAC", "Damping", "GaussNewton", "IdentityCurvature", "InfluenceFunction", "ProjectedGaussNewton"]
+__all__ = [
+    "EKFAC",
+    "TRAK",
+    "Damping",
+    "Ensemble",
+    "GaussNewton",
+    "IdentityCurvature",
+    "InfluenceFunction",
+    "ProjectedGaussNewton",
+    "TracIn",
+]

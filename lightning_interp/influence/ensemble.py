@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from math import nan
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_interp.influence.checkpoints import Checkpoint, check_checkpoints, loaded
+from lightning_interp.influence.keeping import Top
 from lightning_interp.progress import Progress, quiet
 from lightning_interp.records import Influence
 from lightning_interp.task import Task
@@ -71,7 +71,7 @@ class Ensemble:
             query: dataset or loader of the samples whose losses are asked about.
             task: how to read batches, call the model, and its loss per sample.
             candidates: places in `train` to score; all when None.
-            top_k: keep only the training samples that are among some query's `top_k` highest or lowest.
+            top_k: keep only so many of each query's most helpful, harmful and surprisingly helpful samples.
             progress: shows how far it got.
 
         Raises:
@@ -86,7 +86,7 @@ class Ensemble:
         share = 1 / len(self.checkpoints)
         found = combined(scored(), [share] * len(self.checkpoints))
         method = f"mean over {len(self.checkpoints)} checkpoints, {found.method}"
-        return kept(dataclasses.replace(found, method=method), top_k)
+        return top_of(dataclasses.replace(found, method=method), top_k)
 
 
 def combined(found: Iterable[Influence], weights: Sequence[float]) -> Influence:
@@ -114,24 +114,30 @@ def combined(found: Iterable[Influence], weights: Sequence[float]) -> Influence:
         gradient_norm=norm / len(weights),
         damping=first.damping if same else nan,
         notes=tuple(notes),
+        mean=None,
+        agreement={},
     )
 
 
-def kept(found: Influence, top_k: int | None) -> Influence:
-    """Return only the training samples that are among some query's `top_k` highest or lowest scores.
+def top_of(found: Influence, top_k: int | None) -> Influence:
+    """Return only the columns of each query's most helpful, harmful and surprisingly helpful samples; all when None.
 
     Raises:
         ValueError: `top_k` is below 1.
     """
-    if top_k is None or 2 * top_k >= found.scores.shape[1]:
+    if top_k is None:
         return found
     if top_k < 1:
-        raise ValueError(f"top_k: expected at least 1 or None, got {top_k}")
-    ends: list[Tensor] = [found.scores.topk(top_k, dim=1, largest=largest).indices for largest in (True, False)]
-    columns = torch.cat(ends).unique()
+        raise ValueError(f"top_k: expected a number from 1, got {top_k}")
+    top = Top(top_k, found.query_targets)
+    top.add(found.scores, found.train_targets)
+    kept = top.kept()
     return dataclasses.replace(
         found,
-        scores=found.scores[:, columns],
-        train_ids=found.train_ids[columns],
-        train_targets=found.train_targets[columns],
+        scores=kept.scores,
+        train_ids=found.train_ids[kept.places],
+        train_targets=kept.targets,
+        places=found.columns[kept.places],
+        scored=found.n_scored,
+        mean=found.scores.mean(1),
     )

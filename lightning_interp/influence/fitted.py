@@ -52,6 +52,11 @@ class FittedInfluence:
     notes: tuple[str, ...]
 
     @property
+    def measured(self) -> bool:
+        """Whether scores are in the loss's unit, and damping means something."""
+        return not isinstance(self.curvature, IdentityCurvature)
+
+    @property
     def coverage(self) -> Coverage:
         """What of the network is covered."""
         return self.reader.coverage
@@ -144,7 +149,11 @@ class FittedInfluence:
     def _others(self) -> dict[str, Inverse]:
         """Return other ways to the same ranking, which should not change it much."""
         shift = {block: CHECKED_BY * value for block, value in self.damping.shift(self.coverage).items()}
-        return {f"{CHECKED_BY:g} × the damping": self.fitted.inverse(shift)}
+        halves = zip(("one half", "the other half"), getattr(self.inverse, "halves", ()), strict=False)
+        return {
+            f"{CHECKED_BY:g} × the damping": self.fitted.inverse(shift),
+            **{f"{which} of the projection": half for which, half in halves},
+        }
 
     def _score(self, chosen: Samples, ways: Sequence[tuple[Scorer, Keeper]], same: Duplicates) -> _Sums:
         scored: dict[str, Tensor] = {}
@@ -176,14 +185,14 @@ class FittedInfluence:
             query_targets=asked.targets,
             query_losses=asked.losses,
             method=f"influence function, {self.curvature!r}",
-            damping=self.damping.typical,
+            damping=self.damping.typical if self.measured else torch.nan,
             covered=tuple(self.coverage.parameters),
             left_out=self.coverage.left_out,
             covered_elements=self.coverage.size,
             gradient_norm=totals.gradient_norm,
             curvature_n=self.fitted.n,
             notes=self._notes(kept.scores, len(chosen), asked),
-            unit="none" if isinstance(self.curvature, IdentityCurvature) else "loss",
+            unit="loss" if self.measured else "none",
             places=kept.places,
             scored=len(chosen),
             mean=totals.mean,
@@ -193,9 +202,10 @@ class FittedInfluence:
 
     def _notes(self, scores: Tensor, scored: int, asked: _Asked) -> tuple[str, ...]:
         notes = []
-        if impossible := int((scores < -asked.losses[:, None]).sum()):
+        impossible = int((scores < -asked.losses[:, None]).sum())
+        if impossible and self.measured:
             notes.append(f"{impossible} scores predict a loss below zero: read their order, not their size")
-        if self.damping.origin != "given":
+        if self.damping.origin != "given" and self.measured:
             notes.append(f"damping: {self.damping.origin}")
         if scored < len(self.train):
             notes.append(

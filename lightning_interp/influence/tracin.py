@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_interp.influence.checkpoints import Checkpoint, check_checkpoints, loaded
 from lightning_interp.influence.curvature import IdentityCurvature
-from lightning_interp.influence.ensemble import combined, kept
+from lightning_interp.influence.ensemble import combined, top_of
 from lightning_interp.influence.estimator import InfluenceFunction
 from lightning_interp.progress import Progress, quiet
 from lightning_interp.records import Influence
@@ -66,7 +66,7 @@ class TracIn:
             query: dataset or loader of the samples whose losses are asked about.
             task: how to read batches, call the model, and its loss per sample.
             candidates: places in `train` to score; all when None.
-            top_k: keep only the training samples that are among some query's `top_k` highest or lowest.
+            top_k: keep only so many of each query's most helpful, harmful and surprisingly helpful samples.
             progress: shows how far it got.
 
         Raises:
@@ -87,7 +87,7 @@ class TracIn:
 
         found = combined(scored(), [rate * len(samples) for rate in self._rates])
         method = f"TracIn, {len(self.checkpoints)} checkpoints"
-        return kept(dataclasses.replace(found, method=method), top_k)
+        return top_of(dataclasses.replace(found, method=method), top_k)
 
     @property
     def _rates(self) -> Sequence[float]:

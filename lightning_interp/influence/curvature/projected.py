@@ -57,7 +57,7 @@ class ProjectedGaussNewton:
         some = samples if self.samples is None else samples.spread(self.samples)
         again, n, notes = passes(reader, some, self.columns, self.seed)
         projection = Projection(self.dim, self.seed)
-        matrix = _second_moment(map(projection, again("curvature"))) / n
+        matrix = second_moment(map(projection, again("curvature"))) / n
         return FittedProjected(projection, matrix, again, n, reader.coverage.size, notes)
 
 
@@ -92,7 +92,7 @@ class FittedProjected:
         if len(numbers) == 1 and not any(isinstance(value, Tensor) for value in shift.values()):
             return ProjectedInverse(self.projection, self.matrix, numbers.pop())
         columns = (self.projection(whitened(rows, shift)) for rows in self.again("curvature, whitened"))
-        return ProjectedInverse(self.projection, _second_moment(columns) / self.n, 1.0, shift)
+        return ProjectedInverse(self.projection, second_moment(columns) / self.n, 1.0, shift)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,24 +141,17 @@ class ProjectedInverse:
 
     @cached_property
     def _factor(self) -> Tensor:
-        damped = self.matrix.clone()
-        damped.diagonal().add_(self.added)
-        return cholesky(damped)
+        return damped_factor(self.matrix, self.added)
 
 
-def agreement(first: Float[Tensor, "q n"], second: Float[Tensor, "q n"], k: int) -> Float[Tensor, " q"]:
-    """Return the share of each query's `k` highest scores that two ways of scoring have in common.
-
-    Raises:
-        ValueError: there are fewer than `k` samples.
-    """
-    if not 0 < k <= first.shape[1]:
-        raise ValueError(f"agreement(k=...): expected 1 to {first.shape[1]} (the training samples), got {k}")
-    ours, theirs = (torch.zeros_like(s).scatter_(1, s.topk(k, dim=1).indices, 1.0) for s in (first, second))
-    return (ours * theirs).sum(1) / k
+def damped_factor(matrix: Float[Tensor, "k k"], added: float) -> Float[Tensor, "k k"]:
+    """Return the Cholesky factor of a matrix with a number added to its diagonal."""
+    damped = matrix.clone()
+    damped.diagonal().add_(added)
+    return cholesky(damped)
 
 
-def _second_moment(parts: Iterable[Tensor]) -> Float[Tensor, "k k"]:
+def second_moment(parts: Iterable[Tensor]) -> Float[Tensor, "k k"]:
     """Return Σ φφᵀ in float64."""
     products = ((rows.T @ rows).cpu().double() for rows in _piled(parts))
     total = next(products, None)
