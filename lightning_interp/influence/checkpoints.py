@@ -71,7 +71,9 @@ def _state(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
             f"checkpoint: expected tensors and plain Python in {checkpoint}, got more; load it yourself where you trust"
             " it, and pass its state dict"
         ) from error
-    return held["state_dict"] if "state_dict" in held else held
+    if not isinstance(held, Mapping):
+        raise ValueError(f"checkpoint: expected a state dict in {checkpoint}, got {_kind(held)}")
+    return held.get("state_dict", held)
 
 
 def _named(checkpoint: object) -> str:
