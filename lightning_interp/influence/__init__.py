@@ -4,6 +4,7 @@ from lightning_interp.influence.curvature import EKFAC, GaussNewton, IdentityCur
 from lightning_interp.influence.damping import Damping
 from lightning_interp.influence.ensemble import Ensemble
 from lightning_interp.influence.estimator import InfluenceFunction
+from lightning_interp.influence.store import GradientStore, stored
 from lightning_interp.influence.tracin import TracIn
 from lightning_interp.influence.trak import TRAK
 
@@ -13,8 +14,10 @@ __all__ = [
     "Damping",
     "Ensemble",
     "GaussNewton",
+    "GradientStore",
     "IdentityCurvature",
     "InfluenceFunction",
     "ProjectedGaussNewton",
     "TracIn",
+    "stored",
 ]

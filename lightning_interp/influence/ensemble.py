@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import nan
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -17,6 +17,7 @@ from lightning_interp.records import Influence
 from lightning_interp.task import Task
 
 
+@runtime_checkable
 class Estimator(Protocol):
     """Scores training samples for queries; `InfluenceFunction`, `TracIn` and `TRAK` are such."""
 

@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_interp.capture import differentiable
-from lightning_interp.influence.curvature import IdentityCurvature
+from lightning_interp.influence.curvature import IdentityCurvature, Shift
 from lightning_interp.influence.curvature.projected import ProjectedInverse
 from lightning_interp.influence.estimator import InfluenceFunction
-from lightning_interp.influence.fitted import FittedInfluence, finite
+from lightning_interp.influence.fitted import FittedInfluence, accumulate, finite
 from lightning_interp.influence.keeping import Everything, Kept, Top
 from lightning_interp.influence.projection import Projection
 from lightning_interp.progress import Progress, quiet
@@ -106,7 +106,9 @@ class GradientStore:
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k: expected a number from 1, got {top_k}")
         asked = self._asked(model, Samples.of(query), task, progress)
-        places = torch.arange(len(self)) if candidates is None else torch.as_tensor(candidates, dtype=torch.long)
+        places = torch.arange(len(self)) if candidates is None else torch.tensor(list(candidates), dtype=torch.long)
+        if not len(places) or not bool(((places >= 0) & (places < len(self))).all()):
+            raise ValueError(f"candidates: expected places below {len(self)} (the training samples), got {candidates}")
         kept, mean = self._scored(asked, places, top_k)
         few = f"{len(places):,} of {len(self):,} training samples were scored; the others are not in the ranking"
         return Influence(
@@ -147,8 +149,10 @@ class GradientStore:
         """The damped curvature between projected gradients."""
         projection = Projection(self.facts["dim"], self.facts["seed"])
         numbers: dict[str, float | None] | None = self.facts["shift"]
-        shift = numbers and {b: self.held[f"shift/{b}"] if lam is None else lam for b, lam in numbers.items()}
-        return ProjectedInverse(projection, self.held["matrix"], self.facts["added"], shift)
+        spread: Shift | None = None
+        if numbers is not None:
+            spread = {b: self.held[f"shift/{b}"] if lam is None else lam for b, lam in numbers.items()}
+        return ProjectedInverse(projection, self.held["matrix"], self.facts["added"], spread)
 
     @cached_property
     def _mapped(self) -> NDArray[np.float16]:
@@ -246,13 +250,13 @@ def _key(fitted: FittedInfluence, inverse: ProjectedInverse, weights: str) -> st
 
 def _digest(digest: hashlib._Hash, name: str, value: Tensor) -> None:
     digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-    digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _facts(fitted: FittedInfluence, inverse: ProjectedInverse, gradient_norm: float) -> dict[str, Any]:
     """Return what JSON can say of a store; a block with a damping per parameter has None for it."""
     shift = inverse.shift
-    numbers = shift and {block: None if isinstance(lam, Tensor) else lam for block, lam in shift.items()}
+    numbers = None if shift is None else {b: None if isinstance(lam, Tensor) else lam for b, lam in shift.items()}
     origin = () if fitted.damping.origin == "given" else (f"damping: {fitted.damping.origin}",)
     return {
         "format": FORMAT,
@@ -292,7 +296,7 @@ def _written(fitted: FittedInfluence, inverse: ProjectedInverse, path: Path) -> 
             scales.append(scale)
             targets.append(trace.targets.detach().cpu())
             for block, row in rows.items():
-                total[block] = total[block] + row.total() if block in total else row.total()
+                accumulate(total, block, row.total())
     file.flush()
     held = {"matrix": inverse.matrix, "scales": torch.cat(scales), "targets": torch.cat(targets).contiguous()}
     norm = sum(float((sums / n).double().square().sum()) for sums in total.values()) ** 0.5
