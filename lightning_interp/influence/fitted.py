@@ -77,7 +77,8 @@ class FittedInfluence:
             top_k: keep only so many of each query's most helpful, harmful and surprisingly helpful samples: memory then
                 does not grow with the training set.
             scores_file: keep all scores in this `.npy` file, mapped into memory.
-            check: score a second time by `3 ×` the damping, and say how far the strongest 10 of each query agree.
+            check: score a second time by `3 ×` the damping, and by each half of a projection where there is one, and say
+                how far the strongest 10 of each query agree.
 
         Raises:
             ValueError: there are no queries, or `top_k` and `scores_file` are both given.
