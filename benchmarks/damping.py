@@ -13,17 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning_interp.influence.gradients import Trace, layers_of
 from scipy.stats import spearmanr
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from benchmarks.adam_truth import Digits, Recipe, Trained, forward, half_subsets, members, names_of, retrain, train
-from lightning_interp import Task
-from lightning_interp.capture import differentiable
-from lightning_interp.influence import EKFAC
-from lightning_interp.influence.curvature import FittedEKFAC
-from lightning_interp.influence.trajectory import Damping, Path, Trajectory, rate_of
+from lightning_interp.influence import EKFAC, InfluenceFunction
+from lightning_interp.influence.curvature.ekfac import FittedEKFAC
+from lightning_interp.influence.damping import Damping
+from lightning_interp.influence.trajectory import Path, Trajectory, rate_of
 
 
 @dataclass(frozen=True)
@@ -83,10 +81,9 @@ class Kronecker:
             net.add_module(f"act{layer}", Elementwise(recipe.activation) if layer > 1 else nn.Identity())
             net.add_module(f"fc{layer}", nn.Linear(weight.shape[2], weight.shape[1]))
             net[-1].load_state_dict({"weight": weight[0], "bias": bias[0]})
-        loader = DataLoader(TensorDataset(digits.train_x, digits.train_y), 256)
-        with differentiable(net):
-            layers = layers_of(net)
-            fitted = EKFAC(samples=None).fit(lambda _: (Trace(net, layers, Task(), b) for b in loader), Task())
+        data = TensorDataset(digits.train_x, digits.train_y)
+        fitted = InfluenceFunction(EKFAC(columns=None), damping=1.0).fit(net, data).fitted
+        assert isinstance(fitted, FittedEKFAC)
         return cls(fitted, exact, recipe.widths)
 
     def scores(self, damping: Tensor | float) -> Tensor:
@@ -97,7 +94,10 @@ class Kronecker:
         dampings = self._split(torch.as_tensor(damping).expand(1, self.exact.train.shape[1]))
         total = torch.zeros(())
         layers = zip(dampings, self._split(self.exact.query), self._split(self.exact.train), strict=True)
-        for (layer, (inputs, outputs)), (given, asked, rows) in zip(self.fitted.bases.items(), layers, strict=True):
+        for (layer, basis), (given, asked, rows) in zip(self.fitted.bases.items(), layers, strict=True):
+            outputs, inputs = basis.outputs, basis.inputs
+            assert outputs is not None
+            assert inputs is not None
             squeezed = outputs[0].square().T @ given[0] @ inputs[0].square()
             solved = (outputs.mT @ asked @ inputs) / (self.fitted.eigenvalues[layer] + squeezed)
             total = total + solved.flatten(1) @ (outputs.mT @ rows @ inputs).flatten(1).T

@@ -34,7 +34,7 @@ from lightning_interp.callbacks.telling import strangeness, tell
 from lightning_interp.callbacks.trajectory import Recorder
 from lightning_interp.display import Display
 from lightning_interp.errors import ArgumentError
-from lightning_interp.influence import Damping, InfluenceFunction
+from lightning_interp.influence import InfluenceFunction, Trajectory
 from lightning_interp.influence.ranks import Alone, Distributed, OtherRankError, Ranks
 from lightning_interp.probe import take_probe
 from lightning_interp.samples import Samples
@@ -208,11 +208,11 @@ class DataInfluence(Callback):
         rows = [row(batch, place) for batch in batches for place in range(size(batch))]
         return Samples(rows, batch_size=size(batches[0]), move=mover(trainer))
 
-    def _asked_for(self, damping: Damping | None) -> Estimator:
-        """Return the estimator, with the recorded damping where it has none of its own."""
+    def _asked_for(self, trajectory: Trajectory | None) -> Estimator:
+        """Return the estimator, which goes by the recorded trajectory where it has no damping of its own."""
         estimator = InfluenceFunction() if self.estimator is None else self.estimator
         if isinstance(estimator, InfluenceFunction) and estimator.damping is None:
-            return dataclasses.replace(estimator, damping=damping)
+            return dataclasses.replace(estimator, damping=trajectory)
         return estimator
 
     def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -231,7 +231,7 @@ class DataInfluence(Callback):
         trajectory = self._recorder.finish(trainer, module)
         query = self._choose_queries(trainer, module, run.task)
         seconds = self._budget(trainer)
-        estimator = self._asked_for(trajectory.damping())
+        estimator = self._asked_for(trajectory)
         plan = ranks.gather(afford(estimator, module, run.train, query, run.task, seconds, self.self_influence))[0]
         if plan.message:
             rank_zero_warn(f"DataInfluence: {plan.message} Pass budget_seconds= for more.")

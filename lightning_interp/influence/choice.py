@@ -16,7 +16,7 @@ COLUMNS = 1024
 STORED = 2**25
 
 
-def choose(coverage: Coverage, few: Any, damping: float | Damping | None) -> tuple[Curvature, str]:
+def choose(coverage: Coverage, few: Any, damping: Damping | None) -> tuple[Curvature, str]:
     """Return a curvature for a network, and the reason in words.
 
     `GaussNewton(columns=1024)` where its columns fit in 128 MB and the damping is known (it needs the right one);

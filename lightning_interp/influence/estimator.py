@@ -13,11 +13,12 @@ from lightning_interp.batch import device_of, to_device
 from lightning_interp.capture import differentiable
 from lightning_interp.influence.choice import choose
 from lightning_interp.influence.coverage import Coverage, cover
-from lightning_interp.influence.curvature import Curvature
+from lightning_interp.influence.curvature import EKFAC, KFAC, Curvature
 from lightning_interp.influence.damping import Damping
 from lightning_interp.influence.fitted import FittedInfluence, finite
 from lightning_interp.influence.ranks import Ranks
 from lightning_interp.influence.reading import ALONE, Reader
+from lightning_interp.influence.trajectory import Trajectory
 from lightning_interp.layers import match_layers
 from lightning_interp.progress import Progress, quiet
 from lightning_interp.records import Influence
@@ -41,18 +42,26 @@ class InfluenceFunction:
 
     Args:
         curvature: `EKFAC()`, `GaussNewton()`, ...; by the size of the network when None (see `choose`).
-        damping: total λ, weight decay included; a `Damping`, such as a recorded `Trajectory` gives; 0.1 × the mean
-            eigenvalue of the curvature when None.
+        damping: total λ, weight decay included; a `Damping`, which may differ by parameter; a recorded `Trajectory`,
+            from which the damping of an exact curvature follows; 0.1 × the mean eigenvalue of the curvature when None,
+            and for Kronecker factors, which a trajectory's damping serves worse.
         layers: names or glob patterns of the layers whose parameters enter; all that are covered when None.
     """
 
     curvature: Curvature | None = None
-    damping: float | Damping | None = None
+    damping: float | Damping | Trajectory | None = None
     layers: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.damping is not None and not isinstance(self.damping, Damping) and not self.damping > 0:
+        number = not isinstance(self.damping, (Damping, Trajectory, type(None)))
+        if number and not self.damping > 0:  # type: ignore[operator]
             raise ValueError(f"InfluenceFunction(damping=...): expected a positive number or None, got {self.damping}")
+
+    def _damping(self) -> Damping | None:
+        """Return the damping as given, or as it follows from the trajectory; None where neither says it."""
+        if isinstance(self.damping, Trajectory):
+            return self.damping.damping()
+        return self.damping if isinstance(self.damping, Damping | None) else Damping(self.damping, "given")
 
     def check(self, model: nn.Module, train: Any, task: Task = Task()) -> None:
         """Find out on a few training samples whether this model can be scored.
@@ -89,10 +98,13 @@ class InfluenceFunction:
         with differentiable(model):
             few, coverage = _covered(model, samples, task, self.layers)
             reader = Reader.of(coverage, few, samples.batch_size, progress, ranks)
-            curvature, why = (self.curvature, "") if self.curvature is not None else choose(coverage, few, self.damping)
+            damping = self._damping()
+            curvature, why = (self.curvature, "") if self.curvature is not None else choose(coverage, few, damping)
             curvature.check(coverage.size)
             fitted = curvature.fit(reader, samples)
-            damping = _damping(self.damping, fitted.mean_eigenvalue)
+            if isinstance(curvature, EKFAC | KFAC) and isinstance(self.damping, Trajectory):
+                damping = None
+            damping = damping or _share(fitted.mean_eigenvalue)
             inverse = fitted.inverse(damping.shift(coverage))
         notes = (why, *fitted.notes) if why else fitted.notes
         return FittedInfluence(reader, samples, curvature, fitted, inverse, damping, notes)
@@ -146,12 +158,8 @@ def _covered(model: nn.Module, train: Samples, task: Task, patterns: Sequence[st
     return few, coverage
 
 
-def _damping(given: float | Damping | None, mean_eigenvalue: float) -> Damping:
-    if isinstance(given, Damping):
-        return given
-    if given is not None:
-        return Damping(given, "given")
+def _share(mean_eigenvalue: float) -> Damping:
     found = DAMPING_SHARE * mean_eigenvalue
     if not found > 0:
         raise ValueError("damping: the curvature to take it from is zero (is the softmax saturated?); pass damping=")
-    return Damping(found, f"not given: {DAMPING_SHARE} × the mean eigenvalue of the curvature")
+    return Damping(found, f"{DAMPING_SHARE} × the mean eigenvalue of the curvature")

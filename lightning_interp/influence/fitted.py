@@ -52,6 +52,11 @@ class FittedInfluence:
     notes: tuple[str, ...]
 
     @property
+    def measured(self) -> bool:
+        """Whether scores are in the loss's unit, and damping means something."""
+        return not isinstance(self.curvature, IdentityCurvature)
+
+    @property
     def coverage(self) -> Coverage:
         """What of the network is covered."""
         return self.reader.coverage
@@ -72,7 +77,8 @@ class FittedInfluence:
             top_k: keep only so many of each query's most helpful, harmful and surprisingly helpful samples: memory then
                 does not grow with the training set.
             scores_file: keep all scores in this `.npy` file, mapped into memory.
-            check: score a second time by `3 ×` the damping, and say how far the strongest 10 of each query agree.
+            check: score a second time by `3 ×` the damping, and by each half of a projection where there is one, and
+                say how far the strongest 10 of each query agree.
 
         Raises:
             ValueError: there are no queries, or `top_k` and `scores_file` are both given.
@@ -145,7 +151,11 @@ class FittedInfluence:
     def _others(self) -> dict[str, Inverse]:
         """Return other ways to the same ranking, which should not change it much."""
         shift = {block: CHECKED_BY * value for block, value in self.damping.shift(self.coverage).items()}
-        return {f"{CHECKED_BY:g} × the damping": self.fitted.inverse(shift)}
+        halves = zip(("one half", "the other half"), getattr(self.inverse, "halves", ()), strict=False)
+        return {
+            f"{CHECKED_BY:g} × the damping": self.fitted.inverse(shift),
+            **{f"{which} of the projection": half for which, half in halves},
+        }
 
     def _score(self, chosen: Samples, ways: Sequence[tuple[Scorer, Keeper]], same: Duplicates) -> _Sums:
         scored: dict[str, Tensor] = {}
@@ -168,7 +178,13 @@ class FittedInfluence:
         return task.explained(task.inputs(trace.batch))
 
     def _record(
-        self, chosen: Samples, asked: _Asked, kept: Kept, totals: _Totals, agreement: dict[str, float], notes: tuple[str, ...]
+        self,
+        chosen: Samples,
+        asked: _Asked,
+        kept: Kept,
+        totals: _Totals,
+        agreement: dict[str, float],
+        notes: tuple[str, ...],
     ) -> Influence:
         return Influence(
             scores=kept.scores,
@@ -177,14 +193,14 @@ class FittedInfluence:
             query_targets=asked.targets,
             query_losses=asked.losses,
             method=f"influence function, {self.curvature!r}",
-            damping=self.damping.typical,
+            damping=self.damping.typical if self.measured else torch.nan,
             covered=tuple(self.coverage.parameters),
             left_out=self.coverage.left_out,
             covered_elements=self.coverage.size,
             gradient_norm=totals.gradient_norm,
             curvature_n=self.fitted.n,
             notes=(*self._notes(kept.scores, len(chosen), asked), *notes),
-            unit="none" if isinstance(self.curvature, IdentityCurvature) else "loss",
+            unit="loss" if self.measured else "none",
             places=kept.places,
             scored=len(chosen),
             mean=totals.mean,
@@ -194,9 +210,10 @@ class FittedInfluence:
 
     def _notes(self, scores: Tensor, scored: int, asked: _Asked) -> tuple[str, ...]:
         notes = []
-        if impossible := int((scores < -asked.losses[:, None]).sum()):
+        impossible = int((scores < -asked.losses[:, None]).sum())
+        if impossible and self.measured:
             notes.append(f"{impossible} scores predict a loss below zero: read their order, not their size")
-        if self.damping.origin != "given":
+        if self.damping.origin != "given" and self.measured:
             notes.append(f"damping: {self.damping.origin}")
         if scored < len(self.train):
             notes.append(

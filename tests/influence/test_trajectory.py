@@ -15,7 +15,8 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_interp.influence.trajectory import Damping, Path, Trajectory, rate_of
+from lightning_interp.influence.damping import Damping
+from lightning_interp.influence.trajectory import Path, Trajectory, rate_of
 
 DATA = File(__file__).parents[1] / "data"
 NAMES = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")

@@ -8,6 +8,7 @@ from lightning_interp.influence.curvature.hessian import Hessian
 from lightning_interp.influence.curvature.identity import IdentityCurvature
 from lightning_interp.influence.curvature.kfac import KFAC
 from lightning_interp.influence.curvature.lissa import LiSSA
+from lightning_interp.influence.curvature.projected import ProjectedGaussNewton
 
 __all__ = [
     "EKFAC",
@@ -20,6 +21,7 @@ __all__ = [
     "IdentityCurvature",
     "Inverse",
     "LiSSA",
+    "ProjectedGaussNewton",
     "Scorer",
     "Shift",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_interp.influence.curvature.curvature import check_counts
 from lightning_interp.influence.curvature.iterative import FittedIterative, Solution, Solver, mean_eigenvalue
 from lightning_interp.influence.curvature.operator import Operator
-from lightning_interp.influence.reading import Reader, with_progress
+from lightning_interp.influence.reading import Reader
 from lightning_interp.progress import quiet
 from lightning_interp.samples import Samples
 
@@ -57,7 +57,7 @@ class LiSSA:
 
     def fit(self, reader: Reader, samples: Samples) -> FittedIterative:
         """Estimate the mean eigenvalue alone: the series is summed when queries come."""
-        operator = Operator.of(with_progress(reader, quiet), samples)
+        operator = Operator.of(replace(reader, progress=quiet), samples)
         prepare = partial(self._prepared, reader)
         return FittedIterative(operator, mean_eigenvalue(reader, samples, self.seed), prepare)
 

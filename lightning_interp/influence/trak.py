@@ -1,0 +1,209 @@
+"""TRAK: attribution by a linear model in the randomly projected gradients of the network's margin."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import nan
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lightning_interp.capture import differentiable
+from lightning_interp.influence.checkpoints import Checkpoint, check_checkpoints, loaded
+from lightning_interp.influence.coverage import Coverage
+from lightning_interp.influence.curvature import IdentityCurvature
+from lightning_interp.influence.curvature.projected import damped_factor, second_moment
+from lightning_interp.influence.ensemble import top_of
+from lightning_interp.influence.estimator import InfluenceFunction
+from lightning_interp.influence.fitted import finite
+from lightning_interp.influence.projection import Projection
+from lightning_interp.influence.reading import Reader
+from lightning_interp.progress import Progress, quiet
+from lightning_interp.records import Influence
+from lightning_interp.samples import Samples
+from lightning_interp.task import Problem, Task
+
+
+@dataclass(frozen=True)
+class TRAK:
+    """Attribution by regression on the projected gradients of each sample's margin, averaged over networks.
+
+    scores[q, i] = [(1/M) Σ_m φ_qᵀ (ΦᵀΦ)⁻¹ φ_i] · [(1/M) Σ_m (1 − p_i)], φ the projected gradient of the margin
+    f = log(p / (1 − p)), p the probability of the sample's own label, Φ those of all training samples; without a unit.
+    Positive is helpful. Each network gets a projection of its own. One network alone follows retraining poorly; more
+    of them, or damping, help.
+
+    Reference: Park et al., TRAK: Attributing Model Behavior at Scale, 2023.
+
+    Args:
+        models: weights of several networks (see `lightning_interp.influence.checkpoints.loaded`), the model's own not
+            among them; the model's own alone when None.
+        dim: numbers per gradient, even; without damping no more than there are training samples.
+        damping: added to the diagonal of ΦᵀΦ / n.
+        layers: names or glob patterns of the layers whose parameters enter; all that are covered when None.
+        seed: of the projections.
+    """
+
+    models: Sequence[Checkpoint] | None = dataclasses.field(default=None, repr=False)
+    dim: int = 512
+    damping: float = 0.0
+    layers: Sequence[str] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        Projection(self.dim)
+        if self.models is not None:
+            check_checkpoints("TRAK(models=...)", self.models)
+        if not 0 <= self.damping < float("inf"):
+            raise ValueError(f"TRAK(damping=...): expected 0 or a positive number, got {self.damping}")
+
+    def __call__(
+        self,
+        model: nn.Module,
+        train: Any,
+        query: Any,
+        task: Task = Task(),
+        candidates: Sequence[int] | None = None,
+        top_k: int | None = None,
+        progress: Progress = quiet,
+    ) -> Influence:
+        """Score training samples for each query; the model's weights are as they were afterwards.
+
+        Args:
+            model: any classifier; it runs in eval mode.
+            train: training dataset (or a loader, read in dataset order).
+            query: dataset or loader of the samples that are asked about.
+            task: how to read batches and call the model.
+            candidates: places in `train` to score; all when None. ΦᵀΦ is of all in any case.
+            top_k: keep only so many of each query's most helpful, harmful and surprisingly helpful samples.
+            progress: shows how far it got.
+
+        Raises:
+            ValueError: a dataset is empty, no parameter is covered, the model is no classifier, there are fewer samples
+                than `dim`, or a checkpoint does not fit the model.
+            FloatingPointError: gradients or scores are not finite, or ΦᵀΦ cannot be inverted.
+        """
+        samples, asked = Samples.of(train), Samples.of(query)
+        if not len(samples) or not len(asked):
+            raise ValueError(f"train, query: expected samples in both, got {len(samples)} and {len(asked)}")
+        if not self.damping and len(samples) < self.dim:
+            raise ValueError(
+                f"TRAK(dim=...): expected at most {len(samples)} (the training samples) without damping, got {self.dim}"
+            )
+        data = _Data(samples, samples if candidates is None else samples.at(candidates), asked)
+        networks: Sequence[Checkpoint | None] = [None] if self.models is None else self.models
+        found: _Scored | None = None
+        for place, network in enumerate(networks):
+            with contextlib.nullcontext() if network is None else loaded(model, network):
+                fitted = InfluenceFunction(IdentityCurvature(), 1.0, self.layers).fit(model, samples, task, progress)
+                with differentiable(model):
+                    one = self._scored(fitted.reader, data, Projection(self.dim, self.seed + place))
+            found = one if found is None else found.plus(one)
+        if found is None:
+            raise ValueError("TRAK(models=...): expected at least one")
+        return top_of(self._record(found, len(networks), data, fitted.coverage), top_k)
+
+    def _scored(self, reader: Reader, data: _Data, projection: Projection) -> _Scored:
+        """Return one network's scores, in two passes over the training samples and one over the queries."""
+        queries = list(_margins(reader, data.query, projection, "queries"))
+        seen = (part.seen for part in _margins(reader, data.train, projection, "training gradients"))
+        factor = damped_factor(second_moment(seen) / len(data.train), self.damping)
+        phi = torch.cat([part.seen for part in queries])
+        solved = torch.cholesky_solve(phi.T.cpu().double(), factor).T.to(phi) / len(data.train)
+        scores, doubts, targets = [], [], []
+        for part in _margins(reader, data.chosen, projection, "scoring training samples"):
+            scores.append(finite(solved @ part.seen.T, "scores").cpu())
+            doubts.append(part.doubts)
+            targets.append(part.targets)
+        return _Scored(
+            torch.cat(scores, dim=1),
+            torch.cat(doubts),
+            torch.cat(targets),
+            torch.cat([part.targets for part in queries]),
+            torch.cat([part.losses for part in queries]),
+        )
+
+    def _record(self, found: _Scored, count: int, data: _Data, coverage: Coverage) -> Influence:
+        return Influence(
+            scores=found.scores * (found.doubts / count**2),
+            train_ids=torch.tensor(data.chosen.ids),
+            train_targets=found.targets,
+            query_targets=found.query_targets,
+            query_losses=found.query_losses / count,
+            method=f"{self!r}, {count} network{'s' * (count > 1)}",
+            damping=self.damping or nan,
+            covered=tuple(coverage.parameters),
+            left_out=coverage.left_out,
+            covered_elements=coverage.size,
+            gradient_norm=nan,
+            curvature_n=len(data.train),
+            unit="none",
+        )
+
+
+class _Data(NamedTuple):
+    train: Samples
+    chosen: Samples
+    query: Samples
+
+
+class _Margins(NamedTuple):
+    """Of some samples: projected gradients of their margins, 1 − p, targets, losses."""
+
+    seen: Tensor
+    doubts: Tensor
+    targets: Tensor
+    losses: Tensor
+
+
+class _Scored(NamedTuple):
+    scores: Tensor
+    doubts: Tensor
+    targets: Tensor
+    query_targets: Tensor
+    query_losses: Tensor
+
+    def plus(self, other: _Scored) -> _Scored:
+        """Add another network's."""
+        return self._replace(
+            scores=self.scores + other.scores,
+            doubts=self.doubts + other.doubts,
+            query_losses=self.query_losses + other.query_losses,
+        )
+
+
+def _margins(reader: Reader, samples: Samples, projection: Projection, what: str) -> Iterator[_Margins]:
+    task = reader.coverage.watch.task
+    for trace in reader.traces(samples, what):
+        outputs = trace.outputs.detach().requires_grad_()
+        values = margin(outputs, trace.targets, task.problem(outputs, trace.targets))
+        (weights,) = torch.autograd.grad(values.sum(), outputs)
+        seen = finite(projection(trace.output_rows(weights)), "gradients of the margins")
+        held = (torch.sigmoid(-values), trace.targets, trace.losses)
+        yield _Margins(seen, *(part.detach().cpu() for part in held))
+
+
+def margin(outputs: Tensor, targets: Tensor, kind: Problem | None) -> Float[Tensor, " n"]:
+    """Return log(p / (1 − p)) of each sample's own label.
+
+    Of classes the label's logit less the log-sum-exp of the others'; of one logit that logit, with its sign turned for
+    label 0.
+
+    Raises:
+        ValueError: samples have no single label.
+    """
+    if kind == "binary":
+        return outputs.reshape(len(outputs)) * (2 * targets.reshape(len(outputs)).to(outputs) - 1)
+    if kind != "classes" or outputs.ndim != 2:
+        raise ValueError(
+            "TRAK: expected a classifier with one label per sample, got"
+            f" {kind or 'no known problem'} with outputs {tuple(outputs.shape)}"
+        )
+    own = F.one_hot(targets.reshape(-1).long(), outputs.shape[1]).bool()
+    return outputs[own] - outputs.masked_fill(own, -torch.inf).logsumexp(1)
