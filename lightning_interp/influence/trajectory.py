@@ -94,7 +94,8 @@ class Trajectory:
 
     Training moves the parameters no further along a direction than its learning rates allow, however flat the loss is
     there; damping says the same of a Newton step. Along a flat direction, learning rates that sum to τ reach as far as
-    a step damped by 1/τ. With k = 2 times that the exact curvature ranks retrainings best, or within 0.01 of it:
+    a step damped by 1/τ. With k = 2 times that, the exact curvature ranked retrainings of small networks best, or
+    within 0.01 of the best of k = 1, 2, 4 (`benchmarks/damping.py`):
 
         SGD:   λ = weight decay + k / τ,    τ = Σ lr / (1 − momentum)
         Adam:  Λ = weight decay + k s / Σ lr,    s = √v̂ + ε
@@ -107,7 +108,7 @@ class Trajectory:
     s · weight decay.
 
     It takes s as it is at the end, and training for a descent without noise. EK-FAC, whose eigenvalues are another
-    spectrum than the curvature's, ranks better with 0.1 × their mean.
+    spectrum than the curvature's, ranked them better with 0.1 × their mean.
 
     Reference: Ali et al., A Continuous-Time View of Early Stopping for Least Squares Regression, 2019; Kingma & Ba,
     Adam, 2015; Loshchilov & Hutter, Decoupled Weight Decay Regularization, 2019.
