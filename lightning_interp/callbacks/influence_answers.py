@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_interp.callbacks.budget import Plan
-from lightning_interp.callbacks.telling import SpotCheck
 from lightning_interp.capture import undisturbed
 from lightning_interp.influence import InfluenceFunction
 from lightning_interp.influence.ranks import Ranks
 from lightning_interp.progress import Progress
-from lightning_interp.records import Influence, SelfInfluence
+from lightning_interp.records import Influence, SelfInfluence, SpotCheck
 from lightning_interp.samples import Samples
 from lightning_interp.task import Task
 
