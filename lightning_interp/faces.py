@@ -14,7 +14,7 @@ from lightning_interp import panels
 from lightning_interp.batch import main_tensor
 from lightning_interp.display import Display, kind_of
 from lightning_interp.figures import png
-from lightning_interp.records import Shown
+from lightning_interp.records import Pixels, Shown
 
 MOST_WORDS = 60
 LONGEST_WORD = 40
@@ -74,6 +74,13 @@ class Suspect(NamedTuple):
     chance: float
     score: float
     face: Face
+
+
+class Checked(NamedTuple):
+    """Scores that retraining has checked: (query, training sample, predicted, actual) in words, and as a picture."""
+
+    rows: list[tuple[str, str, str, str]]
+    picture: Pixels
 
 
 def face(value: Any, display: Display, columns: Sequence[int] | None = None) -> Face:

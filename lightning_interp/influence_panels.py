@@ -53,4 +53,4 @@ def _said(held: Suspect) -> str:
     lines = [f"#{tail(shown.id)}", f"label {shown.label}", f"{WRONG if shown.wrong else ''}network: {shown.prediction}"]
     if held.chance == held.chance:
         lines.append(f"p(label) {held.chance:.2f}")
-    return "\n".join([*lines, f"{held.score:.2e}"])
+    return "\n".join([*lines, f"self-infl. {held.score:.3g}"])

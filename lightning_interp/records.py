@@ -276,13 +276,13 @@ class SpotCheck(NamedTuple):
     """A score that retraining has checked.
 
     Args:
-        query: id of the query.
+        query: dataset index of the query.
         train_index: dataset index of the sample that was left out.
         predicted: its score.
         actual: by how much the query's loss rose without it.
     """
 
-    query: str
+    query: int
     train_index: int
     predicted: float
     actual: float

@@ -10,9 +10,9 @@ from typing import Any
 
 import jinja2
 
-from lightning_interp.faces import Card, Suspect, inline
+from lightning_interp.faces import Card, Checked, Suspect, inline
 from lightning_interp.figures import png
-from lightning_interp.records import Influence, Pixels, Shown
+from lightning_interp.records import Influence, Shown
 from lightning_interp.trust import Trust, meaning, trust
 
 _TEMPLATES = jinja2.Environment(
@@ -100,7 +100,7 @@ def influence_section(
     queries: Sequence[Card],
     suspects: Sequence[Suspect] = (),
     trusted: Trust | None = None,
-    scatter: Pixels | None = None,
+    checked: Checked | None = None,
 ) -> str:
     """Return the part on training samples.
 
@@ -109,14 +109,15 @@ def influence_section(
         queries: each with its lists.
         suspects: training samples to look at first.
         trusted: how far to trust the scores; by what the record says when None.
-        scatter: predicted against actual, where retraining has checked some.
+        checked: predicted beside actual, where retraining has checked some.
     """
     return _TEMPLATES.get_template("influence.html.jinja").render(
         meaning=meaning(influence.unit),
         queries=queries,
         suspects=suspects,
         trusted=trusted or trust(influence),
-        scatter="" if scatter is None else inline(png(scatter)),
+        checked=checked,
+        scatter="" if checked is None else inline(png(checked.picture)),
     )
 
 

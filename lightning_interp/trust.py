@@ -54,13 +54,11 @@ class Trust:
         level: the worst of the findings.
         findings: each check that was judged.
         rows: (name, text): all numbers.
-        spot_checks: predicted beside actual.
     """
 
     level: Level
     findings: tuple[Finding, ...]
     rows: tuple[tuple[str, str], ...]
-    spot_checks: tuple[SpotCheck, ...] = ()
 
     @property
     def sentence(self) -> str:
@@ -109,7 +107,7 @@ def trust(found: Influence, duplicates: Sequence[Duplicate] = (), spot_checks: S
     elif len(findings) == 1:
         findings.append(Finding("doubtful", "neither another setting nor retraining has checked them"))
     level = max((finding.level for finding in findings), key=LEVELS.index)
-    return Trust(level, tuple(findings), _rows(found, duplicates), tuple(spot_checks))
+    return Trust(level, tuple(findings), _rows(found, duplicates))
 
 
 def correlation(checks: Sequence[SpotCheck]) -> float:

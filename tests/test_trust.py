@@ -28,7 +28,7 @@ FOUND = Influence(
     agreement={"3 × the damping": 0.87},
     scored=1000,
 )
-LINE = [SpotCheck("0", i, 0.1 * i, 0.2 * i) for i in range(6)]
+LINE = [SpotCheck(0, i, 0.1 * i, 0.2 * i) for i in range(6)]
 
 
 def changed(**fields: object) -> Influence:
@@ -66,7 +66,7 @@ def test_the_verdict_follows_the_rules(found: Influence, level: str, reason: str
     ],
 )
 def test_spot_checks_are_judged_by_their_correlation(actual: list[float], level: str) -> None:
-    checks = [SpotCheck("0", place, float(place), value) for place, value in enumerate(actual)]
+    checks = [SpotCheck(0, place, float(place), value) for place, value in enumerate(actual)]
     assert trust(FOUND, spot_checks=checks).level == level
     assert trust(FOUND, spot_checks=checks[:4]).level == "good", "four are too few to be judged"
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_interp.callbacks.looking import look_up, worded
 from lightning_interp.display import Display
@@ -67,11 +68,19 @@ def suspects_picture(suspects: list[Suspect], of: int, display: Display) -> Pixe
 
 def suspect_rows(found: SelfInfluence, kind: Problem | None, display: Display) -> list[SuspectRow]:
     """Return the training samples by falling self-influence, at most 100,000."""
-    rows = []
-    for rank, place in enumerate(found.first(ROWS_IN_CSV).tolist(), start=1):
-        index = int(found.ids[place])
-        suggested = "" if found.suggested is None else display.label(found.suggested[place])
-        label = worded(found.targets[place], kind, display)
-        numbers = (float(values[place]) for values in (found.chance, found.scores, found.losses))
-        rows.append(SuspectRow(rank, index, display.id(index), label, suggested, *numbers))
-    return rows
+    places = found.first(ROWS_IN_CSV)
+    labels = _words(found.targets[places], lambda target: worded(target, kind, display))
+    suggested = [""] * len(places) if found.suggested is None else _words(found.suggested[places], display.label)
+    indices = found.ids[places].tolist()
+    numbers = (values[places].tolist() for values in (found.chance, found.scores, found.losses))
+    return [
+        SuspectRow(rank, index, display.id(index), *rest)
+        for rank, (index, *rest) in enumerate(zip(indices, labels, suggested, *numbers, strict=True), start=1)
+    ]
+
+
+def _words(targets: Tensor, word: Callable[[Tensor], str]) -> list[str]:
+    """Return each target in words; equal ones are worded once."""
+    distinct, which = targets.unique(dim=0, return_inverse=True)
+    words = [word(target) for target in distinct]
+    return [words[place] for place in which.tolist()]

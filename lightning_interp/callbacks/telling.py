@@ -13,7 +13,7 @@ from lightning_interp import panels, report
 from lightning_interp.callbacks.looking import look, look_up, worded
 from lightning_interp.callbacks.suspects import SHOWN, SuspectRow, suspect_rows, suspects_of, suspects_picture
 from lightning_interp.display import Display
-from lightning_interp.faces import Card, Ranking, Scored, Suspect, face
+from lightning_interp.faces import Card, Checked, Ranking, Scored, Suspect, face
 from lightning_interp.influence_panels import spot_scatter
 from lightning_interp.panels import WRONG, columns_of, tail
 from lightning_interp.records import Influence, Pixels, SelfInfluence, Shown, SpotCheck
@@ -72,7 +72,7 @@ def tell(
     top: int,
     display: Display,
     suspects: SelfInfluence | None = None,
-    duplicates: Mapping[int, Sequence[int]] = {},
+    duplicates: Mapping[int, Sequence[int]] | None = None,
     spot_checks: Sequence[SpotCheck] = (),
 ) -> Told:
     """Make everything that is shown.
@@ -86,7 +86,8 @@ def tell(
         top: how many samples to show of each kind.
         display: how samples are shown.
         suspects: self-influence of the training samples.
-        duplicates: row of a query → dataset indices of the training samples that are the same.
+        duplicates: row of a query → dataset indices of the training samples that are the same; those that the record
+            names when None.
         spot_checks: scores that retraining has checked.
     """
     queries = look(model, task, query, display)
@@ -100,18 +101,19 @@ def tell(
         for shown, loss, lists in zip(queries, found.query_losses.tolist(), shown_lists, strict=True)
     ]
     doubted = suspects_of(model, task, suspects, train, display, max(SHOWN, 2 * top)) if suspects else []
-    trusted = trust(found, _duplicates(found, queries, duplicates), spot_checks)
-    scatter = spot_scatter(spot_checks) if spot_checks else None
+    same = found.duplicates if duplicates is None else duplicates
+    trusted = trust(found, _duplicates(found, queries, same), spot_checks)
+    checked = _checked(spot_checks, display) if spot_checks else None
     return Told(
         galleries={card.shown.id: _gallery(card, display) for card in cards},
         cards=cards,
         rows=_rows(found, queries, display, task.kind),
         summary=_summary(found, trusted, doubted),
         trust=trusted,
-        section=report.influence_section(found, cards, doubted, trusted, scatter),
+        section=report.influence_section(found, cards, doubted, trusted, checked),
         suspects_picture=suspects_picture(doubted, len(suspects.scores) if suspects else 0, display),
         suspect_rows=suspect_rows(suspects, task.kind, display) if suspects else [],
-        spot_picture=scatter,
+        spot_picture=None if checked is None else checked.picture,
     )
 
 
@@ -181,6 +183,14 @@ def _duplicates(found: Influence, queries: Sequence[Shown], duplicates: Mapping[
 
     pairs = [(query, int(index)) for query, indices in duplicates.items() for index in indices]
     return [Duplicate(queries[query].id, index, score(query, index)) for query, index in pairs]
+
+
+def _checked(checks: Sequence[SpotCheck], display: Display) -> Checked:
+    rows = [
+        (f"#{display.id(c.query)}", f"#{display.id(c.train_index)}", f"{c.predicted:+.2e}", f"{c.actual:+.2e}")
+        for c in checks
+    ]
+    return Checked(rows, spot_scatter(checks))
 
 
 def _rows(
