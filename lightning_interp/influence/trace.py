@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_interp.batch import size, tensors
+from lightning_interp.batch import size
 from lightning_interp.influence.blocks import Block
 from lightning_interp.influence.leftover import Leftover
 from lightning_interp.influence.rows import Lookup, Rows, distinct, joined
@@ -90,8 +90,7 @@ class Trace:
         return self._n
 
     def _note(self, site: Site, call: Call) -> Any:
-        given = next(tensors((call.args, dict(call.kwargs))), None)
-        if given is None or given.ndim <= site.axis or given.shape[site.axis] != self._n:
+        if call.samples != self._n:
             return call.output
         output, uses = site.rule(call)
         self.uses += [(site.layer, use) for use in uses if use.parameters]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
+from lightning_interp.influence.rules.attention import attention
 from lightning_interp.influence.rules.convolution import convolution
 from lightning_interp.influence.rules.embedding import embedding
 from lightning_interp.influence.rules.linear import linear
 from lightning_interp.influence.rules.normalization import batch_norm, group_norm, layer_norm, rms_norm
+from lightning_interp.influence.rules.recurrent import cell, recurrent
 from lightning_interp.influence.rules.use import Call, Rule, Use
 
 RULES: dict[type[nn.Module], Rule] = {
@@ -22,6 +24,13 @@ RULES: dict[type[nn.Module], Rule] = {
     nn.BatchNorm1d: batch_norm,
     nn.BatchNorm2d: batch_norm,
     nn.BatchNorm3d: batch_norm,
+    nn.RNN: recurrent,
+    nn.LSTM: recurrent,
+    nn.GRU: recurrent,
+    nn.RNNCell: cell,
+    nn.LSTMCell: cell,
+    nn.GRUCell: cell,
+    nn.MultiheadAttention: attention,
 }
 
 __all__ = ["RULES", "Call", "Rule", "Use"]

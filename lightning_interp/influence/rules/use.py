@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from lightning_interp.batch import precise
+from lightning_interp.batch import precise, tensors
 from lightning_interp.influence.rows import Lookup
 
 
@@ -46,6 +47,19 @@ class Call:
     kwargs: Mapping[str, Any]
     output: Any
     axis: int
+
+    def argument(self, place: int, name: str) -> Any:
+        """Return what was given in this place or under this name; None where nothing was."""
+        return self.args[place] if len(self.args) > place else self.kwargs.get(name)
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in its first input; 0 where it has no such dimension."""
+        first = self.args[0] if self.args else next(iter(self.kwargs.values()), None)
+        if isinstance(first, PackedSequence):
+            return int(first.batch_sizes[0])
+        given = next(tensors((self.args, dict(self.kwargs))), None)
+        return 0 if given is None or given.ndim <= self.axis else given.shape[self.axis]
 
     @property
     def given(self) -> Tensor:
