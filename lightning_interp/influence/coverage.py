@@ -109,8 +109,9 @@ class _Search:
         return {self.names[id(parameter)] for parameter in held if id(parameter) in self.names}
 
     def misses(self, site: Site, watch: Watch) -> bool:
-        """Say whether some parameter of a layer that reaches the loss is not covered."""
-        return any(name in self.expected[0] and name not in watch.blocks for name in self.names_of(site))
+        """Say whether a layer's parameters reach the loss, and none of them is covered."""
+        reached = self.names_of(site) & self.expected[0].keys()
+        return bool(reached) and reached.isdisjoint(watch.blocks)
 
     def right(self, block: Block, rows: Rows) -> bool:
         """Say whether a block's per-sample gradients are those of autograd."""

@@ -52,11 +52,14 @@ def _attended(call: Call, projected: list[Tensor]) -> tuple[Tensor, Tensor | Non
     """Return what attention gives before its last projection, by torch's own function with identities around it."""
     part = call.layer
     eye = torch.eye(part.embed_dim, dtype=projected[0].dtype, device=projected[0].device)
+    query, key, value = projected
     names = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
-    options = {name: call.args[place] for place, name in enumerate(names, 3) if place < len(call.args)}
+    options: dict[str, Any] = {name: call.args[place] for place, name in enumerate(names, 3) if place < len(call.args)}
     options |= {name: call.kwargs[name] for name in names if name in call.kwargs}
-    output, weights = F.multi_head_attention_forward(
-        *projected,
+    attended: tuple[Tensor, Tensor | None] = F.multi_head_attention_forward(
+        query,
+        key,
+        value,
         part.embed_dim,
         part.num_heads,
         None,
@@ -74,7 +77,7 @@ def _attended(call: Call, projected: list[Tensor]) -> tuple[Tensor, Tensor | Non
         v_proj_weight=eye,
         **options,
     )
-    return output, weights
+    return attended
 
 
 def _weights(part: Any) -> tuple[Tensor, ...]:

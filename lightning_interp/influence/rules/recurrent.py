@@ -18,9 +18,14 @@ Map = Callable[[Tensor], Tensor]
 
 
 def recurrent(call: Call) -> tuple[Any, list[Use]]:
-    """Return the factors of an `nn.RNN`, `nn.LSTM` or `nn.GRU`: all its layers and directions, every step."""
+    """Return the factors of an `nn.RNN`, `nn.LSTM` or `nn.GRU`: all its layers and directions, every step.
+
+    Sequences packed with `enforce_sorted=True` have none: who sorted them, and from which order, is not known.
+    """
     given = call.argument(0, "input")
     if isinstance(given, PackedSequence):
+        if given.sorted_indices is None:
+            return call.output, []
         steps, real = _unpacked(given)
         outputs, last, uses = _stacked(call, steps, real)
         return (_packed(outputs, given), last), uses
@@ -47,7 +52,8 @@ def _stacked(call: Call, steps: Tensor, real: Tensor | None) -> tuple[Tensor, An
     """Run every layer on `(t, n, i)`; `real` says which positions are no padding, `(t, n, 1)`."""
     layer, start = call.layer, call.argument(1, "hx")
     ways = ("", "_reverse") if layer.bidirectional else ("",)
-    lasts, uses = [], []
+    lasts: list[State] = []
+    uses: list[Use] = []
     for depth in range(layer.num_layers):
         outputs = []
         for way in ways:
@@ -169,17 +175,14 @@ def _states(start: Any) -> State:
 
 def _unpacked(packed: PackedSequence) -> tuple[Tensor, Tensor]:
     """Return the padded steps `(t, n, i)` in the samples' own order, and which of them are real, `(t, n, 1)`."""
-    real = _real(packed)
-    steps = packed.data.new_zeros(*real.shape, packed.data.shape[-1]).masked_scatter(real[..., None], packed.data)
-    order = packed.unsorted_indices
-    steps, real = (steps, real) if order is None else (steps[:, order], real[:, order])
-    return steps, real[..., None]
+    real = _real(packed)[..., None]
+    steps = packed.data.new_zeros(*real.shape[:2], packed.data.shape[-1]).masked_scatter(real, packed.data)
+    return steps[:, packed.unsorted_indices], real[:, packed.unsorted_indices]
 
 
 def _packed(steps: Tensor, like: PackedSequence) -> PackedSequence:
-    order = like.sorted_indices
-    data = (steps if order is None else steps[:, order])[_real(like)]
-    return PackedSequence(data, like.batch_sizes, order, like.unsorted_indices)
+    data = steps[:, like.sorted_indices][_real(like)]
+    return PackedSequence(data, like.batch_sizes, like.sorted_indices, like.unsorted_indices)
 
 
 def _real(packed: PackedSequence) -> Tensor:
