@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_interp.batch import main_tensor, zeros_and_ones
+from lightning_interp.batch import main_tensor, size, take, zeros_and_ones
+from lightning_interp.training_step import loss_of_training_step
 
 LABEL_KEYS = ("labels", "label", "target", "targets", "y")
 SETTLED_BY = 256
@@ -152,6 +153,8 @@ class Task:
         kind: "classes", "binary", "multilabel" or "regression"; from shapes and values of the targets when None.
         mask: batch → which tokens count, `(n, tokens)`, or None where all do.
         explained: what the model is called with → the one of its tensors that attributions explain.
+        step: (module, batch) → the mean loss of a batch, of which influence then takes its gradients instead of `loss`
+            (see `from_training_step`).
 
     >>> task = Task(outputs=lambda module, x: module(x)["head_b"])
     """
@@ -163,22 +166,61 @@ class Task:
     kind: Problem | None = None
     mask: Callable[[Any], Tensor | None] = read_mask
     explained: Callable[[Any], Tensor] = explained_input
+    step: Callable[[nn.Module, Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
         for name in ("inputs", "targets", "outputs", "loss", "mask", "explained"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"Task({name}=...): expected a function, got {getattr(self, name)!r}")
+        if self.step is not None and not callable(self.step):
+            raise TypeError(f"Task(step=...): expected a function or None, got {self.step!r}")
         if self.kind not in (None, *get_args(Problem)):
             raise ValueError(f"Task(kind=...): expected one of {get_args(Problem)} or None, got {self.kind!r}")
 
+    @classmethod
+    def from_training_step(cls, **functions: Any) -> Task:
+        """Return a Task whose loss is the module's own `training_step`, which must be a mean over samples.
+
+        Influence then takes its gradients from that step, whatever it computes. Curvature needs outputs and `loss` too,
+        and they must agree with the step; where they do not, estimators that need gradients alone are left.
+
+        Args:
+            functions: the Task's other arguments.
+
+        >>> Task.from_training_step(kind="classes").step.__name__
+        'loss_of_training_step'
+        """
+        return cls(**{"step": loss_of_training_step, **functions})
+
     def losses(self, module: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Float[Tensor, " n"]]:
-        """Return outputs, targets and the loss per sample of one batch.
+        """Return outputs, targets and the loss per sample of one batch; by training steps, of one sample each.
 
         Raises:
             ValueError: `loss` did not give one number per sample.
         """
         outputs, targets = self.outputs(module, self.inputs(batch)), self.targets(batch)
-        return outputs, targets, self.per_sample(outputs, targets)
+        return (
+            outputs,
+            targets,
+            self.per_sample(outputs, targets) if self.step is None else self.one_by_one(module, batch),
+        )
+
+    def total(self, module: nn.Module, batch: Any) -> Float[Tensor, ""]:
+        """Return the sum of the samples' losses; by a training step, n times its mean.
+
+        Raises:
+            ValueError: `loss` did not give one number per sample, or `step` not one number.
+        """
+        if self.step is None:
+            return self.losses(module, batch)[2].sum()
+        mean = self.step(module, batch)
+        if mean.shape != ():
+            raise ValueError(f"Task(step=...): expected one loss, shape (), got shape {tuple(mean.shape)}")
+        return size(batch) * mean
+
+    def one_by_one(self, module: nn.Module, batch: Any) -> Float[Tensor, " n"]:
+        """Return the loss of each sample, run alone."""
+        return torch.stack([self.total(module, take(batch, i, i + 1)) for i in range(size(batch))])
 
     def per_sample(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " n"]:
         """Return the loss of each sample.

@@ -1,4 +1,4 @@
-"""Which parameters' per-sample gradients are right: found by a rule, by `torch.func`, or left out by name."""
+"""Which parameters' per-sample gradients are right: by a rule, by `torch.func`, one by one, or left out by name."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def cover(model: nn.Module, task: Task, batch: Any, layers: Sequence[str] | None
 
     A layer's rule counts only where its per-sample gradients equal autograd's own for the first two samples: a weight
     that is also used outside its layer, or a layer that mixes samples, fails. What fails, and what has no rule, is
-    differentiated by `torch.func`, checked the same way; what that cannot do is left out by name.
+    differentiated by `torch.func`, checked the same way, or where that cannot follow the model, one sample at a time;
+    what is not right then either is left out by name.
 
     Args:
         model: in eval mode.
@@ -125,19 +126,25 @@ class _Search:
         )
 
     def coverage(self, watch: Watch) -> Coverage:
-        """Add what `torch.func` can do, and name the rest."""
+        """Add what `torch.func` can do, or a backward for each sample, and name the rest."""
         missing = [name for name in self.expected[0] if name not in watch.blocks]
-        leftover = Leftover(self.model, self.task, list(vectors(self.model, missing)))
-        if not missing or not works(leftover, self.few):
-            found: list[Block] = []
-        else:
-            rows = leftover.of_losses(self.few)
-            found = [block for block in leftover.blocks if self.right(block, rows[block.name])]
-        watch = dataclasses.replace(watch, leftover=Leftover(self.model, self.task, found) if found else None)
+        ways = (self._leftover(missing, vectorised) for vectorised in (True, False))
+        leftover = next((way for way in ways if way is not None), None) if missing else None
+        watch = dataclasses.replace(watch, leftover=leftover)
+        found = leftover.blocks if leftover is not None else []
         blocks = {block.name: block for block in (*watch.blocks.values(), *found)}
         covered = {name for block in blocks.values() for name in block.parameters}
         left = {n: p.numel() for n, p in self.model.named_parameters() if p.requires_grad and n not in covered}
         return Coverage(watch, blocks, left)
+
+    def _leftover(self, names: Sequence[str], vectorised: bool) -> Leftover | None:
+        """Return one way to what no rule covers, with those of these parameters that it gets right."""
+        way = Leftover(self.model, self.task, list(vectors(self.model, names)), vectorised)
+        if not works(way, self.few):
+            return None
+        rows = way.of_losses(self.few)
+        right = [block for block in way.blocks if self.right(block, rows[block.name])]
+        return Leftover(self.model, self.task, right, vectorised) if right else None
 
     def _blocks(self, uses: Sequence[tuple[str, Use]]) -> Iterator[Block]:
         """Yield the blocks that these uses fill: a weight with its bias, unless either is shared."""
@@ -196,7 +203,7 @@ def _by_autograd(model: nn.Module, task: Task, few: Any, names: Mapping[int, str
     parameters = [p for p in model.parameters() if id(p) in names]
     found = []
     for sample in range(min(CHECKED, size(few))):
-        loss = task.losses(model, take(few, sample, sample + 1))[2].sum()
+        loss = task.total(model, take(few, sample, sample + 1))
         grads = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else []
         pairs = zip(parameters, grads, strict=bool(grads))
         found.append({names[id(p)]: grad for p, grad in pairs if grad is not None})

@@ -18,6 +18,7 @@ from lightning_interp.influence.damping import Damping
 from lightning_interp.influence.fitted import FittedInfluence, finite
 from lightning_interp.influence.ranks import Ranks
 from lightning_interp.influence.reading import ALONE, Reader
+from lightning_interp.influence.steps import checked_step
 from lightning_interp.influence.trajectory import Trajectory
 from lightning_interp.layers import match_layers
 from lightning_interp.progress import Progress, quiet
@@ -72,7 +73,7 @@ class InfluenceFunction:
         """
         with differentiable(model):
             samples = Samples.of(train)
-            _, coverage = _covered(model, samples, task, self.layers)
+            _, coverage = _covered(model, samples, task, self.layers, self.curvature)
             if self.curvature is not None:
                 self.curvature.check(coverage.size)
 
@@ -96,7 +97,7 @@ class InfluenceFunction:
         if not len(samples):
             raise ValueError("train: expected samples, got none")
         with differentiable(model):
-            few, coverage = _covered(model, samples, task, self.layers)
+            few, coverage = _covered(model, samples, task, self.layers, self.curvature)
             reader = Reader.of(coverage, few, samples.batch_size, progress, ranks)
             damping = self._damping()
             curvature, why = (self.curvature, "") if self.curvature is not None else choose(coverage, few, damping)
@@ -141,13 +142,18 @@ class InfluenceFunction:
         return self.fit(model, train, task, progress)(query, candidates, top_k)
 
 
-def _covered(model: nn.Module, train: Samples, task: Task, patterns: Sequence[str] | None) -> tuple[Any, Coverage]:
+def _covered(
+    model: nn.Module, train: Samples, task: Task, patterns: Sequence[str] | None, curvature: Curvature | None
+) -> tuple[Any, Coverage]:
     """Return a few samples on the model's device, and what is covered."""
     layers = None if patterns is None else match_layers(model, patterns, "InfluenceFunction(layers=...)")
     here = dataclasses.replace(train, workers=0)
     few = to_device(next(iter(here.at(range(min(3, len(train)))))), device_of(model))
-    task = settled(task, model, few, train.spread(SETTLED_BY))
-    finite(task.losses(model, few)[2], "losses of the first training samples")
+    if task.step is None:
+        task = settled(task, model, few, train.spread(SETTLED_BY))
+    else:
+        task = checked_step(task, model, here, curvature)
+    finite(task.total(model, few), "losses of the first training samples")
     coverage = cover(model, task, few, layers)
     if not coverage.blocks:
         trained = [name for name, p in model.named_parameters() if p.requires_grad]

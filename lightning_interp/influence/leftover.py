@@ -1,14 +1,15 @@
-"""Per-sample gradients of parameters that no rule covers, by `torch.func`."""
+"""Per-sample gradients of parameters that no rule covers, by `torch.func`, or else one sample at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from lightning_interp.batch import map_tensors, precise, size, tensors
+from lightning_interp.batch import map_tensors, precise, size, take, tensors
 from lightning_interp.influence.blocks import Block
 from lightning_interp.influence.rows import Rows
 from lightning_interp.task import Task
@@ -23,50 +24,66 @@ class Leftover:
         model: in eval mode.
         task: how to call it and its loss.
         blocks: "vector" blocks of the parameters.
+        vectorised: by `torch.func`; if not, each sample has a backward of its own, which costs ten times as much.
     """
 
-    def __init__(self, model: nn.Module, task: Task, blocks: Sequence[Block]) -> None:
-        self.blocks = list(blocks)
-        self._called, self._task = _Called(model, task), task
+    def __init__(self, model: nn.Module, task: Task, blocks: Sequence[Block], vectorised: bool = True) -> None:
+        self.blocks, self._vectorised = list(blocks), vectorised
+        self._called, self._task = _Called(model), task
         held = dict(model.named_parameters())
         self._values = {f"model.{name}": held[name].detach() for block in blocks for name in block.parameters}
         self._fixed = {f"model.{name}": p.detach() for name, p in held.items()}
 
     def of_losses(self, batch: Any) -> dict[str, Rows]:
         """Return rows for the gradients of the losses."""
-        return self._rows(batch, [], lambda _, losses: losses.sum())
+        return self._rows(batch, [], self._task.total)
 
     def of_outputs(self, batch: Any, weights: Tensor) -> dict[str, Rows]:
         """Return rows for the gradients of Σ outputs ⊙ weights."""
-        return self._rows(batch, [weights], lambda outputs, _, weight: (outputs[0] * weight.to(outputs)).sum())
+        return self._rows(batch, [weights], self._weighted)
+
+    def _weighted(self, model: nn.Module, one: Any, weight: Tensor) -> Tensor:
+        outputs = self._task.outputs(model, self._task.inputs(one))
+        return (outputs[0] * weight.to(outputs)).sum()
 
     def _rows(self, batch: Any, more: list[Tensor], value: Callable[..., Tensor]) -> dict[str, Rows]:
+        found = (self._at_once if self._vectorised else self._one_by_one)(batch, more, value)
+        return {block.name: _vector(block, found, size(batch)) for block in self.blocks}
+
+    def _one_by_one(self, batch: Any, more: list[Tensor], value: Callable[..., Tensor]) -> dict[str, Tensor]:
+        held = dict(self._called.named_parameters())
+        asked = [held[name] for name in self._values]
+        rows = []
+        for i in range(size(batch)):
+            of_one = value(self._called.model, take(batch, i, i + 1), *(held[i] for held in more))
+            rows.append(torch.autograd.grad(of_one, asked, materialize_grads=True))
+        return dict(zip(self._values, map(torch.stack, zip(*rows, strict=True)), strict=True))
+
+    def _at_once(self, batch: Any, more: list[Tensor], value: Callable[..., Tensor]) -> dict[str, Tensor]:
         n = size(batch)
         own = [tensor for tensor in tensors(batch) if _per_sample(tensor, n)]
 
         def of_one(values: dict[str, Tensor], *held: Tensor) -> Tensor:
             rows = iter(held[: len(own)])
             one = map_tensors(lambda tensor: next(rows)[None] if _per_sample(tensor, n) else tensor, batch)
-            outputs, losses = functional_call(self._called, {**self._fixed, **values}, (one,), strict=False)
-            return value(outputs, losses, *held[len(own) :])
+            given = (value, one, *held[len(own) :])
+            return functional_call(self._called, {**self._fixed, **values}, given, strict=False)
 
         dims = (None, *(0 for _ in (*own, *more)))
         per_sample = sum(held.numel() for held in self._values.values())
         every = vmap(grad(of_one), in_dims=dims, randomness="different", chunk_size=max(1, AT_ONCE // per_sample))
-        found = every(self._values, *own, *more)
-        return {block.name: _vector(block, found, n) for block in self.blocks}
+        return every(self._values, *own, *more)
 
 
 class _Called(nn.Module):
-    """A model and its task as one module, so that parameters can be exchanged whatever the task calls."""
+    """A model inside another, so that parameters can be exchanged whatever is called of it."""
 
-    def __init__(self, model: nn.Module, task: Task) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self._task = model, task
+        self.model = model
 
-    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
-        outputs, _, losses = self._task.losses(self.model, batch)
-        return outputs, losses
+    def forward(self, value: Callable[..., Tensor], *given: Any) -> Tensor:
+        return value(self.model, *given)
 
 
 def _per_sample(tensor: Tensor, n: int) -> bool:
@@ -87,7 +104,7 @@ def vectors(model: nn.Module, names: Sequence[str]) -> Iterator[Block]:
 
 
 def works(leftover: Leftover, batch: Any) -> bool:
-    """Say whether `torch.func` can go through this model at all."""
+    """Say whether this way can go through the model at all."""
     try:
         leftover.of_losses(batch)
     except Exception:

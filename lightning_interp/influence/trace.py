@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,23 +72,51 @@ class Watch:
 
 
 class Trace:
-    """One forward of a batch.
+    """One forward of a batch; of a task by training steps, one step on it.
+
+    A step gives no outputs and no losses per sample: they take further forwards, made when they are asked for.
 
     Attributes:
         batch: what went in.
-        outputs: the model's outputs.
-        targets: the batch's targets.
-        losses: loss per sample, `(n,)`; of a task by training steps, n copies of the batch's mean.
+        uses: layer and use of each place where its parameters entered.
     """
 
     def __init__(self, watch: Watch, batch: Any) -> None:
         self._watch, self.batch, self._n = watch, batch, size(batch)
         self.uses: list[tuple[str, Use]] = []
+        self._plain: tuple[Tensor, Tensor, Tensor] | None = None
         with _hooked(watch, self._note):
-            self.outputs, self.targets, self.losses = watch.task.losses(watch.model, batch)
+            if watch.task.step is None:
+                self._plain = watch.task.losses(watch.model, batch)
+                self._total = self._plain[2].sum()
+            else:
+                self._total = watch.task.total(watch.model, batch)
 
     def __len__(self) -> int:
         return self._n
+
+    @property
+    def outputs(self) -> Tensor:
+        """The model's outputs."""
+        return self._plain[0] if self._plain is not None else self._unstepped.outputs
+
+    @property
+    def targets(self) -> Tensor:
+        """The batch's targets."""
+        return self._plain[1] if self._plain is not None else self._watch.task.targets(self.batch)
+
+    @cached_property
+    def losses(self) -> Tensor:
+        """Loss per sample, `(n,)`; of a task by training steps, that of each sample alone."""
+        if self._plain is not None:
+            return self._plain[2]
+        return self._watch.task.one_by_one(self._watch.model, self.batch)
+
+    @cached_property
+    def _unstepped(self) -> Trace:
+        """The same batch, by outputs and `Task.loss`."""
+        task = dataclasses.replace(self._watch.task, step=None)
+        return Trace(dataclasses.replace(self._watch, task=task), self.batch)
 
     def _note(self, site: Site, call: Call) -> Any:
         if call.samples != self._n:
@@ -98,7 +127,7 @@ class Trace:
 
     def loss_rows(self, keep: bool = False) -> dict[str, Rows]:
         """Return each block's rows for the gradients of the samples' losses; `keep` the graph to ask again."""
-        found = self._rows(self.losses, torch.ones_like(self.losses), keep)
+        found = self._rows(self._total, torch.ones_like(self._total), keep)
         if self._watch.leftover is not None:
             found |= self._watch.leftover.of_losses(self.batch)
         return found
@@ -110,6 +139,8 @@ class Trace:
             weights: in the outputs' shape.
             keep: the graph, to ask again.
         """
+        if self._plain is None:
+            return self._unstepped.output_rows(weights, keep)
         found = self._rows(self.outputs, weights.to(self.outputs), keep)
         if self._watch.leftover is not None:
             found |= self._watch.leftover.of_outputs(self.batch, weights)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from lightning_interp import Task
 from lightning_interp.capture import differentiable
@@ -115,3 +116,31 @@ class Sneaky(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.twice(x) + F.linear(x, self.twice.weight)
         return self.good(self.also(self.tied(self.frozen(x)).tanh()))
+
+
+def brute_force(
+    net: nn.Module, train: TensorDataset, query: TensorDataset, damping: float, weights: Tensor | None = None
+) -> Tensor:
+    """(1/n) ∇ℓ_qᵀ (H + λ)⁻¹ ∇ℓ_i, H = (1/n) Σ JᵀH_ℓJ over all parameters, sample by sample; ℓ = w_y · cross entropy."""
+    parameters = [p for p in net.parameters() if p.requires_grad]
+
+    def flat(value: Tensor) -> Tensor:
+        return torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters, retain_graph=True)])
+
+    def grads(data: TensorDataset) -> Tensor:
+        losses = (
+            F.cross_entropy(net(x[None]), y[None]) * (1 if weights is None else weights[y])
+            for x, y in zip(*data.tensors, strict=True)
+        )
+        return torch.stack([flat(loss) for loss in losses])
+
+    matrix = torch.zeros(())
+    with differentiable(net):
+        for x, y in zip(*train.tensors, strict=True):
+            logits = net(x[None])[0]
+            jacobian = torch.stack([flat(output) for output in logits])
+            chance = logits.softmax(0).detach()
+            curved = torch.diag(chance) - torch.outer(chance, chance)
+            matrix = matrix + jacobian.T @ curved @ jacobian * (1 if weights is None else weights[y])
+        matrix = matrix / len(train) + damping * torch.eye(len(matrix), dtype=matrix.dtype)
+        return grads(query) @ torch.linalg.solve(matrix, grads(train).T) / len(train)

@@ -137,18 +137,20 @@ class Stubborn(nn.Module):
         return self.out(x * self.scale)
 
 
-def test_what_nothing_can_differentiate_is_named() -> None:
+def test_what_torch_func_cannot_follow_is_differentiated_one_by_one() -> None:
     net = Stubborn().double()
     coverage, worst = per_sample(net, (torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, 1, 2])))
     assert worst < 1e-10
-    assert coverage.left_out == {"scale": 4}
-    assert list(coverage.blocks) == ["out.weight"]
+    assert coverage.left_out == {}
+    assert coverage.watch.leftover is not None
+    assert [block.name for block in coverage.watch.leftover.blocks] == ["scale"]
 
 
-def test_gradients_of_outputs_contracted_with_weights() -> None:
+@pytest.mark.parametrize(("kind", "width"), [(Loose, 24), (Stubborn, 4)])
+def test_gradients_of_outputs_contracted_with_weights(kind: type[nn.Module], width: int) -> None:
     torch.manual_seed(0)
-    net = Loose().double()
-    batch = torch.randn(4, 24, dtype=torch.float64), torch.tensor([0, 2, 1, 1])
+    net = kind().double()
+    batch = torch.randn(4, width, dtype=torch.float64), torch.tensor([0, 2, 1, 1])
     weights = torch.randn(4, 3, dtype=torch.float64)
     with differentiable(net):
         coverage = cover(net, TASK, batch)

@@ -20,7 +20,7 @@ Map = Callable[[Tensor], Tensor]
 def recurrent(call: Call) -> tuple[Any, list[Use]]:
     """Return the factors of an `nn.RNN`, `nn.LSTM` or `nn.GRU`: all its layers and directions, every step.
 
-    Sequences packed with `enforce_sorted=True` have none: who sorted them, and from which order, is not known.
+    Sequences packed with `enforce_sorted=True` have none here: who sorted them, and from which order, is not known.
     """
     given = call.argument(0, "input")
     if isinstance(given, PackedSequence):

@@ -1,0 +1,84 @@
+"""A module's own training step as a loss, run so that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+MUTED = ("log", "log_dict")
+TORCHS_OWN = frozenset(vars(nn.Module()))
+
+
+def loss_of_training_step(module: nn.Module, batch: Any) -> Tensor:
+    """Return the loss that `module.training_step(batch, 0)` gives.
+
+    `self.log` and `self.log_dict` do nothing meanwhile. What the step keeps in the module's attributes (lists,
+    dictionaries, counters, states of torchmetrics) is as it was afterwards; what it writes elsewhere is not undone.
+
+    Args:
+        module: a LightningModule, in the mode that the caller chose.
+        batch: on its device.
+
+    Raises:
+        TypeError: the module has no training step.
+        ValueError: the module optimises manually, or its step gives no single loss.
+    """
+    step = getattr(module, "training_step", None)
+    if not callable(step):
+        raise TypeError(f"Task.from_training_step(): expected a module with training_step, got {type(module).__name__}")
+    if not getattr(module, "automatic_optimization", True):
+        raise ValueError(
+            f"Task.from_training_step(): expected automatic optimization, {type(module).__name__} optimises manually:"
+            " its step has no one loss; pass task=Task(loss=...)"
+        )
+    with _as_it_was(module):
+        result = step(batch, 0) if _takes_index(step) else step(batch)
+    loss = result.get("loss") if isinstance(result, Mapping) else result
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ValueError(f"Task.from_training_step(): expected training_step to return one loss, got {got}")
+    return loss.reshape(())
+
+
+@contextlib.contextmanager
+def _as_it_was(module: nn.Module) -> Iterator[None]:
+    """Put back every attribute of the module and its metrics; nothing is logged meanwhile."""
+    held = [(part, dict(vars(part))) for part in module.modules() if part is module or _keeps(part)]
+    try:
+        for part, attributes in held:
+            own = attributes.items()
+            vars(part).update({name: _copied(value) for name, value in own if name not in TORCHS_OWN})
+            vars(part).update({name: _nothing for name in MUTED if hasattr(part, name)})
+        yield
+    finally:
+        for part, attributes in held:
+            vars(part).clear()
+            vars(part).update(attributes)
+
+
+def _keeps(part: nn.Module) -> bool:
+    return isinstance(part, (Metric, MetricCollection)) or all(hasattr(part, name) for name in MUTED)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return copy.copy(value) if isinstance(value, (list, dict, set)) else value
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Log nothing."""
+
+
+def _takes_index(step: Callable[..., Any]) -> bool:
+    kinds = [parameter.kind for parameter in inspect.signature(step).parameters.values()]
+    places = [
+        kind for kind in kinds if kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    return len(places) > 1 or inspect.Parameter.VAR_POSITIONAL in kinds
