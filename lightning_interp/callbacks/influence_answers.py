@@ -74,7 +74,7 @@ def spot_checks(asked: Asked, found: Influence, retrain: Callable[[Sequence[int]
     centred = found.centred()
     return tuple(
         SpotCheck(
-            str(asked.query.ids[query]),
+            asked.query.ids[query],
             int(found.train_ids[column]),
             float(centred[query, column]),
             float(after[column][query] - before[query]),
