@@ -17,6 +17,7 @@ from lightning_interp.influence.curvature.curvature import Gradients, Scorer
 from lightning_interp.influence.damping import Damping
 from lightning_interp.influence.duplicates import Duplicates
 from lightning_interp.influence.keeping import Everything, Keeper, Kept, Top, merged, overlap
+from lightning_interp.influence.leverage import leverage_scores
 from lightning_interp.influence.ranks import share
 from lightning_interp.influence.reading import Reader
 from lightning_interp.influence.rows import Rows, stacked
@@ -41,6 +42,7 @@ class FittedInfluence:
         inverse: damped and inverted.
         damping: that was added.
         notes: what to say of the curvature.
+        leverage: whether a sample that is left out takes its own curvature with it.
     """
 
     reader: Reader
@@ -50,6 +52,7 @@ class FittedInfluence:
     inverse: Inverse
     damping: Damping
     notes: tuple[str, ...]
+    leverage: bool = False
 
     @property
     def measured(self) -> bool:
@@ -161,10 +164,11 @@ class FittedInfluence:
         scored: dict[str, Tensor] = {}
         total: dict[str, Tensor] = {}
         for trace in self.reader.traces(chosen, "scoring training samples"):
-            rows = trace.loss_rows()
+            rows = trace.loss_rows(keep=self.leverage)
             targets = trace.targets.detach().cpu()
             for place, (scorer, keeper) in enumerate(ways):
-                scores = finite(scorer(rows), "scores").cpu() / len(self.train)
+                found = self._leveraged(trace, rows, scorer) if self.leverage and place == 0 else scorer(rows)
+                scores = finite(found, "scores").cpu() / len(self.train)
                 keeper.add(scores, targets)
                 if place == 0:
                     accumulate(scored, "scores", scores.sum(1))
@@ -172,6 +176,10 @@ class FittedInfluence:
                 accumulate(total, block, row.total())
             same.look(self._explained(trace))
         return _Sums(scored, {block: value.cpu() for block, value in total.items()})
+
+    def _leveraged(self, trace: Trace, rows: Gradients, scorer: Scorer) -> Tensor:
+        task = self.coverage.watch.task
+        return leverage_scores(trace, rows, scorer, self.inverse, task, len(self.train))
 
     def _explained(self, trace: Trace) -> Tensor:
         task = self.coverage.watch.task
