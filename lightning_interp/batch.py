@@ -64,6 +64,8 @@ def size(batch: Any) -> int:
     Raises:
         ValueError: the batch holds no tensor with a leading dimension.
     """
+    if type(batch) in (tuple, list) and not ragged(batch) and batch and isinstance(batch[0], Tensor) and batch[0].ndim:
+        return batch[0].shape[0]  # the usual batch, without a walk
     for rows in _rows(_lists_marked(batch)):
         return rows
     raise ValueError(

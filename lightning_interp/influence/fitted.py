@@ -81,7 +81,7 @@ class FittedInfluence:
                 does not grow with the training set.
             scores_file: keep all scores in this `.npy` file, mapped into memory.
             check: score a second time by `3 ×` the damping, and by each half of a projection where there is one, and
-                say how far the strongest 10 of each query agree.
+                say how far the strongest 10 of each query agree; look for the queries among the samples.
 
         Raises:
             ValueError: there are no queries, or `top_k` and `scores_file` are both given.
@@ -105,10 +105,11 @@ class FittedInfluence:
             ways = [(self.inverse.against(asked.rows), keeper)]
             others = self._others() if check else {}
             ways += [(inverse.against(asked.rows), Top(COMPARED, asked.targets)) for inverse in others.values()]
-            same = Duplicates(asked.inputs)
+            same = Duplicates(asked.inputs) if check else None
             sums = self._score(mine, ways, same)
         found = [keeper.kept().at(places) for _, keeper in ways] if len(mine) else []
-        parts = self.reader.ranks.gather((found, sums, [(query, places[place]) for query, place in same.found]))
+        pairs = [] if same is None else [(row, places[place]) for row, place in same.found]
+        parts = self.reader.ranks.gather((found, sums, pairs))
         kept = [merged(held) for held in zip(*(found for found, _, _ in parts if found), strict=True)]
         totals = _Totals.of([sums for _, sums, _ in parts], chosen, [pairs for _, _, pairs in parts])
         agreement = {name: overlap(kept[0], kept[1 + place], COMPARED) for place, name in enumerate(others)}
@@ -160,7 +161,7 @@ class FittedInfluence:
             **{f"{which} of the projection": half for which, half in halves},
         }
 
-    def _score(self, chosen: Samples, ways: Sequence[tuple[Scorer, Keeper]], same: Duplicates) -> _Sums:
+    def _score(self, chosen: Samples, ways: Sequence[tuple[Scorer, Keeper]], same: Duplicates | None) -> _Sums:
         scored: dict[str, Tensor] = {}
         total: dict[str, Tensor] = {}
         for trace in self.reader.traces(chosen, "scoring training samples"):
@@ -174,7 +175,8 @@ class FittedInfluence:
                     accumulate(scored, "scores", scores.sum(1))
             for block, row in rows.items():
                 accumulate(total, block, row.total())
-            same.look(self._explained(trace))
+            if same is not None:
+                same.look(self._explained(trace))
         return _Sums(scored, {block: value.cpu() for block, value in total.items()})
 
     def _leveraged(self, trace: Trace, rows: Gradients, scorer: Scorer) -> Tensor:

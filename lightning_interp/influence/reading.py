@@ -52,8 +52,11 @@ class Reader:
         """Yield the samples in parts, on the network's device."""
         device = device_of(self.coverage.watch.model)
         for batch in self.progress(samples, -(-len(samples) // samples.batch_size), what):
-            for start in range(0, size(batch), self.at_once):
-                yield to_device(take(batch, start, start + self.at_once), device)
+            batch, n = to_device(batch, device), size(batch)
+            if n <= self.at_once:
+                yield batch
+            else:
+                yield from (take(batch, start, start + self.at_once) for start in range(0, n, self.at_once))
 
     def traces(self, samples: Samples, what: str) -> Iterator[Trace]:
         """Yield one forward of each part."""

@@ -124,7 +124,7 @@ def test_queries_among_the_training_samples_are_named(asked: tuple[FittedInfluen
     x, y = query.tensors
     there = fitted.train.dataset[10][0]
     mixed = TensorDataset(torch.stack([x[0], there, there + 1e-6]), y[:3])
-    assert fitted(mixed).duplicates == {1: (289,)}
-    assert fitted(query).duplicates == {}
-    assert fitted(mixed, candidates=range(100)).duplicates == {1: (289,)}
-    assert fitted(mixed, candidates=range(11, 100)).duplicates == {}
+    assert fitted(mixed, check=True).duplicates == {1: (289,)}
+    assert fitted(query, check=True).duplicates == {}
+    assert fitted(mixed, candidates=range(100), check=True).duplicates == {1: (289,)}
+    assert fitted(mixed, candidates=range(11, 100), check=True).duplicates == {}

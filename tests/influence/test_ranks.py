@@ -23,7 +23,7 @@ def answers(ranks: Ranks) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for name, curvature in {"ekfac": EKFAC(1000), "all": EKFAC(None), "columns": GaussNewton(1000)}.items():
         fitted = InfluenceFunction(curvature, damping=0.1).fit(net, train, ranks=ranks)
-        whole, top = fitted(query), fitted(query, top_k=2)
+        whole, top = fitted(query, check=True), fitted(query, top_k=2)
         assert whole.duplicates == {3: (7,)}
         assert whole.train_ids.tolist() == list(range(31))
         found |= {

@@ -58,7 +58,7 @@ class Call:
         first = self.args[0] if self.args else next(iter(self.kwargs.values()), None)
         if isinstance(first, PackedSequence):
             return int(first.batch_sizes[0])
-        given = next(tensors((self.args, dict(self.kwargs))), None)
+        given = first if isinstance(first, Tensor) else next(tensors((self.args, dict(self.kwargs))), None)
         return 0 if given is None or given.ndim <= self.axis else given.shape[self.axis]
 
     @property
