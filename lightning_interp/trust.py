@@ -39,11 +39,13 @@ class Duplicate(NamedTuple):
         query: its id.
         train_index: dataset index of the same sample.
         score: of that sample on the query; NaN where it was not kept.
+        contradicts: whether the two are known to have different labels.
     """
 
     query: str
     train_index: int
     score: float
+    contradicts: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ def _rows(found: Influence, duplicates: Sequence[Duplicate]) -> tuple[tuple[str,
 
 def _told(duplicate: Duplicate) -> str:
     score = "was not kept" if math.isnan(duplicate.score) else f"is {duplicate.score:+.2e}"
-    return f"query #{duplicate.query} is training sample #{duplicate.train_index}: its own score {score}"
+    label = ", under another label" if duplicate.contradicts else ""
+    return f"query #{duplicate.query} is training sample #{duplicate.train_index}{label}: its own score {score}"
 
 
 def _left_out(found: Influence) -> str:

@@ -178,11 +178,14 @@ def _note(shown: Shown, score: float) -> str:
 def _duplicates(found: Influence, queries: Sequence[Shown], duplicates: Mapping[int, Sequence[int]]) -> list[Duplicate]:
     columns = {int(index): column for column, index in enumerate(found.train_ids)}
 
-    def score(query: int, index: int) -> float:
-        return float(found.scores[query, columns[index]]) if index in columns else math.nan
+    def duplicate(query: int, index: int) -> Duplicate:
+        if index not in columns:
+            return Duplicate(queries[query].id, index, math.nan)
+        column = columns[index]
+        contradicts = not torch.equal(found.train_targets[column], found.query_targets[query])
+        return Duplicate(queries[query].id, index, float(found.scores[query, column]), contradicts)
 
-    pairs = [(query, int(index)) for query, indices in duplicates.items() for index in indices]
-    return [Duplicate(queries[query].id, index, score(query, index)) for query, index in pairs]
+    return [duplicate(query, int(index)) for query, indices in duplicates.items() for index in indices]
 
 
 def _checked(checks: Sequence[SpotCheck], display: Display) -> Checked:

@@ -167,9 +167,10 @@ def test_duplicates_and_spot_checks_are_said() -> None:
     assert "<td>#s0</td><td>#s4</td><td>+4.00e-01</td><td>+8.00e-01</td>" in told.section
     assert told.spot_picture is not None
     train, y = images()
-    found = scored(torch.randn(1, 30), train, y, y[:1], duplicates={0: (8, 9)})
+    found = scored(torch.randn(1, 30), train, y, y[5:6], duplicates={0: (8, 9)})
     named = tell(Fixed(), CLASSES, found, train, train.at([5]), 2, Display()).summary
-    assert f"query #5 is training sample #9: its own score is {float(found.scores[0, 9]):+.2e}" in named
+    assert f"query #5 is training sample #8: its own score is {float(found.scores[0, 8]):+.2e}" in named
+    assert f"query #5 is training sample #9, under another label: its own score is {found.scores[0, 9]:+.2e}" in named
     assert "correlate by 1.00 in 5 checks" in told.section
     assert f"How far to trust it: {told.trust.level}" in told.section
 
