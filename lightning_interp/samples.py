@@ -79,7 +79,7 @@ class Samples:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield batches. Reading draws from no global generator, and those that the dataset carries are put back."""
-        if type(self.dataset) is TensorDataset and self.collate is default_collate:
+        if self.sliceable:
             yield from map(self.move, self._rows_of_tensors(self.dataset))
             return
         chosen = self.dataset if self.indices is None else Subset(self.dataset, self.indices)
@@ -101,6 +101,11 @@ class Samples:
         indices = torch.arange(len(dataset)) if self.indices is None else torch.tensor(self.indices, dtype=torch.long)
         for some in indices.split(self.batch_size):
             yield [held.index_select(0, some.to(held.device)) for held in dataset.tensors]
+
+    @property
+    def sliceable(self) -> bool:
+        """Whether samples are rows of tensors in memory, of which any number are read at once for nothing."""
+        return type(self.dataset) is TensorDataset and self.collate is default_collate
 
     @property
     def ids(self) -> list[int]:

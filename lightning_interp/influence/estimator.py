@@ -17,7 +17,7 @@ from lightning_interp.influence.curvature import EKFAC, KFAC, Curvature
 from lightning_interp.influence.damping import Damping
 from lightning_interp.influence.fitted import FittedInfluence, finite
 from lightning_interp.influence.ranks import Ranks
-from lightning_interp.influence.reading import ALONE, Reader
+from lightning_interp.influence.reading import ALONE, MOST_AT_ONCE, Reader
 from lightning_interp.influence.steps import checked_step
 from lightning_interp.influence.trajectory import Trajectory
 from lightning_interp.layers import match_layers
@@ -101,7 +101,9 @@ class InfluenceFunction:
             raise ValueError("train: expected samples, got none")
         with differentiable(model):
             few, coverage = _covered(model, samples, task, self.layers, self.curvature)
-            reader = Reader.of(coverage, few, samples.batch_size, progress, ranks)
+            at_once = max(samples.batch_size, MOST_AT_ONCE) if samples.sliceable else samples.batch_size
+            reader = Reader.of(coverage, few, at_once, progress, ranks)
+            samples = reader.larger(samples)
             damping = self._damping()
             curvature, why = (self.curvature, "") if self.curvature is not None else choose(coverage, few, damping)
             curvature.check(coverage.size)

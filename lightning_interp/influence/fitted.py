@@ -100,7 +100,7 @@ class FittedInfluence:
         mine, places = share(chosen, self.reader.ranks)
         path = None if scores_file is None else Path(scores_file)
         with differentiable(self.coverage.watch.model):
-            asked = _asked(self.reader, query)
+            asked = _asked(self.reader, self.reader.larger(query))
             keeper = Top(top_k, asked.targets) if top_k is not None else Everything(len(query), len(mine), path)
             ways = [(self.inverse.against(asked.rows), keeper)]
             others = self._others() if check else {}

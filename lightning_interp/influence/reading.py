@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from lightning_interp.samples import Samples
 
 ALONE = Alone()
 ELEMENTS_AT_ONCE = 2**20
+MOST_AT_ONCE = 512
 SMALLEST = 1e-12
 
 
@@ -47,6 +48,10 @@ class Reader:
         rows = Trace(coverage.watch, take(batch, 0, 1)).loss_rows()
         held = sum(row.held for row in rows.values())
         return cls(coverage, max(1, min(batch_size, ELEMENTS_AT_ONCE // max(1, held))), progress, ranks)
+
+    def larger(self, samples: Samples) -> Samples:
+        """Return rows of tensors in larger batches where the network is small: most of its cost is then overhead."""
+        return replace(samples, batch_size=self.at_once) if samples.sliceable else samples
 
     def batches(self, samples: Samples, what: str) -> Iterator[Any]:
         """Yield the samples in parts, on the network's device."""
