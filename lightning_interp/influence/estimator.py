@@ -93,7 +93,8 @@ class InfluenceFunction:
             ranks: the processes that share the work; all call this.
 
         Raises:
-            ValueError: the dataset is empty, no parameter is covered, or the curvature is zero.
+            ValueError: the dataset is empty, no parameter is covered, or the curvature is zero; of a task by training
+                steps, the step is no mean over samples, or the curvature's loss is not the step's.
             FloatingPointError: losses are not finite, or the damped curvature is not positive definite.
         """
         samples = Samples.of(train)

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_interp import Task
-from lightning_interp.influence import EKFAC, GaussNewton, IdentityCurvature, InfluenceFunction
+from lightning_interp.influence import EKFAC, GaussNewton, Hessian, IdentityCurvature, InfluenceFunction
 from lightning_interp.influence.steps import checked_step
 from lightning_interp.samples import Samples
 from tests.influence.nets import Loose, TiedTokens, brute_force
@@ -94,6 +94,10 @@ def linear(kind: type[Module] = Module) -> tuple[Module, TensorDataset, TensorDa
     return kind(nn.Linear(12, 3)).double(), data("linear", 8), data("linear", 2)
 
 
+def deep() -> tuple[Module, TensorDataset, TensorDataset]:
+    return Module(normalised()).double(), data("batch norm", 9), data("batch norm", 2)
+
+
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("task", [Task(), Task.from_training_step()], ids=["outputs", "training step"])
 def test_scores_are_those_of_brute_force(name: str, task: Task) -> None:
@@ -109,9 +113,9 @@ def test_scores_are_those_of_brute_force(name: str, task: Task) -> None:
     assert torch.allclose(found.query_losses, F.cross_entropy(net.eval()(x), y, reduction="none"))
 
 
-@pytest.mark.parametrize("curvature", [GaussNewton(), GaussNewton(1000), EKFAC(), IdentityCurvature()])
+@pytest.mark.parametrize("curvature", [GaussNewton(1000), EKFAC(), Hessian(), IdentityCurvature()])
 def test_both_ways_agree_for_every_curvature(curvature: Any) -> None:
-    net, train, query = Module(normalised()).double(), data("batch norm", 9), data("batch norm", 2)
+    net, train, query = linear() if isinstance(curvature, Hessian) else deep()
     estimator = InfluenceFunction(curvature, DAMPING)
     fitted = [estimator.fit(net, train, task) for task in (Task(), Task.from_training_step())]
     assert torch.allclose(fitted[0](query).scores, fitted[1](query).scores, rtol=1e-8, atol=1e-12)
@@ -184,6 +188,18 @@ def test_a_loss_that_is_no_mean_over_samples_is_refused(kind: type[Module], curv
     net, train, query = linear(kind)
     with pytest.raises(ValueError, match=r"mean over samples, but .* together .* pass task=Task\(loss=...\)"):
         InfluenceFunction(curvature, DAMPING)(net, train, query, Task.from_training_step())
+
+
+def test_the_kind_is_settled_for_gradients_alone_too() -> None:
+    net = Regression(nn.Linear(12, 1)).double()
+    train = TensorDataset(torch.randn(300, 12, dtype=torch.float64), torch.cat([torch.ones(150), torch.rand(150)]))
+    task = checked_step(Task.from_training_step(), net, Samples(train), IdentityCurvature())
+    assert task.kind == "regression"
+
+
+class Regression(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.mse_loss(self(batch[0])[:, 0], batch[1].double())
 
 
 def test_weights_are_seen_where_the_data_are_sorted() -> None:

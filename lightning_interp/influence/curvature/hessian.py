@@ -69,7 +69,7 @@ def _summed(reader: Reader, space: Space, batch: Any) -> Tensor:
     watch, parameters = reader.coverage.watch, space.parameters
     held = sum(row.held for row in Trace(watch, take(batch, 0, 1)).loss_rows().values())
     with twice_differentiable():
-        loss = watch.task.losses(watch.model, batch)[2].sum()
+        loss = watch.task.total(watch.model, batch)
     slopes = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
     one_each = torch.eye(space.size, dtype=loss.dtype, device=loss.device)
     rows = one_each.split(max(1, ELEMENTS_AT_ONCE // (space.size + held * size(batch))))
