@@ -138,6 +138,7 @@ def picked(batch: Any, rows: Int[Tensor, " m"], old: Tensor | None = None, new: 
     >>> picked({"x": torch.arange(3), "name": ["a", "b", "c"]}, torch.tensor([2, 2]))
     {'x': tensor([2, 2]), 'name': ['c', 'c']}
     """
+    batch = _lists_marked(batch)
     n = size(batch)
 
     def pick(part: Any) -> Any:

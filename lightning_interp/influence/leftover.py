@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_interp.batch import map_tensors, precise, size, take, tensors
 from lightning_interp.influence.blocks import Block
@@ -72,7 +73,8 @@ class Leftover:
         dims = (None, *(0 for _ in (*own, *more)))
         per_sample = sum(held.numel() for held in self._values.values())
         every = vmap(grad(of_one), in_dims=dims, randomness="different", chunk_size=max(1, AT_ONCE // per_sample))
-        return every(self._values, *own, *more)
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no rule for vmap, which then goes one by one
+            return every(self._values, *own, *more)
 
 
 class _Called(nn.Module):

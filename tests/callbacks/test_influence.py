@@ -110,6 +110,30 @@ def test_augmentation_is_said(tmp_path: Path) -> None:
     assert "augmentation" not in written(fit)[2]
 
 
+class Listed(Net):
+    """Takes a list of images, as detectors do."""
+
+    def forward(self, x: Any) -> Tensor:
+        return super().forward(torch.stack(list(x)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+def test_lists_of_images_of_one_size_are_one_input(tmp_path: Path) -> None:
+    def listed(rows: list[Any]) -> tuple[list[Tensor], Tensor]:
+        return [image for image, _ in rows], torch.stack([label for _, label in rows])
+
+    found = []
+    for module, collate in ((Listed, listed), (Net, None)):
+        L.seed_everything(0, verbose=False)
+        train, val = (DataLoader(Shapes(24, seed=seed), 8, collate_fn=collate) for seed in (0, 1))
+        fit = trainer(tmp_path, max_epochs=1, callbacks=[DataInfluence(queries=2, on_error="raise")])
+        fit.fit(module(), train, val)
+        found.append(written(fit)[1]["scores"])
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-7)
+
+
 class Weighted(Net):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return F.cross_entropy(self(batch[0]), batch[1], weight=torch.tensor([1.0, 5.0, 9.0]))

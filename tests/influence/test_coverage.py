@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_interp import Task
@@ -122,6 +124,28 @@ def test_shared_and_doubly_used_weights_are_right_and_unused_ones_are_named() ->
     assert [block.name for block in coverage.watch.leftover.blocks] == ["twice.weight", "twice.bias"]
     assert coverage.blocks["tied.weight"].parameters == ("tied.weight",)
     assert coverage.left_out == {"unused.weight": 16, "unused.bias": 4}
+
+
+class Attentive(nn.Module):
+    """Fused attention behind a parameter that is no layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position, self.out = nn.Parameter(torch.randn(1, 6, 4)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x.unflatten(1, (6, 4)) + self.position)[:, None]
+        return self.out(F.scaled_dot_product_attention(x, x, x)[:, 0].mean(1))
+
+
+def test_torch_func_goes_through_fused_attention_without_complaint() -> None:
+    batch = (torch.randn(4, 24), torch.tensor([0, 2, 1, 1]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        coverage, worst = per_sample(Attentive(), batch)
+    assert [str(w.message) for w in caught] == []
+    assert worst < 1e-4
+    assert coverage.watch.leftover is not None
 
 
 class Stubborn(nn.Module):

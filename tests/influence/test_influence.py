@@ -16,8 +16,10 @@ from lightning_interp import Task
 from lightning_interp.capture import differentiable
 from lightning_interp.influence import EKFAC, Damping, GaussNewton, IdentityCurvature, InfluenceFunction
 from lightning_interp.influence.coverage import cover
+from lightning_interp.influence.fitted import FittedInfluence
 from lightning_interp.influence.reading import Reader
 from lightning_interp.influence.rows import Rows, products
+from lightning_interp.influence.trace import Trace
 from lightning_interp.samples import Samples
 
 DATA = Path(__file__).parents[1] / "data"
@@ -253,16 +255,45 @@ def test_errors_are_named(small: tuple[nn.Module, TensorDataset, TensorDataset])
         InfluenceFunction()(big, train, query)
 
 
+@pytest.mark.parametrize("most_solved", [0, 2**25], ids=["columns", "vectors"])
+@pytest.mark.parametrize("own", [False, True], ids=["one damping", "one per parameter"])
 def test_columns_give_the_whole_matrix_where_all_are_kept(
-    small: tuple[nn.Module, TensorDataset, TensorDataset],
+    small: tuple[nn.Module, TensorDataset, TensorDataset], most_solved: int, own: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("lightning_interp.influence.curvature.gauss_newton.MOST_SOLVED", most_solved)
     net, train, query = small
-    whole = InfluenceFunction(GaussNewton(), damping=0.01).fit(net, train)
-    columns = InfluenceFunction(GaussNewton(columns=1000), damping=0.01).fit(net, train)
+    each = {name: torch.rand_like(p) * 0.01 + 0.01 for name, p in net.named_parameters()}
+    damping = Damping(each, "test") if own else 0.01
+    whole = InfluenceFunction(GaussNewton(), damping=damping).fit(net, train)
+    columns = InfluenceFunction(GaussNewton(columns=1000), damping=damping).fit(net, train)
+    solved = torch.cat([part.flatten(1) for part in columns.inverse.solve(rows_of(columns, query)).values()], dim=1)
+    gradients = torch.cat([part.gradients().flatten(1) for part in rows_of(columns, train).values()], dim=1)
+    assert torch.allclose(solved @ gradients.T / len(train), whole(query).scores, rtol=1e-8, atol=1e-12)
     assert columns.notes == ()
     assert torch.allclose(columns(query).scores, whole(query).scores, rtol=1e-8, atol=1e-12)
     assert torch.allclose(columns.self_influence().scores, whole.self_influence().scores, rtol=1e-8)
     assert columns.fitted.mean_eigenvalue == pytest.approx(whole.fitted.mean_eigenvalue)
+
+
+def rows_of(fitted: FittedInfluence, data: TensorDataset) -> dict[str, Rows]:
+    with differentiable(fitted.coverage.watch.model):
+        return Trace(fitted.coverage.watch, next(iter(DataLoader(data, len(data))))).loss_rows()
+
+
+def test_many_training_samples_meet_solved_queries_and_few_queries_no_columns(
+    small: tuple[nn.Module, TensorDataset, TensorDataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, train, query = small
+    fitted = InfluenceFunction(GaussNewton(columns=1000), damping=0.01).fit(net, train)
+    score = fitted.inverse.against(rows_of(fitted, query))
+    rows = rows_of(fitted, train)
+    expected = score(rows)
+
+    def slow(*_: object) -> Tensor:
+        raise AssertionError("28 columns are multiplied with, where 2 queries would do")
+
+    monkeypatch.setattr("lightning_interp.influence.curvature.gauss_newton.products", slow)
+    assert torch.equal(score(rows), expected)
 
 
 def test_sampled_columns_are_said_to_be_a_sample(small: tuple[nn.Module, TensorDataset, TensorDataset]) -> None:

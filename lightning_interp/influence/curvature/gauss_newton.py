@@ -16,6 +16,7 @@ from lightning_interp.samples import Samples
 
 MOST_PARAMETERS = 8192
 LARGEST_WHOLE = 2**20
+MOST_SOLVED = 2**25
 
 
 @dataclass(frozen=True)
@@ -171,10 +172,10 @@ class ColumnsInverse:
 
     def against(self, queries: Gradients) -> Scorer:
         """Return a function: gradients of m samples → ∇ℓ_qᵀ (H + Λ)⁻¹ ∇ℓ_i, `(q, m)`."""
-        asked = whitened(queries, self.shift)
-        asked = {b: q if q.shape == self.rows[b].shape else q.whole() for b, q in asked.items()}
-        inside = sum_of(products(asked[block], row) for block, row in self.rows.items())
-        solved = torch.cholesky_solve(inside.T.cpu().double(), self.factor).T.to(inside)
+        if self._vectors_are_cheaper(queries):
+            vectors = self.solve(queries)
+            return lambda rows: sum_of(rows[block].against(vectors[block]) for block in vectors)
+        asked, solved = self._in_columns(queries)
 
         def score(rows: Gradients) -> Tensor:
             rows = whitened(rows, self.shift)
@@ -183,6 +184,18 @@ class ColumnsInverse:
 
         return score
 
+    def solve(self, rows: Gradients) -> dict[str, Tensor]:
+        """Return (H + Λ)⁻¹ ∇ℓ of each sample: block → `(q, groups, o, i)`."""
+        asked, solved = self._in_columns(rows)
+        found = {}
+        for block, row in asked.items():
+            along = torch.stack([self.rows[block].scaled(weights).total() for weights in solved])
+            rest = row.gradients().flatten(1) - along.flatten(1)
+            shift = self.shift[block]
+            scale = shift.rsqrt().reshape(-1).to(rest) if isinstance(shift, Tensor) else shift**-0.5
+            found[block] = (rest * scale).reshape(-1, *rows[block].shape)
+        return found
+
     def squares(self, rows: Gradients) -> Tensor:
         """Return ∇ℓ_iᵀ (H + Λ)⁻¹ ∇ℓ_i of each sample, `(n,)`."""
         rows = whitened(rows, self.shift)
@@ -190,6 +203,21 @@ class ColumnsInverse:
         half = torch.linalg.solve_triangular(self.factor, inside.cpu().double(), upper=False)
         whole = sum_of(row.squared_norms() for row in rows.values())
         return whole - half.square().sum(0).to(whole)
+
+    def _in_columns(self, queries: Gradients) -> tuple[dict[str, Rows], Tensor]:
+        """Return Λ^−½ ∇ℓ, laid out as the columns are, and (nI + DᵀD)⁻¹ Dᵀ Λ^−½ ∇ℓ, `(q, r)`."""
+        asked = whitened(queries, self.shift)
+        asked = {b: q if q.shape == self.rows[b].shape else q.whole() for b, q in asked.items()}
+        inside = sum_of(products(asked[block], row) for block, row in self.rows.items())
+        return asked, torch.cholesky_solve(inside.T.cpu().double(), self.factor).T.to(inside)
+
+    def _vectors_are_cheaper(self, queries: Gradients) -> bool:
+        """Say whether a training sample's products with solved queries cost less than those with all columns."""
+        held = [(len(row) + row.positions, row, self.rows[block]) for block, row in queries.items()]
+        if sum(len(row) * row.size for _, row, _ in held) > MOST_SOLVED:
+            return False
+        by_vectors = sum(each * row.size for each, row, _ in held)
+        return by_vectors < sum((len(row) + len(columns)) * _product(row, columns) for _, row, columns in held)
 
 
 def whitened(rows: Gradients, shift: Shift) -> dict[str, Rows]:
@@ -206,6 +234,11 @@ def gathered(passed: Iterable[dict[str, Rows]]) -> dict[str, Rows]:
             dense.setdefault(block, row.positions**2 * sum(row.shape[1:]) >= row.size and row.size <= LARGEST_WHOLE)
             parts.setdefault(block, []).append(row.whole() if dense[block] else row)
     return {block: stacked(held) for block, held in parts.items()}
+
+
+def _product(row: Rows, columns: Rows) -> int:
+    """Return how many multiplications one product of two gradients takes, by factors or as vectors."""
+    return min(row.positions * columns.positions * sum(row.shape[1:]) * row.shape[0], row.size)
 
 
 def cholesky(matrix: Tensor) -> Tensor:
