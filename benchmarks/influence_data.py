@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from scipy.stats import pearsonr, rankdata
 from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
 from torch.utils.data import TensorDataset
 
 HERE = Path(__file__).parent
@@ -29,6 +30,7 @@ class Case:
         train: inputs and classes.
         query: inputs and classes.
         damping: weight decay and 2 / the sum of learning rates / (1 − momentum).
+        share: 0.1 × the mean eigenvalue of the generalised Gauss–Newton matrix: the other usual damping.
         checkpoints: weights along the training.
         rates: learning rate at each checkpoint.
         models: networks of other seeds, `net` first.
@@ -38,6 +40,7 @@ class Case:
     train: TensorDataset
     query: TensorDataset
     damping: float
+    share: float
     checkpoints: Sequence[Mapping[str, Tensor]] = ()
     rates: Sequence[float] = ()
     models: Sequence[nn.Module] = ()
@@ -81,15 +84,20 @@ def trained_mlp() -> Case:
     arrays = held(HERE / "data" / "digits_mlp_models.npz")
     models = [_filled(mlp(), flat) for flat in arrays["models"]]
     checkpoints = [_filled(mlp(), flat).state_dict() for flat in arrays["checkpoints"]]
-    damping = DECAY + 2 / REACH
-    return Case(models[0], *digits(), damping, checkpoints, arrays["checkpoint_lr"].tolist(), models)
+    train, query = digits()
+    share = 0.1 * mean_eigenvalue(models[0], train)
+    return Case(
+        models[0], train, query, DECAY + 2 / REACH, share, checkpoints, arrays["checkpoint_lr"].tolist(), models
+    )
 
 
 def logistic_regression() -> Case:
     arrays = held(TESTS / "digits_logistic_regression.npz")
-    net, weights = nn.Linear(64, 10).double().eval(), torch.tensor(arrays["weights"])
-    net.load_state_dict({"weight": weights[:, :64], "bias": weights[:, 64]})
-    return Case(net, *digits(torch.float64), float(arrays["regularisation"]))
+    net, weights = nn.Sequential().double().eval(), torch.tensor(arrays["weights"])
+    net.add_module("fc2", nn.Linear(64, 10).double())
+    net.load_state_dict({"fc2.weight": weights[:, :64], "fc2.bias": weights[:, 64]})
+    decay = float(arrays["regularisation"])
+    return Case(net, *digits(torch.float64), decay, decay, [net.state_dict()], [1.0], [net])
 
 
 def synthetic(make: str, n: int, queries: int = 10) -> Case:
@@ -98,7 +106,21 @@ def synthetic(make: str, n: int, queries: int = 10) -> Case:
     net = {"mlp": mlp, "cnn": cnn}[make]()
     train, query = (TensorDataset(torch.rand(k, 64), torch.arange(k) % 10) for k in (n, queries))
     weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    return Case(net, train, query, 1e-2, [weights] * 8, [0.1] * 8, [net])
+    return Case(net, train, query, 1e-2, 1e-2, [weights] * 8, [0.1] * 8, [net])
+
+
+def mean_eigenvalue(net: nn.Module, train: TensorDataset) -> float:
+    """Return that of the generalised Gauss–Newton matrix: Σ_c p_c ‖∇ log p_c‖² over the samples and parameters."""
+    weights = {name: p.detach() for name, p in net.named_parameters()}
+
+    def chances(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        logs: Tensor = functional_call(net, weights, x[None]).log_softmax(1)[0]
+        return logs
+
+    slopes = vmap(jacrev(chances), (None, 0))(weights, train.tensors[0])
+    shares = vmap(chances, (None, 0))(weights, train.tensors[0]).exp()
+    total = sum(float((shares * slope.flatten(2).square().sum(2)).sum()) for slope in slopes.values())
+    return total / len(train) / sum(p.numel() for p in weights.values())
 
 
 def lds(scores: Tensor, losses: np.ndarray | None = None) -> float:

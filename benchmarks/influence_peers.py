@@ -20,7 +20,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.influence_data import BATCH, Case
-from benchmarks.influence_methods import Method, averaged
+from benchmarks.influence_methods import Method
 from benchmarks.stubs import load
 
 SEED = 0
@@ -33,8 +33,8 @@ def loader(data: TensorDataset) -> DataLoader[Any]:
 # captum
 
 
-def tracin(case: Case, **options: Any) -> Tensor:
-    return _tracin("TracInCP", case, case.checkpoints, case.rates, **options)
+def tracin(case: Case) -> Tensor:
+    return _tracin("TracInCP", case, case.checkpoints, case.rates, sample_wise_grads_per_batch=True)
 
 
 def tracin_fast(case: Case) -> Tensor:
@@ -132,40 +132,23 @@ def kronfluence(case: Case, damping: float | None, strategy: str = "ekfac") -> T
 
 def pydvl(name: str, case: Case, **options: Any) -> Tensor:
     package, net = load("pydvl.influence.torch"), load("copy").deepcopy(case.net)
-    loss = () if name == "EkfacInfluence" else (F.cross_entropy,)
-    fitted = getattr(package, name)(net, *loss, **options).fit(loader(case.train))
-    rows = []
-    for x, y in loader(case.query):
-        rows.append(torch.cat([fitted.influences(x, y, *few).detach() for few in loader(case.train)], dim=1))
-    return torch.cat(rows)
-
-
-def second_order(kind: str) -> Any:
-    return getattr(load("pydvl.influence.torch.util").SecondOrderMode, kind)
-
-
-def pydvl_lissa(case: Case, **options: Any) -> Tensor:
-    return pydvl("LissaInfluence", case, regularization=case.damping, **options)
+    method = getattr(package, name)(net, F.cross_entropy, regularization=case.damping, **options)
+    return _pydvl(method, case)
 
 
 def pydvl_ekfac(case: Case, update_diagonal: bool) -> Tensor:
-    return pydvl("EkfacInfluence", case, update_diagonal=update_diagonal, hessian_regularization=case.damping)
+    package, net = load("pydvl.influence.torch"), load("copy").deepcopy(case.net)
+    torch.manual_seed(SEED)
+    return _pydvl(package.EkfacInfluence(net, update_diagonal, hessian_regularization=case.share), case)
 
 
-def pydvl_cg(case: Case, **options: Any) -> Tensor:
-    return pydvl("CgInfluence", case, regularization=case.damping, **options)
-
-
-def pydvl_direct(case: Case) -> Tensor:
-    return pydvl("DirectInfluence", case, regularization=case.damping)
-
-
-def pydvl_arnoldi(case: Case) -> Tensor:
-    return pydvl("ArnoldiInfluence", case, regularization=case.damping, rank=200)
-
-
-def pydvl_nystroem(case: Case) -> Tensor:
-    return pydvl("NystroemSketchInfluence", case, regularization=case.damping, rank=500)
+def _pydvl(method: Any, case: Case) -> Tensor:
+    rows, fitted = [], method.fit(loader(case.train))
+    for x, y in loader(case.query):
+        solved = fitted.influence_factors(x, y).detach()
+        parts = [fitted.influences_from_factors(solved, *few).detach() for few in loader(case.train)]
+        rows.append(torch.cat(parts, dim=1))
+    return torch.cat(rows)
 
 
 # TRAK
@@ -199,14 +182,27 @@ def trak(case: Case, dim: int, ridge: float = 0.0) -> Tensor:
         return torch.tensor(traker.finalize_scores("queries")).T
 
 
-def of_one_model(method: Callable[..., Tensor], case: Case, **options: Any) -> Tensor:
+def of_one(method: Callable[..., Tensor], case: Case, **options: Any) -> Tensor:
     return method(dataclasses.replace(case, models=[case.net]), **options)
 
 
 # dattri
 
 
-def dattri(name: str, case: Case, module: str = "influence_function", **options: Any) -> Tensor:
+def dattri(name: str, case: Case, **options: Any) -> Tensor:
+    return _dattri(name, case, regularization=case.damping, **options)
+
+
+def dattri_ekfac(case: Case) -> Tensor:
+    return _dattri("IFAttributorEKFAC", case, damping=case.share)
+
+
+def dattri_lissa(case: Case) -> Tensor:
+    return _dattri("IFAttributorLiSSA", case, damping=case.damping, batch_size=BATCH)
+
+
+def _dattri(name: str, case: Case, **options: Any) -> Tensor:
+    """Return scores; as it solves again for each batch of training samples, these come in one."""
     net = load("copy").deepcopy(case.net)
 
     def loss(weights: Mapping[str, Tensor], pair: Any) -> Tensor:
@@ -214,9 +210,9 @@ def dattri(name: str, case: Case, module: str = "influence_function", **options:
 
     task = load("dattri.task").AttributionTask(loss_func=loss, model=net, checkpoints=dict(net.state_dict()))
     torch.manual_seed(SEED)
-    attributor = getattr(load(f"dattri.algorithm.{module}"), name)(task=task, **options)
+    attributor = getattr(load("dattri.algorithm.influence_function"), name)(task=task, **options)
     attributor.cache(loader(case.train))
-    return attributor.attribute(loader(case.train), loader(case.query)).detach().T
+    return attributor.attribute(DataLoader(case.train, len(case.train)), loader(case.query)).detach().T
 
 
 # curvlinops
@@ -241,14 +237,12 @@ def curvlinops_ekfac(case: Case, package: Any, parameters: list[nn.Parameter], f
         fisher_type=getattr(package.FisherType, fisher),
         separate_weight_and_bias=False,
     )
-    return package.KFACInverseLinearOperator(matrix, damping=case.damping, use_exact_damping=True)
+    return package.KFACInverseLinearOperator(matrix, damping=case.share, use_exact_damping=True)
 
 
 def curvlinops_cg(case: Case, package: Any, parameters: list[nn.Parameter], steps: int) -> Any:
     data = list(loader(case.train))
-    matrix = package.GGNLinearOperator(
-        case.net, nn.CrossEntropyLoss(), parameters, data, check_deterministic=False
-    )
+    matrix = package.GGNLinearOperator(case.net, nn.CrossEntropyLoss(), parameters, data, check_deterministic=False)
     identity = load("curvlinops.examples").IdentityLinearOperator(
         [p.shape for p in parameters], parameters[0].device, parameters[0].dtype
     )
@@ -271,27 +265,34 @@ def _gradients(net: nn.Module, data: TensorDataset) -> Iterator[Tensor]:
 PEERS: dict[str, Method] = {
     "captum gradient dot product": gradient_dot_product,
     "captum gradient dot product, last layer": gradient_dot_product_fast,
-    "captum TracInCP, 8 checkpoints": partial(tracin, sample_wise_grads_per_batch=True),
+    "captum TracInCP, 8 checkpoints": tracin,
     "captum TracInCPFast, 8 checkpoints": tracin_fast,
-    "captum Arnoldi": arnoldi,
+    "captum Arnoldi, 50 of 200": arnoldi,
+    "captum Arnoldi, 200 of 400": partial(arnoldi, projection_dim=200, arnoldi_dim=400),
     "kronfluence EK-FAC": partial(kronfluence, damping=1e-8),
     "kronfluence EK-FAC, damping None": partial(kronfluence, damping=None),
     "kronfluence K-FAC, damping None": partial(kronfluence, damping=None, strategy="kfac"),
+    "pyDVL K-FAC": partial(pydvl_ekfac, update_diagonal=False),
     "pyDVL EK-FAC": partial(pydvl_ekfac, update_diagonal=True),
-    "pyDVL CG, Hessian": partial(pydvl_cg, solve_simultaneously=True, maxiter=100, warn_on_max_iteration=False),
-    "pyDVL direct, Hessian": pydvl_direct,
-    "pyDVL Arnoldi, rank 200": pydvl_arnoldi,
-    "pyDVL Nyström, rank 500": pydvl_nystroem,
-    "pyDVL LiSSA": pydvl_lissa,
-    "traker TRAK, 512": partial(of_one_model, trak, dim=512),
-    "traker TRAK, 512, 6 models": partial(trak, dim=512),
-    "dattri EK-FAC": lambda case: dattri("IFAttributorEKFAC", case, damping=case.damping),
-    "dattri DataInf": lambda case: dattri("IFAttributorDataInf", case, regularization=case.damping),
-    "dattri Arnoldi": lambda case: dattri("IFAttributorArnoldi", case, regularization=case.damping),
-    "dattri CG": lambda case: dattri("IFAttributorCG", case, regularization=case.damping),
-    "dattri explicit": lambda case: dattri("IFAttributorExplicit", case, regularization=case.damping),
-    "dattri LiSSA": lambda case: dattri("IFAttributorLiSSA", case, damping=case.damping),
+    "pyDVL LiSSA": partial(pydvl, "LissaInfluence"),
+    "pyDVL CG, 20 steps": partial(pydvl, "CgInfluence", maxiter=20, warn_on_max_iteration=False),
+    "pyDVL direct": partial(pydvl, "DirectInfluence"),
+    "pyDVL Arnoldi, rank 200": partial(pydvl, "ArnoldiInfluence", rank=200),
+    "pyDVL Nyström, rank 500": partial(pydvl, "NystroemSketchInfluence", rank=500),
+    "traker TRAK, 512": partial(of_one, trak, dim=512),
+    "traker TRAK, 512, ridge 30": partial(of_one, trak, dim=512, ridge=30),
+    "traker TRAK, 2048, ridge 100": partial(of_one, trak, dim=2048, ridge=100),
+    "traker TRAK, 512, ridge 30, 6 models": partial(trak, dim=512, ridge=30),
+    "dattri EK-FAC": partial(dattri_ekfac),
+    "dattri DataInf": partial(dattri, "IFAttributorDataInf"),
+    "dattri Arnoldi": partial(dattri, "IFAttributorArnoldi"),
+    "dattri CG": partial(dattri, "IFAttributorCG"),
+    "dattri explicit": partial(dattri, "IFAttributorExplicit"),
+    "dattri LiSSA": dattri_lissa,
     "curvlinops EK-FAC, one sampled label": partial(curvlinops, partial(curvlinops_ekfac, fisher="MC")),
     "curvlinops EK-FAC, all classes": partial(curvlinops, partial(curvlinops_ekfac, fisher="TYPE2")),
-    "curvlinops Gauss–Newton, CG": partial(curvlinops, partial(curvlinops_cg, steps=50)),
+    **{
+        f"curvlinops Gauss–Newton, CG, {steps} steps": partial(curvlinops, partial(curvlinops_cg, steps=steps))
+        for steps in (5, 10, 20, 50)
+    },
 }
