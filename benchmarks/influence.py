@@ -8,9 +8,9 @@ without one sample each.
 Cost is CPU time in units of one epoch, a forward and backward of every training sample in batches of 64 sliced from
 memory, timed just before and after each run; one process, one thread, rounds interleaved, medians with quartiles.
 Methods above `--once` epochs are timed once. Passes are rows forward and backward through the network per training
-sample, those of the queries included, where the package lets them be counted. Memory (`--memory`) is the peak of a process of its own
-above what it holds with the package, the network and the data loaded and one epoch run, for n random samples and
-10 queries; methods that are slower than `--longest` seconds at n are left out above it.
+sample, those of the queries included. Memory (`--memory`) is the peak of a process of its own above what it holds
+with the package, the network and the data loaded and one epoch run, for n random samples and 10 queries; ours keeps
+10 samples of each kind for a query. Where a tenth of the samples took longer than `--longest` seconds, it is left out.
 
 Peers come from `pip install --no-deps -r benchmarks/requirements.txt`; one that is missing is said to be.
 """
@@ -33,20 +33,24 @@ from typing import Any
 
 import torch
 
-from benchmarks.influence_cost import Passes, epoch, epoch_of_loader, in_epochs, of_memory
-from benchmarks.influence_data import Case, ceiling, lds, leave_one_out, logistic_regression, trained_mlp
+from benchmarks.influence_cost import Passes, epoch, epoch_of_loader, in_epochs
+from benchmarks.influence_data import Case, ceiling, lds, leave_one_out, logistic_regression, synthetic, trained_mlp
 from benchmarks.influence_figure import draw, frontier
-from benchmarks.influence_methods import OURS, Method
-from benchmarks.influence_peers import PEERS
-from benchmarks.timing import cpu_seconds, peak_mb, spread
+from benchmarks.influence_methods import OURS, STREAMED, Method
+from benchmarks.influence_peers import MODULES, PEERS
+from benchmarks.stubs import load
+from benchmarks.timing import Work, cpu_seconds, peak_mb, spread
 
 Row = dict[str, Any]
 NS = (1_000, 10_000, 100_000)
 
 
-def chosen(only: Sequence[str]) -> dict[str, Method]:
+def named(ours: Mapping[str, Method]) -> dict[str, Method]:
+    return {f"ours: {name}": method for name, method in ours.items()}
+
+
+def chosen(every: Mapping[str, Method], only: Sequence[str]) -> dict[str, Method]:
     """Return the methods whose name holds one of the words; all when there are none."""
-    every = {f"ours: {name}": method for name, method in OURS.items()} | PEERS
     return {name: method for name, method in every.items() if not only or any(word in name for word in only)}
 
 
@@ -81,7 +85,7 @@ def compared(
 ) -> list[Row]:
     """Return a row for each method, timed in interleaved rounds after a first run."""
     rows = {name: row for name, method in methods.items() if (row := first(name, method, case, quality))}
-    again = {name: [] for name, row in rows.items() if row["costs"][0] <= once}
+    again: dict[str, list[float]] = {name: [] for name, row in rows.items() if row["costs"][0] <= once}
     for _ in range(rounds):
         for name, costs in again.items():
             with quiet():
@@ -112,23 +116,28 @@ def table(rows: Sequence[Row], what: str) -> None:
         )
 
 
-def memory(methods: Mapping[str, Method], longest: float) -> list[Row]:
+def of_memory(name: str, net: str, n: int) -> tuple[Work, Work]:
+    """Return an epoch, which warms up, and a method on `n` random samples."""
+    load(MODULES.get(name.partition(" ")[0], "torch"))
+    case = synthetic(net, n)
+    return partial(epoch, case), quiet()(partial((PEERS | named(STREAMED))[name], case))
+
+
+def memory(names: Sequence[str], longest: float) -> list[Row]:
     """Return and print each method's peak memory for each network and number of samples."""
     rows: list[Row] = []
-    for name, method in methods.items():
+    for name in names:
         for net in ("mlp", "cnn"):
             row: Row = {"name": name, "net": net}
-            seconds = 0.0
             for n in NS:
-                if seconds * 10 > longest:
-                    break
                 start = time.perf_counter()
                 try:
-                    row[str(n)] = peak_mb(of_memory, method, net, n)
+                    row[str(n)] = peak_mb(of_memory, name, net, n)
                 except Exception as error:
                     print(f"{name}, {net}, {n}: left out ({type(error).__name__}: {error})"[:300], flush=True)
                     break
-                seconds = time.perf_counter() - start
+                if time.perf_counter() - start > longest:
+                    break
             rows.append(row)
             cells = " | ".join(f"{row[str(n)]:.0f}" if str(n) in row else "–" for n in NS)
             print(f"| {name} | {net} | {cells} |", flush=True)
@@ -149,7 +158,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--once", type=float, default=1000, help="epochs above which a method is timed once")
     parser.add_argument("--logistic", action="store_true", help="the logistic regression instead of the MLP")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of quality and time")
-    parser.add_argument("--longest", type=float, default=60)
+    parser.add_argument("--longest", type=float, default=45)
     parser.add_argument("--json", type=Path, help="where the rows go; those of other methods that it holds stay")
     parser.add_argument("--figure", type=Path, help="where the frontier of all rows in --json is drawn")
     return parser.parse_args()
@@ -172,11 +181,12 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    methods = chosen(given.only)
     if given.memory:
+        names = list(chosen(named(STREAMED) | PEERS, given.only))
         print(f"| method | network | {' | '.join(f'MB, n = {n:,}' for n in NS)} |\n|---|---|{'---|' * len(NS)}")
-        merged(given.json, "memory", memory(methods, given.longest), ("name", "net"))
+        merged(given.json, "memory", memory(names, given.longest), ("name", "net"))
         return
+    methods = chosen(named(OURS) | PEERS, given.only)
     case = logistic_regression() if given.logistic else trained_mlp()
     quality = (lambda scores: leave_one_out(scores)[0]) if given.logistic else lds
     epoch(case)

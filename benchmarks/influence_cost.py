@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from benchmarks.influence_data import BATCH, Case, synthetic
+from benchmarks.influence_data import BATCH, Case
 from benchmarks.timing import Work, cpu_seconds
 
 EPOCHS = 5
@@ -75,10 +74,3 @@ def _elements(tensor: Tensor) -> int:
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor.numel()
-
-
-def of_memory(method: Any, net: str, n: int) -> tuple[Work, Work]:
-    """Return an epoch, which warms up, and the method on `n` random samples, as a process of its own needs them."""
-    warnings.simplefilter("ignore")
-    case = synthetic(net, n)
-    return partial(epoch, case), partial(method, case)

@@ -26,7 +26,8 @@ COLOURS = {
 
 def frontier(rows: Sequence[Row]) -> list[Row]:
     """Return the rows that no other row beats in both, cheapest first."""
-    best, kept = -np.inf, []
+    best = -np.inf
+    kept: list[Row] = []
     for row in sorted(rows, key=lambda row: (row["epochs"], -row["quality"])):
         if row["quality"] > best:
             best, kept = row["quality"], [*kept, row]

@@ -24,6 +24,14 @@ from benchmarks.influence_methods import Method
 from benchmarks.stubs import load
 
 SEED = 0
+MODULES = {
+    "captum": "captum.influence",
+    "kronfluence": "kronfluence.analyzer",
+    "pyDVL": "pydvl.influence.torch",
+    "traker": "trak",
+    "dattri": "dattri.algorithm.influence_function",
+    "curvlinops": "curvlinops",
+}
 
 
 def loader(data: TensorDataset) -> DataLoader[Any]:
