@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import pearsonr, rankdata
+from scipy.stats import pearsonr, spearmanr
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.utils.data import TensorDataset
 
+from lightning_interp.influence import Damping, Trajectory, linear_datamodeling_score
+from lightning_interp.influence.trajectory import Path as Trained
+
 HERE = Path(__file__).parent
 TESTS = HERE.parent / "tests" / "data"
 BATCH = 64
-# SGD, momentum 0.9, rate 0.05 with cosine to 0 over 40 epochs of 23 steps: the sum of rate / (1 − momentum)
-DECAY, REACH = 1e-3, 0.05 / 2 * 40 * 23 / (1 - 0.9)
+STEPS = 40 * 23
+# Momentum 0.9, rate 0.05 with cosine to 0
+SGD = Trained("SGD", STEPS, rate_sum=0.05 / 2 * STEPS / (1 - 0.9), weight_decay=1e-3)
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,8 @@ class Case:
         net: in eval mode.
         train: inputs and classes.
         query: inputs and classes.
-        damping: weight decay and 2 / the sum of learning rates / (1 − momentum).
-        share: 0.1 × the mean eigenvalue of the generalised Gauss–Newton matrix: the other usual damping.
+        quality: scores `(q, n)` → how well they agree with retraining.
+        trained: the damping that follows from how it was trained.
         checkpoints: weights along the training.
         rates: learning rate at each checkpoint.
         models: networks of other seeds, `net` first.
@@ -39,11 +43,21 @@ class Case:
     net: nn.Module
     train: TensorDataset
     query: TensorDataset
-    damping: float
-    share: float
+    quality: Callable[[Tensor], float]
+    trained: Damping
     checkpoints: Sequence[Mapping[str, Tensor]] = ()
     rates: Sequence[float] = ()
     models: Sequence[nn.Module] = ()
+
+    @property
+    def damping(self) -> float:
+        """Return the same as one number, for those who take no other."""
+        return self.trained.typical
+
+    @cached_property
+    def share(self) -> float:
+        """Return the other usual damping, 0.1 × the mean eigenvalue of the generalised Gauss–Newton matrix."""
+        return 0.1 * mean_eigenvalue(self.net, self.train)
 
 
 def mlp() -> nn.Sequential:
@@ -80,24 +94,35 @@ def digits(dtype: torch.dtype = torch.float32) -> tuple[TensorDataset, TensorDat
     return TensorDataset(train_x, train_y), TensorDataset(test_x, test_y)
 
 
-def trained_mlp() -> Case:
-    arrays = held(HERE / "data" / "digits_mlp_models.npz")
+def sgd_mlp() -> Case:
+    """Return a linear 64→64, ReLU, linear 64→10, with 100 retrainings on half of the samples, 20 seeds each."""
+    arrays, truth = held(HERE / "data" / "digits_mlp_models.npz"), held(TESTS / "digits_mlp_subsets.npz")
     models = [_filled(mlp(), flat) for flat in arrays["models"]]
     checkpoints = [_filled(mlp(), flat).state_dict() for flat in arrays["checkpoints"]]
-    train, query = digits()
-    share = 0.1 * mean_eigenvalue(models[0], train)
-    return Case(
-        models[0], train, query, DECAY + 2 / REACH, share, checkpoints, arrays["checkpoint_lr"].tolist(), models
-    )
+    quality = partial(lds, truth["masks"], truth["loss"])
+    trained = _damping(dict.fromkeys(dict(models[0].named_parameters()), SGD))
+    return Case(models[0], *digits(), quality, trained, checkpoints, arrays["checkpoint_lr"].tolist(), models)
+
+
+def adam_mlp(losses: str = "loss") -> Case:
+    """Return the same network trained with Adam, with 50 retrainings on half of the samples, 3 or 20 seeds each."""
+    arrays, net = held(TESTS / "digits_mlp_adam.npz"), mlp()
+    net.load_state_dict({name: torch.tensor(arrays[name]) for name in net.state_dict()})
+    rates, steps = float(arrays["rate_sum"]), int(arrays["steps"])
+    roots = {name: torch.tensor(arrays[f"{name}.v"]).sqrt() + 1e-8 for name in net.state_dict()}
+    trained = _damping({name: Trained("Adam", steps, rates, divisor=root) for name, root in roots.items()})
+    quality = partial(lds, arrays["masks"], arrays[losses])
+    return Case(net, *digits(), quality, trained, [net.state_dict()], [1.0], [net])
 
 
 def logistic_regression() -> Case:
+    """Return one with all 1,437 retrainings without one sample; quality is r."""
     arrays = held(TESTS / "digits_logistic_regression.npz")
     net, weights = nn.Sequential().double().eval(), torch.tensor(arrays["weights"])
     net.add_module("fc2", nn.Linear(64, 10).double())
     net.load_state_dict({"fc2.weight": weights[:, :64], "fc2.bias": weights[:, 64]})
-    decay = float(arrays["regularisation"])
-    return Case(net, *digits(torch.float64), decay, decay, [net.state_dict()], [1.0], [net])
+    decay = Damping(float(arrays["regularisation"]), "weight decay")
+    return Case(net, *digits(torch.float64), leave_one_out, decay, [net.state_dict()], [1.0], [net])
 
 
 def synthetic(make: str, n: int, queries: int = 10) -> Case:
@@ -106,7 +131,7 @@ def synthetic(make: str, n: int, queries: int = 10) -> Case:
     net = {"mlp": mlp, "cnn": cnn}[make]()
     train, query = (TensorDataset(torch.rand(k, 64), torch.arange(k) % 10) for k in (n, queries))
     weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    return Case(net, train, query, 1e-2, 1e-2, [weights] * 8, [0.1] * 8, [net])
+    return Case(net, train, query, lambda scores: 0.0, Damping(1e-2, "given"), [weights] * 8, [0.1] * 8, [net])
 
 
 def mean_eigenvalue(net: nn.Module, train: TensorDataset) -> float:
@@ -123,40 +148,33 @@ def mean_eigenvalue(net: nn.Module, train: TensorDataset) -> float:
     return total / len(train) / sum(p.numel() for p in weights.values())
 
 
-def lds(scores: Tensor, losses: np.ndarray | None = None) -> float:
-    """Return the linear datamodeling score against 100 retrainings on half of the samples.
-
-    mean over queries of the Spearman correlation, over subsets, between Σ_{i in subset} score[q, i] and
-    −loss[subset, q] (Park et al., TRAK, 2023, with the loss as the output).
-
-    Args:
-        scores: `(q, n)`, positive is helpful.
-        losses: `(subsets, q)`; of the retrainings when None.
-    """
-    arrays = held(TESTS / "digits_mlp_subsets.npz")
-    masks = np.unpackbits(arrays["masks"], axis=1)[:, : scores.shape[1]].astype(np.float64)
-    return _spearman(masks @ scores.double().numpy().T, -(arrays["loss"] if losses is None else losses))
+def lds(masks: np.ndarray, losses: np.ndarray, scores: Tensor) -> float:
+    """Return the linear datamodeling score of scores `(q, n)`: the mean over the queries."""
+    inside = torch.from_numpy(np.unpackbits(masks, axis=1)[:, : scores.shape[1]]).bool()
+    return float(linear_datamodeling_score(scores.double(), inside, torch.from_numpy(losses).double()).mean())
 
 
 def ceiling() -> float:
-    """Return the score of the losses of one half of the retrainings' seeds against those of the other half."""
+    """Return how the losses of one half of the retrainings' seeds agree with those of the other half."""
     arrays = held(HERE / "data" / "digits_mlp_models.npz")
-    return _spearman(arrays["loss_half_a"], arrays["loss_half_b"])
+    halves = (arrays[f"loss_half_{which}"].T for which in "ab")
+    return float(np.mean([spearmanr(one, other)[0] for one, other in zip(*halves, strict=True)]))
 
 
-def leave_one_out(scores: Tensor) -> tuple[float, float]:
-    """Return r and slope (actual over predicted) against 1,437 retrainings without one sample each."""
-    actual = held(TESTS / "digits_logistic_regression.npz")["leave_one_out"].T.ravel()
-    predicted = scores.double().numpy().ravel()
-    return float(pearsonr(predicted, actual)[0]), float(np.polyfit(predicted, actual, 1)[0])
-
-
-def _spearman(predicted: np.ndarray, actual: np.ndarray) -> float:
-    ranks = zip(rankdata(predicted, axis=0).T, rankdata(actual, axis=0).T, strict=True)
-    return float(np.mean([pearsonr(one, other)[0] for one, other in ranks]))
+def leave_one_out(scores: Tensor) -> float:
+    """Return r against the retrainings without one sample each."""
+    actual = held(TESTS / "digits_logistic_regression.npz")["leave_one_out"].T
+    return float(pearsonr(scores.double().numpy().ravel(), actual.ravel())[0])
 
 
 def _filled(net: nn.Sequential, flat: np.ndarray) -> nn.Sequential:
     """Return the network with weights from one vector: each layer's weight, then its bias."""
     nn.utils.vector_to_parameters(torch.tensor(flat), net.parameters())
     return net
+
+
+def _damping(paths: Mapping[str, Trained]) -> Damping:
+    found = Trajectory(paths).damping()
+    if found is None:
+        raise ValueError("paths: expected such that a damping follows from them")
+    return found

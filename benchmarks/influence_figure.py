@@ -34,7 +34,7 @@ def frontier(rows: Sequence[Row]) -> list[Row]:
     return kept
 
 
-def draw(rows: Sequence[Row], path: str, ceiling: float, lowest: float = 0.2) -> None:
+def draw(rows: Sequence[Row], path: str, lowest: float = 0.2) -> None:
     """Draw quality against cost; rows below `lowest` are left out."""
     shown = [row for row in rows if row["quality"] >= lowest]
     figure, axes = plt.subplots(figsize=(11, 7), dpi=120)
@@ -49,7 +49,7 @@ def draw(rows: Sequence[Row], path: str, ceiling: float, lowest: float = 0.2) ->
                 label=whose,
                 zorder=3,
             )
-    _steps(axes, frontier([row for row in shown if row["whose"] == "ours"]), ceiling)
+    _steps(axes, frontier([row for row in shown if row["whose"] == "ours"]))
     axes.set_xscale("log")
     axes.set_xlim(min(row["epochs"] for row in shown) / 1.6, max(row["epochs"] for row in shown) * 4)
     axes.set_ylim(lowest, 0.95)
@@ -65,7 +65,7 @@ def draw(rows: Sequence[Row], path: str, ceiling: float, lowest: float = 0.2) ->
     plt.close(figure)
 
 
-def _steps(axes: Any, ours: Sequence[Row], ceiling: float) -> None:
+def _steps(axes: Any, ours: Sequence[Row]) -> None:
     cost, quality = ([row[key] for row in ours] for key in ("epochs", "quality"))
     axes.plot([*cost, 1e6], [*quality, quality[-1]], drawstyle="steps-post", color=COLOURS["ours"], linewidth=1.2)
 
