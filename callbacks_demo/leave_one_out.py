@@ -5,7 +5,7 @@ form, plain and with the correction for leverage. Each removal is retrained by s
 samples to a gradient below 1e-8. The problem is convex: no seed takes part in it.
 
 Network: two convolutions with tanh and a linear layer, 1,898 parameters, on 1,000 real digits of MNIST at half their
-size, with a weight decay of 3e-3. Scores from the exact Gauss–Newton matrix with that decay as its damping and nothing
+size, with a weight decay of 1e-2. Scores from the exact Gauss–Newton matrix with that decay as its damping and nothing
 tuned. It is trained with L-BFGS on all samples at once until the gradient is below 1e-6. Retraining goes on from there
 without the sample (the others keep their weight 1/n), again with L-BFGS, in coordinates in which the curvature is
 round, so that a few dozen steps are enough; how far from an optimum it stops is printed. Nothing is random but the
@@ -13,6 +13,11 @@ start (`--seed`). Twenty queries: the ten validation digits with the largest los
 
 In both, half of the removals are those with the largest absolute score for any query and half are drawn at random from
 the rest. All are chosen before the first retraining, by prediction alone; none is left out of the numbers afterwards.
+
+Seeds 0, 1 and 2 give the network r = 0.90, 0.92 and 0.86 (Spearman 0.52 to 0.54, slope 1.25 to 1.46), of the random
+removals alone 0.73, 0.30 and 0.69: it is the large effects that are predicted. The decay is strong, at the cost of
+accuracy (89% instead of 92%): with 3e-3 and 40 removals r was 0.86, 0.63 and 0.84. Not every retraining reaches its
+optimum: the gradient that is left is 1e-6 or less in the median, 1e-3 at most.
 
 Koh & Liang (2017) report r = 0.86 for the 500 most influential removals from a convolutional network, one query, with
 retraining that goes on from the trained weights.
@@ -54,7 +59,7 @@ from lightning_interp.progress import bar
 from lightning_interp.records import Pixels
 
 Labelled = tuple[Tensor, Tensor]
-LOGISTIC_DECAY, NETWORK_DECAY = 1e-3, 3e-3
+LOGISTIC_DECAY, NETWORK_DECAY = 1e-3, 1e-2
 TRAINED_ON = 1000
 SIZES = (50, 100, 200, 400, 800, 1437)
 PLAIN, CORRECTED, NETWORK = "logistic regression", "with leverage correction", "small CNN"
@@ -71,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Panel]:
     """Predict, retrain, print how the two agree, and draw them."""
     parser = argparse.ArgumentParser(prog="python -m callbacks_demo leave_one_out", description=__doc__)
     parser.add_argument("--removals", type=int, default=200, help="retrainings of the logistic regression")
-    parser.add_argument("--network-removals", type=int, default=40, help="retrainings of the network")
+    parser.add_argument("--network-removals", type=int, default=30, help="retrainings of the network")
     parser.add_argument("--seed", type=int, default=0, help="of the network's first weights")
     parser.add_argument("--folder", type=Path, default=Path("lightning_logs/leave_one_out"), help="where pictures go")
     options = parser.parse_args(arguments)

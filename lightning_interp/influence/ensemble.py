@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import nan
+from math import isnan, nan
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
@@ -105,8 +105,8 @@ def combined(found: Iterable[Influence], weights: Sequence[float]) -> Influence:
         losses, norm = losses + part.query_losses, norm + part.gradient_norm
         dampings.append(part.damping)
         notes += [note for note in part.notes if note not in notes]
-    same = len(set(dampings)) == 1
-    if not same and dampings[0] == dampings[0]:
+    same = len(set(dampings)) == 1 or isnan(first.damping)
+    if not same:
         notes.append(f"damping: {min(dampings):.3g} to {max(dampings):.3g}, each set of weights its own")
     return dataclasses.replace(
         first,

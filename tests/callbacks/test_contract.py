@@ -57,7 +57,7 @@ def the_right_half(batch: Any) -> Tensor:
 
 @pytest.mark.parametrize("kind", CALLBACKS)
 def test_exactly_the_documented_tags_appear(kind: type, tmp_path: Path) -> None:
-    options = {"truth": the_right_half} if kind is InputAttribution else {}
+    options = {InputAttribution: {"truth": the_right_half}, DataInfluence: {"retrain": lambda _: Net()}}.get(kind, {})
     fit, module, data = trainer(tmp_path, callbacks=[make(kind, **options)]), Net(), loaders()
     fit.fit(module, *data)
     fit.validate(module, data[1], verbose=False)

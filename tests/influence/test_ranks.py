@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lightning_interp.influence import EKFAC, GaussNewton, InfluenceFunction
+from lightning_interp.influence import EKFAC, KFAC, ConjugateGradient, GaussNewton, InfluenceFunction, LiSSA
 from lightning_interp.influence.ranks import Alone, Distributed, OtherRankError, Ranks
 
 
@@ -21,7 +21,9 @@ def answers(ranks: Ranks) -> dict[str, torch.Tensor]:
     train = TensorDataset(torch.randn(31, 6).double(), torch.arange(31) % 3)
     query = TensorDataset(torch.cat([torch.randn(3, 6).double(), train.tensors[0][7:8]]), torch.tensor([0, 1, 2, 1]))
     found: dict[str, torch.Tensor] = {}
-    for name, curvature in {"ekfac": EKFAC(1000), "all": EKFAC(None), "columns": GaussNewton(1000)}.items():
+    curvatures = {"ekfac": EKFAC(1000), "all": EKFAC(None), "columns": GaussNewton(1000), "kfac": KFAC(1000)}
+    iterative = {"solved": ConjugateGradient(60, 1e-10), "series": LiSSA(9)}
+    for name, curvature in {**curvatures, **iterative}.items():
         fitted = InfluenceFunction(curvature, damping=0.1).fit(net, train, ranks=ranks)
         whole, top = fitted(query, check=True), fitted(query, top_k=2)
         assert whole.duplicates == {3: (7,)}
@@ -31,7 +33,8 @@ def answers(ranks: Ranks) -> dict[str, torch.Tensor]:
             f"{name} helpful": torch.cat(top.helpful(2)),
             f"{name} mean": whole.mean,
         }
-        found[f"{name} itself"] = fitted.self_influence().scores
+        if name not in iterative:
+            found[f"{name} itself"] = fitted.self_influence().scores
         found[f"{name} gradient"] = torch.tensor(whole.gradient_norm)
     return found
 

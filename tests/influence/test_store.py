@@ -195,3 +195,7 @@ def test_weights_are_known_by_their_bits() -> None:
         zero = weights_key(net)
         net.weight.neg_()
     assert len({before, zero, weights_key(net), weights_key(nn.Sequential(net)), weights_key(net.bfloat16())}) == 5
+    zeros = nn.Linear(2, 2)
+    for parameter in zeros.parameters():
+        nn.init.zeros_(parameter)
+    assert weights_key(zeros.half()) != weights_key(zeros.bfloat16())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_interp.influence import EKFAC, Ensemble, GaussNewton, IdentityCurvature, InfluenceFunction, TracIn
 from lightning_interp.influence.checkpoints import loaded
+from lightning_interp.influence.ensemble import combined
 
 State = dict[str, Tensor]
 
@@ -169,8 +171,18 @@ def test_dampings_that_differ_are_said(net: nn.Module, states: list[State], data
     found = Ensemble(InfluenceFunction(EKFAC()), states)(net, *data)
     assert found.damping != found.damping
     assert sum("each set of weights its own" in note for note in found.notes) == 1
-    without = Ensemble(InfluenceFunction(IdentityCurvature()), states)(net, *data)
-    assert without.notes == ()
+    assert len(set(found.notes)) == len(found.notes)
+
+
+def test_scores_without_a_unit_have_no_damping_and_predict_no_loss(
+    net: nn.Module, states: list[State], data: tuple[TensorDataset, ...]
+) -> None:
+    large = [TensorDataset(100 * part.tensors[0], part.tensors[1]) for part in data]
+    found = Ensemble(InfluenceFunction(IdentityCurvature()), states)(net, *large)
+    assert bool((found.scores < -found.query_losses[:, None]).any())
+    assert found.notes == ()
+    parts = [dataclasses.replace(found, damping=float("nan")) for _ in range(2)]
+    assert combined(parts, [0.5, 0.5]).notes == ()
 
 
 def test_errors_are_named(

@@ -24,9 +24,9 @@ class ConjugateGradient:
     """The whole generalised Gauss–Newton matrix, never written down: (H + Λ) x = ∇ℓ_q is solved for each query.
 
     All queries at once, each with iterations of its own: one iteration is a pass over the training samples with one
-    vector a query. How far it got is a note of the result, and `residuals` of its scorer; a system that is not solved
-    gives a score that is too flat, not a wrong one. The preconditioner, another damped curvature, is where it starts
-    from and what it corrects.
+    vector a query. How far it got is a note of the result, and `residuals` of its scorer. Stopped early, it has the
+    directions of large curvature right and those of small curvature not yet; the preconditioner, an estimate of the
+    same matrix, lets them go together.
 
     Reference: Hestenes & Stiefel, Methods of Conjugate Gradients for Solving Linear Systems, 1952; Martens, Deep
     Learning via Hessian-free Optimization, 2010.

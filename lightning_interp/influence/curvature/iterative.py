@@ -87,7 +87,7 @@ class IterativeInverse:
             ValueError: always.
         """
         raise ValueError(
-            "self_influence: this curvature solves one system for each training sample;"
+            "self_influence, leverage: this curvature would solve one system for each training sample;"
             " use EKFAC() or GaussNewton(columns=1024)"
         )
 

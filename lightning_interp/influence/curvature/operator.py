@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lightning_interp.batch import size
 from lightning_interp.influence.columns import hessian_root
-from lightning_interp.influence.curvature.curvature import Shift
+from lightning_interp.influence.curvature.curvature import Shift, sum_of
 from lightning_interp.influence.curvature.vectors import Space, pulled, twice_differentiable
+from lightning_interp.influence.ranks import share
 from lightning_interp.influence.reading import ELEMENTS_AT_ONCE, Reader
 from lightning_interp.influence.trace import Trace
 from lightning_interp.samples import Samples
@@ -73,10 +74,15 @@ class Operator:
         """Return (H + Λ) v of each vector."""
         spread = self.space.spread(vectors)
         sums = [torch.zeros_like(part) for part in spread]
-        for batch in self.reader.batches(self.samples, "curvature, products"):
+        mine, _ = share(self.samples, self.reader.ranks)
+        for batch in self.reader.batches(mine, "curvature, products"):
             self._add(batch, spread, sums)
-        mean = self.space.gathered(sums).to(vectors) / len(self.samples)
+        mean = self._of_all_ranks(self.space.gathered(sums)).to(vectors) / len(self.samples)
         return mean.addcmul_(vectors, self.space.diagonal(self.shift, vectors)) if self.shift else mean
+
+    def _of_all_ranks(self, part: Tensor) -> Tensor:
+        ranks = self.reader.ranks
+        return part if ranks.count == 1 else sum_of(ranks.gather(part.cpu()))
 
     def _add(self, batch: Any, vectors: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
         """Add Σ Jᵀ H_ℓ J v over a batch to the sums, some vectors at a time."""
