@@ -152,8 +152,12 @@ def _named(metric: Metric) -> dict[str, Tensor]:
 
 def _alone(metric: M) -> M:
     """Keep a metric from waiting for other ranks: rank zero looks by itself."""
-    metric.sync_on_compute = False
+    metric.distributed_available_fn = _never
     return metric
+
+
+def _never() -> bool:
+    return False
 
 
 def _masks(found: Any, size: tuple[int, int]) -> Tensor:

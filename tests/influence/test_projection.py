@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -193,7 +194,7 @@ def test_both_halves_are_compared_with_the_whole(small: tuple[nn.Module, TensorD
 
 
 def test_large_sums_are_the_sum_of_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_interp.influence.curvature.projected.ROWS_AT_ONCE", 10)
+    monkeypatch.setattr(sys.modules[second_moment.__module__], "ROWS_AT_ONCE", 10)
     parts = [torch.randn(7, 4, dtype=torch.float64) for _ in range(5)]
     rows = torch.cat(parts)
     assert torch.allclose(second_moment(parts), rows.T @ rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_candidates_the_top_and_one_query_alone(
     store = stored(ESTIMATOR.fit(net, Subset(train, range(59, -1, -1))), tmp_path)
     whole = store(net, query)
     assert whole.train_ids.tolist() == list(range(59, -1, -1))
-    monkeypatch.setattr("lightning_interp.influence.store.ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(sys.modules[GradientStore.__module__], "ROWS_AT_ONCE", 7)
     some = store(net, query, candidates=[12, 3])
     assert torch.allclose(some.scores, whole.scores[:, [12, 3]])
     assert some.train_ids.tolist() == [47, 56]
