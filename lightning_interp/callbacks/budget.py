@@ -6,13 +6,16 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
 
-from lightning_interp.influence import EKFAC, InfluenceFunction
+from lightning_interp.influence import EKFAC, KFAC, InfluenceFunction
 from lightning_interp.influence.choice import weighted_layers
+from lightning_interp.influence.curvature import Curvature
+from lightning_interp.influence.fitted import FittedInfluence
 from lightning_interp.records import Influence
 from lightning_interp.samples import Samples
 from lightning_interp.task import Task
@@ -28,14 +31,20 @@ class Plan(NamedTuple):
     """What to run.
 
     Args:
-        estimator: the one asked for, on fewer layers or with a curvature from fewer samples where the time is short.
+        estimator: the one asked for, on fewer layers or with a curvature from less where the time is short.
         candidates: places in the training set to score; None for all.
         message: what was cut, in words; empty if nothing.
+        seconds: the budget.
+        until: when it is used up, by `time.perf_counter`.
+        trial: how many samples a trial takes.
     """
 
     estimator: Estimator
-    candidates: Sequence[int] | None
-    message: str
+    candidates: Sequence[int] | None = None
+    message: str = ""
+    seconds: float = math.inf
+    until: float = math.inf
+    trial: int = 0
 
 
 class Stopwatch:
@@ -55,59 +64,125 @@ class Stopwatch:
         return sum(spent for what, spent in self.seconds.items() if what.startswith(start))
 
 
-def afford(
-    estimator: Estimator,
-    model: nn.Module,
-    train: Samples,
-    query: Samples,
-    task: Task,
-    seconds: float,
-    twice: bool = False,
-) -> Plan:
+def afford(estimator: Estimator, model: nn.Module, train: Samples, query: Samples, task: Task, seconds: float) -> Plan:
     """Time an estimator on a few samples, and cut its work so that all of it, the trial too, takes about `seconds`.
 
     Args:
         estimator: an `InfluenceFunction` is cut to the last layer where decomposing the curvature alone would take
-            too long, and its curvature to samples that fit into half of the time; of any other callable the scored
-            samples are cut, if it reports its progress as "curvature…" and "scoring…".
+            too long, and its curvature to what fits into half of the time (`afford_scores` says the rest once it is
+            fitted); of any other callable the scored samples are cut, if it reports its progress as "curvature…" and
+            "scoring…".
         model: the trained model.
         train: all training samples.
         query: the queries.
         task: how to call the model.
         seconds: the budget; infinite for no limit.
+    """
+    if len(train) <= MOST or math.isinf(seconds):
+        return Plan(estimator)
+    until = time.perf_counter() + seconds
+    if isinstance(estimator, InfluenceFunction):
+        return _afford_curvature(estimator, model, train, query, task, seconds, until)
+    cold = _seconds(lambda watch: estimator(model, train.spread(FEW), query, task=task, progress=watch))[1]
+    trial = _trial(cold, seconds)
+    watch, whole = _seconds(lambda watch: estimator(model, train.spread(trial), query, task=task, progress=watch))
+    fitting, scoring = (watch.of(what) / trial for what in ("curvature", "scoring"))
+    left = until - time.perf_counter() - (whole - trial * (fitting + scoring))
+    return Plan(estimator, *_fitting(train, left - fitting * len(train), scoring, seconds))
+
+
+def afford_scores(fitted: FittedInfluence, query: Samples, plan: Plan, twice: bool) -> tuple[Sequence[int] | None, str]:
+    """Time a fitted influence function on a few training samples: return the places of those that fit, and say so.
+
+    Args:
+        fitted: on all training samples; where several ranks share the work, all call this.
+        query: the queries.
+        plan: by which it was fitted.
         twice: whether the training samples are passed over a second time, for their influence on themselves.
     """
-    n, started, said = len(train), time.perf_counter(), []
-    if n <= MOST or math.isinf(seconds):
-        return Plan(estimator, None, "")
-    if isinstance(estimator, InfluenceFunction) and _decomposition(estimator, model) > TRIAL_SHARE * seconds:
+    if math.isinf(plan.until) or not fitted.cheap:
+        return None, ""
+    few = fitted.train.places(plan.trial)
+
+    def score(watch: Stopwatch) -> None:
+        timed = dataclasses.replace(fitted, reader=dataclasses.replace(fitted.reader, progress=watch))
+        timed(query, few, check=True)
+        if twice:
+            timed.self_influence(few)
+
+    watch, whole = _seconds(score)
+    spent = watch.of("scoring") + watch.of("self-influence")
+    left = plan.until - time.perf_counter() - (whole - spent)
+    return _fitting(fitted.train, left, spent / len(few), plan.seconds)
+
+
+def _afford_curvature(
+    estimator: InfluenceFunction,
+    model: nn.Module,
+    train: Samples,
+    query: Samples,
+    task: Task,
+    seconds: float,
+    until: float,
+) -> Plan:
+    """Cut an influence function's curvature to half of the time, timed in miniature: fewer samples, fewer columns."""
+    said = ""
+    curvature = estimator.chosen(model, train, task)[0]
+    if estimator.layers is None and _decomposition(curvature, model) > TRIAL_SHARE * seconds:
         last = weighted_layers(model)[-1]
         estimator = dataclasses.replace(estimator, layers=[last])
-        said.append(f"only the parameters of {last} enter: the curvature of all layers would take too long.")
-    _, cold = _timed(estimator, model, train.spread(FEW), query, task)
-    trial = int(min(MOST, max(FEW, TRIAL_SHARE * seconds / (cold / FEW))))
-    watch, whole = _timed(estimator, model, train.spread(trial), query, task)
-    fitting, scoring = (max(1e-9, watch.of(what) / trial) for what in ("curvature", "scoring"))
-    scoring *= 2 if twice else 1
-    left = seconds - (time.perf_counter() - started) - (whole - trial * (fitting + scoring))
-    estimator, spent = _fewer_for_curvature(estimator, n, fitting, left / 2)
-    count = min(n, max(MOST, int((left - spent) / scoring)))
-    if count < n:
-        said.append(f"{count:,} of {n:,} training samples, evenly spread, fit into {seconds:.0f} s.")
-    return Plan(estimator, None if count == n else train.places(count), " ".join(said))
+        curvature = estimator.chosen(model, train, task)[0]
+        said = f"only the parameters of {last} enter: the curvature of all layers would take too long."
+
+    def fit(count: int, watch: Stopwatch) -> None:
+        small = dataclasses.replace(estimator, curvature=_share_of(curvature, count / len(train)))
+        fitted = small.fit(model, train.spread(count), task, watch)
+        if not fitted.cheap:
+            fitted(query)
+
+    trial = _trial(_seconds(partial(fit, FEW))[1], seconds)
+    watch, _ = _seconds(partial(fit, trial))
+    share = (until - time.perf_counter()) / 2 / max(1e-9, watch.of("curvature") / trial * len(train))
+    if share < 1:
+        estimator = dataclasses.replace(estimator, curvature=_share_of(curvature, share, len(train)))
+    return Plan(estimator, None, said, seconds, until, trial)
 
 
-def _timed(
-    estimator: Estimator, model: nn.Module, train: Samples, query: Samples, task: Task
-) -> tuple[Stopwatch, float]:
+def _share_of(curvature: Curvature, share: float, n: int | None = None) -> Curvature:
+    """Return a curvature from a share of its columns, and of all n samples, as far as it has such numbers."""
+    held: Any = curvature
+    less: dict[str, int] = {}
+    if getattr(held, "columns", None):
+        less["columns"] = min(held.columns, max(FEW if n is None else MOST, math.ceil(share * held.columns)))
+    if n is not None and hasattr(held, "samples"):
+        less["samples"] = max(MOST, int(share * (held.samples or n)))
+    return cast(Curvature, dataclasses.replace(held, **less))
+
+
+def _fitting(train: Samples, left: float, each: float, seconds: float) -> tuple[Sequence[int] | None, str]:
+    """Return the places of as many samples as fit into the seconds that are left, and say so; None for all."""
+    count = min(len(train), max(MOST, int(left / max(1e-9, each))))
+    if count == len(train):
+        return None, ""
+    return train.places(
+        count
+    ), f"{count:,} of {len(train):,} training samples, evenly spread, fit into {seconds:.0f} s."
+
+
+def _trial(cold: float, seconds: float) -> int:
+    """Return how many samples a trial may take, by the seconds that few of them took."""
+    return int(min(MOST, max(FEW, TRIAL_SHARE * seconds / (cold / FEW))))
+
+
+def _seconds(work: Callable[[Stopwatch], Any]) -> tuple[Stopwatch, float]:
     watch, started = Stopwatch(), time.perf_counter()
-    estimator(model, train, query, task=task, progress=watch)
+    work(watch)
     return watch, time.perf_counter() - started
 
 
-def _decomposition(estimator: InfluenceFunction, model: nn.Module) -> float:
+def _decomposition(curvature: Curvature, model: nn.Module) -> float:
     """Estimate the seconds that the eigenvectors of all layers' factors take, from those of one small matrix."""
-    if estimator.layers is not None or not isinstance(estimator.curvature, (EKFAC, type(None))):
+    if not isinstance(curvature, (EKFAC, KFAC)):
         return 0.0
     matrix = torch.eye(SIDE_TIMED, dtype=torch.float64) + 1
     torch.linalg.eigh(matrix)
@@ -116,15 +191,3 @@ def _decomposition(estimator: InfluenceFunction, model: nn.Module) -> float:
     unit = (time.perf_counter() - started) / SIDE_TIMED**3
     weights = [cast(torch.Tensor, model.get_submodule(layer).weight) for layer in weighted_layers(model)]
     return unit * sum(w.shape[0] ** 3 + (w[0].numel() + 1) ** 3 for w in weights)
-
-
-def _fewer_for_curvature(estimator: Estimator, n: int, per_sample: float, seconds: float) -> tuple[Estimator, float]:
-    """Return the estimator with a curvature that fits, and the seconds that it will take."""
-    if not isinstance(estimator, InfluenceFunction):
-        return estimator, per_sample * n
-    wanted = min(n, getattr(estimator.curvature, "samples", None) or n)
-    fitting = min(wanted, max(MOST, int(seconds / per_sample)))
-    if fitting < wanted:
-        curvature = dataclasses.replace(cast(Any, estimator.curvature or EKFAC()), samples=fitting)
-        estimator = dataclasses.replace(estimator, curvature=curvature)
-    return estimator, per_sample * fitting

@@ -232,13 +232,13 @@ class DataInfluence(Callback):
         query = self._choose_queries(trainer, module, run.task)
         seconds = self._budget(trainer)
         estimator = self._asked_for(trajectory)
-        plan = ranks.gather(afford(estimator, module, run.train, query, run.task, seconds, self.self_influence))[0]
-        if plan.message:
-            rank_zero_warn(f"DataInfluence: {plan.message} Pass budget_seconds= for more.")
+        plan = ranks.gather(afford(estimator, module, run.train, query, run.task, seconds))[0]
         asked = Asked(module, run.train, query, run.task, progress_of(trainer), ranks)
         found = answered(asked, plan, self.self_influence)
         if found is None or not trainer.is_global_zero:
             return
+        if cut := " ".join(filter(None, (plan.message, found.message))):
+            rank_zero_warn(f"DataInfluence: {cut} Pass budget_seconds= for more.")
         checks = spot_checks(asked, found.influence, self.retrain) if self.retrain is not None else ()
         notes = (*found.influence.notes, *run.notes, *([trajectory.why_not] if trajectory.why_not else []))
         influence = dataclasses.replace(found.influence, notes=notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_interp.callbacks.budget import Plan
+from lightning_interp.callbacks.budget import Plan, afford_scores
 from lightning_interp.capture import undisturbed
 from lightning_interp.influence import InfluenceFunction
 from lightning_interp.influence.ranks import Ranks
@@ -35,24 +36,35 @@ class Asked:
 
 
 class Answered(NamedTuple):
-    """The scores of training samples for each query, and, where asked for, for themselves."""
+    """The scores of training samples for each query, where asked for those for themselves, and what was cut."""
 
     influence: Influence
     suspects: SelfInfluence | None
+    message: str = ""
 
 
 def answered(asked: Asked, plan: Plan, self_influence: bool) -> Answered | None:
     """Return what the planned estimator says; of a user's own only on rank zero, which works alone then."""
-    candidates = range(len(asked.train)) if plan.candidates is None else plan.candidates
     if isinstance(plan.estimator, InfluenceFunction):
-        fitted = plan.estimator.fit(asked.model, asked.train, asked.task, asked.progress, asked.ranks)
-        top = KEPT if len(asked.query) * len(candidates) > MOST_SCORES else None
-        found = fitted(asked.query, candidates, top_k=top, check=True)
-        return Answered(found, fitted.self_influence(candidates) if self_influence else None)
+        return _fitted_and_answered(asked, plan.estimator, plan, self_influence)
     if asked.ranks.index:
         return None
+    candidates = range(len(asked.train)) if plan.candidates is None else plan.candidates
     held = (asked.model, asked.train, asked.query)
     return Answered(plan.estimator(*held, task=asked.task, candidates=candidates, progress=asked.progress), None)
+
+
+def _fitted_and_answered(asked: Asked, estimator: InfluenceFunction, plan: Plan, self_influence: bool) -> Answered:
+    fitted = estimator.fit(asked.model, asked.train, asked.task, asked.progress, asked.ranks)
+    twice = self_influence and fitted.cheap
+    places, message = asked.ranks.gather(afford_scores(fitted, asked.query, plan, twice))[0]
+    candidates = range(len(asked.train)) if places is None else places
+    top = KEPT if len(asked.query) * len(candidates) > MOST_SCORES else None
+    found = fitted(asked.query, candidates, top_k=top, check=True)
+    if self_influence and not twice:
+        note = f"self-influence is left out: {estimator.curvature!r} would iterate once for each training sample"
+        found = dataclasses.replace(found, notes=(*found.notes, note))
+    return Answered(found, fitted.self_influence(candidates) if twice else None, message)
 
 
 def spot_checks(asked: Asked, found: Influence, retrain: Callable[[Sequence[int]], nn.Module]) -> tuple[SpotCheck, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_interp.batch import take
 from lightning_interp.influence.coverage import Coverage
@@ -13,33 +13,45 @@ from lightning_interp.influence.damping import Damping
 from lightning_interp.influence.trace import Trace
 
 COLUMNS = 1024
+FEWEST = 512
 STORED = 2**25
 
 
 def choose(coverage: Coverage, few: Any, damping: Damping | None) -> tuple[Curvature, str]:
     """Return a curvature for a network, and the reason in words.
 
-    `GaussNewton(columns=1024)` where its columns fit in 128 MB and the damping is known (it needs the right one);
-    else `EKFAC()`, which asks less of both.
+    `GaussNewton(columns=...)` with 1,024 columns, or as many as fit in 128 MB if these are 512 or more, where the
+    damping is known (it needs the right one); else `EKFAC()`, which asks less of both.
 
     Args:
         coverage: the covered network.
         few: samples to measure on.
         damping: what the user gave, or what was recorded.
     """
-    rows = Trace(coverage.watch, take(few, 0, 1)).loss_rows()
-    held = COLUMNS * sum(min(row.held, row.size) for row in rows.values())
     if damping is None:
         return EKFAC(), "EKFAC was chosen: without a recorded or given damping it is the safer curvature"
-    if held > STORED:
+    held = _held(coverage, few, damping)
+    columns = min(COLUMNS, STORED // held)
+    if columns < FEWEST:
         return (
             EKFAC(),
-            f"EKFAC was chosen: {COLUMNS:,} columns of the exact matrix would take {held * 4 / 2**20:,.0f} MB",
+            f"EKFAC was chosen: {FEWEST:,} columns of the exact matrix would take {_mb(FEWEST * held):,.0f} MB",
         )
     return (
-        GaussNewton(columns=COLUMNS),
-        f"GaussNewton was chosen: {COLUMNS:,} columns of the exact matrix take {held * 4 / 2**20:,.1f} MB",
+        GaussNewton(columns=columns),
+        f"GaussNewton was chosen: {columns:,} columns of the exact matrix take {_mb(columns * held):,.1f} MB",
     )
+
+
+def _held(coverage: Coverage, few: Any, damping: Damping) -> int:
+    """Return how many numbers a column takes: its factors, but the gradient where damping differs within a block."""
+    shift = damping.shift(coverage)
+    rows = Trace(coverage.watch, take(few, 0, 1)).loss_rows()
+    return sum(row.size if isinstance(shift[name], Tensor) else min(row.held, row.size) for name, row in rows.items())
+
+
+def _mb(numbers: int) -> float:
+    return numbers * 4 / 2**20
 
 
 def weighted_layers(model: nn.Module) -> list[str]:

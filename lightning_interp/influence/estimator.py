@@ -80,6 +80,20 @@ class InfluenceFunction:
             if self.curvature is not None:
                 self.curvature.check(coverage.size)
 
+    def chosen(self, model: nn.Module, train: Any, task: Task = Task()) -> tuple[Curvature, str]:
+        """Return the curvature that `fit` would take, and why; empty where it was given.
+
+        Args:
+            model: any module.
+            train: training dataset.
+            task: how to read batches, call the model, and its loss per sample.
+        """
+        if self.curvature is not None:
+            return self.curvature, ""
+        with differentiable(model):
+            few, coverage = _covered(model, Samples.of(train), task, self.layers, self.curvature)
+            return choose(coverage, few, self._damping())
+
     def fit(
         self, model: nn.Module, train: Any, task: Task = Task(), progress: Progress = quiet, ranks: Ranks = ALONE
     ) -> FittedInfluence:

@@ -78,6 +78,8 @@ class Rows:
             found = self.outputs.new_zeros(n, 1, o, self.inputs.count)
             where = self.inputs.index[:, None, None, :].expand(n, 1, o, t)
             return found.scatter_add_(3, where, self.outputs.transpose(2, 3))
+        if self.positions == 1:  # matrices with one column are multiplied slowly on a CPU
+            return self.outputs.transpose(2, 3) * self.inputs
         return self.outputs.transpose(2, 3) @ self.inputs
 
     def blocks(self) -> Iterator[tuple[slice, Rows]]:
@@ -169,9 +171,11 @@ def products(left: Rows, right: Rows) -> Float[Tensor, "n m"]:
     """
     groups, o, i = left.shape
     pairs = left.positions * right.positions
+    single = pairs == groups == 1
     a, b = left.inputs, right.inputs
-    if isinstance(a, Tensor) and isinstance(b, Tensor) and left.shape == right.shape and pairs * (i + o) < o * i:
-        if pairs == groups == 1:
+    cheaper = left.shape == right.shape and (single or pairs * (i + o) < o * i)
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and cheaper:
+        if single:
             return (a[:, 0, 0] @ b[:, 0, 0].T) * (left.outputs[:, 0, 0] @ right.outputs[:, 0, 0].T)
         inside = _by_group(a) @ _by_group(b).mT
         outside = _by_group(left.outputs) @ _by_group(right.outputs).mT

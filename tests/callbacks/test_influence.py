@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_interp import DataInfluence, Display, Task
-from lightning_interp.callbacks.budget import afford
+from lightning_interp.callbacks.budget import Stopwatch, afford, afford_scores
 from lightning_interp.callbacks.telling import strangeness
-from lightning_interp.influence import EKFAC, GaussNewton, InfluenceFunction
+from lightning_interp.influence import (
+    EKFAC,
+    KFAC,
+    ConjugateGradient,
+    GaussNewton,
+    IdentityCurvature,
+    InfluenceFunction,
+    LiSSA,
+)
+from lightning_interp.influence.curvature import Curvature
+from lightning_interp.influence.fitted import FittedInfluence
 from lightning_interp.samples import Samples
 from tests.models import Net, Shapes, loaders, trainer
 
@@ -184,8 +195,44 @@ def test_the_budget_leaves_small_work_alone() -> None:
     module, data = Net().eval(), Shapes(96)
     estimator = InfluenceFunction(EKFAC())
     for seconds in (math.inf, 1e6):
-        plan = afford(estimator, module, Samples(data), Samples(Shapes(2)), Task(), seconds)
-        assert plan == (estimator, None, "")
+        train, query = Samples(data), Samples(Shapes(2))
+        plan = afford(estimator, module, train, query, Task(), seconds)
+        assert plan[:3] == (estimator, None, "")
+        assert afford_scores(estimator.fit(module, train), query, plan, twice=True) == (None, "")
+
+
+def test_a_trial_knows_that_columns_do_not_grow_with_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fit(self: InfluenceFunction, model: Any, train: Samples, task: Task, watch: Stopwatch, *_: Any) -> Any:
+        curvature: Any = self.curvature
+        watch.seconds["curvature"] = 1e-3 * len(train) + 1e-2 * curvature.columns
+        return FittedInfluence.__new__(FittedInfluence)
+
+    monkeypatch.setattr(InfluenceFunction, "fit", fit)
+    monkeypatch.setattr(FittedInfluence, "cheap", True)
+    train, query = Samples(Shapes(4000)), Samples(Shapes(2))
+    estimator = InfluenceFunction(GaussNewton(columns=4000), damping=0.1)
+    whole = afford(estimator, Net().eval(), train, query, Task(), 2 * 45)  # of which half is for 4 s and 40 s
+    assert whole.estimator == estimator
+    half = afford(estimator, Net().eval(), train, query, Task(), 2 * 22)
+    assert isinstance(half.estimator, InfluenceFunction)
+    cut: Any = half.estimator.curvature
+    assert (cut.columns, cut.samples) == (pytest.approx(2000, rel=0.02), pytest.approx(2000, rel=0.02))
+
+
+@pytest.mark.parametrize(
+    "curvature", [IdentityCurvature(), LiSSA(iterations=3), ConjugateGradient(iterations=2), KFAC(), GaussNewton(96)]
+)
+def test_every_curvature_has_an_answer_in_a_short_time(curvature: Curvature, tmp_path: Path) -> None:
+    estimator = InfluenceFunction(curvature, damping=0.1)
+    callback = DataInfluence(queries=2, estimator=estimator, budget_seconds=1e-6, on_error="raise")
+    fit = trainer(tmp_path, max_epochs=1, callbacks=[callback])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fit into 0 s.*")
+        fit.fit(Net(), *loaders(n=96))
+    iterates = isinstance(curvature, (LiSSA, ConjugateGradient))
+    assert written(fit)[1]["scores"].shape == (2, 96 if iterates else 40)
+    assert ("self-influence is left out" in written(fit)[2]) == iterates
+    assert (Path(fit.log_dir) / "interp" / "influence" / "self_influence.csv").exists() != iterates
 
 
 class Regression(Net):

@@ -339,3 +339,21 @@ def test_products_agree_in_either_order() -> None:
         left, right = (Rows(torch.randn(n, 2, positions, 9), torch.randn(n, 2, positions, 8)) for n in (4, 5))
         expected = left.gradients().flatten(1) @ right.gradients().flatten(1).T
         assert torch.allclose(products(left, right), expected, atol=1e-4), positions
+    whole = left.whole(), right.whole()
+    assert torch.allclose(products(*whole), expected, atol=1e-4)
+    assert torch.equal(whole[0].gradients(), left.gradients().flatten(1)[:, None, :, None])
+
+
+def test_the_choice_goes_by_what_columns_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 20), nn.ReLU(), nn.Linear(20, 3))  # factors 33 + 20 + 21 + 3, gradients 660 + 63
+    train = TensorDataset(torch.randn(14, 32), torch.arange(14) % 3)
+    each = Damping({name: torch.rand_like(p) + 0.1 for name, p in net.named_parameters()}, "test")
+    monkeypatch.setattr("lightning_interp.influence.choice.STORED", 77 * 600)
+    alike = InfluenceFunction(damping=0.1).chosen(net, train)
+    assert alike[0] == GaussNewton(columns=600)
+    assert isinstance(InfluenceFunction(damping=each).chosen(net, train)[0], EKFAC)
+    monkeypatch.setattr("lightning_interp.influence.choice.STORED", 723 * 1024)
+    assert InfluenceFunction(damping=each).chosen(net, train)[0] == GaussNewton(columns=1024)
+    assert isinstance(InfluenceFunction().chosen(net, train)[0], EKFAC)
+    assert InfluenceFunction(GaussNewton(7)).chosen(net, train) == (GaussNewton(7), "")
