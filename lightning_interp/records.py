@@ -186,6 +186,7 @@ class Influence:
         agreement: another way to the same ranking, in words → share of each query's strongest samples that it agrees
             on, mean over queries.
         duplicates: row of a query → dataset indices of training samples whose input is the same, bit for bit.
+        doubts: what speaks against the scores, whatever they are: another loss than the trained one, say.
     """
 
     scores: Float[Tensor, "q m"]
@@ -207,6 +208,7 @@ class Influence:
     mean: Float[Tensor, " q"] | None = None
     agreement: Mapping[str, float] = field(default_factory=dict)
     duplicates: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    doubts: tuple[str, ...] = ()
 
     @property
     def n_scored(self) -> int:

@@ -89,8 +89,9 @@ def trust(found: Influence, duplicates: Sequence[Duplicate] = (), spot_checks: S
 
     Poor: less than half of the parameters are covered, less than half of the strongest samples stay under another
     setting, or five or more spot checks correlate below 0.3. Doubtful: below 0.9, 0.7 and 0.7, a number that is not
-    known, scores without a unit, or nothing but the parameters to judge by. Good is the absence of these: that an order
-    is steady does not make it right (a gradient dot product does not depend on damping at all).
+    known, scores without a unit, nothing but the parameters to judge by, or what the record itself doubts (another loss
+    than the trained one, augmentation). Good is the absence of these: that an order is steady does not make it right (a
+    gradient dot product does not depend on damping at all).
 
     Args:
         found: the scores.
@@ -108,6 +109,7 @@ def trust(found: Influence, duplicates: Sequence[Duplicate] = (), spot_checks: S
         findings.append(Finding("doubtful", "scores without a unit predict no change of loss that could be checked"))
     elif len(findings) == 1:
         findings.append(Finding("doubtful", "neither another setting nor retraining has checked them"))
+    findings += [Finding("doubtful", doubt) for doubt in found.doubts]
     level = max((finding.level for finding in findings), key=LEVELS.index)
     return Trust(level, tuple(findings), _rows(found, duplicates))
 
@@ -149,7 +151,7 @@ def _rows(found: Influence, duplicates: Sequence[Duplicate]) -> tuple[tuple[str,
         ),
         *(("agreement", _agreed(name, share)) for name, share in found.agreement.items()),
         *(("duplicate", _told(duplicate)) for duplicate in duplicates),
-        *(("note", note) for note in notes),
+        *(("note", note) for note in (*notes, *found.doubts)),
     )
 
 

@@ -46,6 +46,7 @@ def changed(**fields: object) -> Influence:
         (changed(left_out={"norm.weight": 11}), "doubtful", "89.1% of the parameters"),
         (changed(left_out={"norm.weight": 91}), "poor", "49.7% of the parameters"),
         (changed(unit="none"), "doubtful", "without a unit"),
+        (changed(doubts=("it is another loss",)), "doubtful", "it is another loss"),
     ],
 )
 def test_the_verdict_follows_the_rules(found: Influence, level: str, reason: str) -> None:

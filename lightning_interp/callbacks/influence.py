@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_interp.batch import row, size, tensors
+from lightning_interp.batch import row, size
 from lightning_interp.callbacks.access import (
     given_samples,
     indexed_training_set,
@@ -26,6 +26,7 @@ from lightning_interp.callbacks.access import (
 )
 from lightning_interp.callbacks.agreement import disagreement
 from lightning_interp.callbacks.budget import Estimator, afford
+from lightning_interp.callbacks.doubts import augmented, averaged, unrecorded
 from lightning_interp.callbacks.influence_answers import Asked, answered, spot_checks
 from lightning_interp.callbacks.influence_files import publish
 from lightning_interp.callbacks.shell import OnError, Shell, begun, progress_of, run_folder
@@ -56,7 +57,7 @@ class _Run:
     query: Samples
     task: Task
     display: Display
-    notes: tuple[str, ...]
+    doubts: tuple[str, ...]
 
 
 class DataInfluence(Callback):
@@ -187,15 +188,15 @@ class DataInfluence(Callback):
         few = dataclasses.replace(train, workers=0).at(range(min(4, len(train))))
         first, again = next(iter(few)), next(iter(few))
         task = settled_task(trainer, module, self.task, train)
-        notes = [_augmented(task, first, again)]
+        doubts = [augmented(task, first, again), averaged(trainer, self), unrecorded(trainer, self._recorder.steps)]
         if trainer.world_size == 1:  # on one rank alone a training step with a collective would wait for ever
-            notes.append(disagreement(module, task, first))
+            doubts.append(disagreement(module, task, first))
         if check := getattr(self._asked_for(None), "check", None):
             check(module, train, task=task)
-        for note in filter(None, notes):
-            rank_zero_warn(f"DataInfluence: {note}")
+        for doubt in filter(None, doubts):
+            rank_zero_warn(f"DataInfluence: {doubt}")
         display = as_the_data_says(self.display, train)
-        self._run = _Run(folder, train, query, task, display, tuple(filter(None, notes)))
+        self._run = _Run(folder, train, query, task, display, tuple(filter(None, doubts)))
 
     def _query_set(self, trainer: pl.Trainer) -> Samples:
         """Return the samples to choose queries from; of a stream, the first ones."""
@@ -240,8 +241,8 @@ class DataInfluence(Callback):
         if cut := " ".join(filter(None, (plan.message, found.message))):
             rank_zero_warn(f"DataInfluence: {cut} Pass budget_seconds= for more.")
         checks = spot_checks(asked, found.influence, self.retrain) if self.retrain is not None else ()
-        notes = (*found.influence.notes, *run.notes, *([trajectory.why_not] if trajectory.why_not else []))
-        influence = dataclasses.replace(found.influence, notes=notes)
+        notes = (*found.influence.notes, *([trajectory.why_not] if trajectory.why_not else []))
+        influence = dataclasses.replace(found.influence, notes=notes, doubts=run.doubts)
         shown = (module, run.task, influence, run.train, query, self.top, run.display)
         publish(trainer, run.folder, influence, tell(*shown, found.suspects, influence.duplicates, checks))
 
@@ -262,17 +263,6 @@ class DataInfluence(Callback):
             ]
         order = torch.cat(ranks).argsort(descending=True, stable=True)
         return samples.at(order[: self.queries].tolist())
-
-
-def _augmented(task: Task, first: Any, again: Any) -> str:
-    """Say so, if a dataset gave other inputs the second time it was read."""
-    pairs = zip(tensors(task.inputs(first)), tensors(task.inputs(again)), strict=True)
-    if all(a.shape == b.shape and bool(((a == b) | (a != a)).all()) for a, b in pairs):
-        return ""
-    return (
-        "the training set returns other inputs each time it is read (augmentation?), so scores are those of one draw;"
-        " pass train_dataset= without it"
-    )
 
 
 def _check_arguments(queries: Any, top: Any, estimator: Any, budget_seconds: Any, retrain: Any) -> None:

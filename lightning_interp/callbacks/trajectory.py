@@ -29,6 +29,11 @@ class Recorder:
         self._rate_sums: dict[str, float] = {}
         self._names: dict[Tensor, str] = {}
 
+    @property
+    def steps(self) -> int:
+        """The most steps that any parameter took."""
+        return max(self._steps.values(), default=0)
+
     def step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Count one step; to be called in `on_before_optimizer_step`."""
         for group in optimizer.param_groups:

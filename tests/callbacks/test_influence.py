@@ -151,13 +151,40 @@ class Weighted(Net):
 
 
 def test_another_loss_than_the_training_steps_is_said(tmp_path: Path) -> None:
+    fit = trainer(tmp_path, max_epochs=1, callbacks=[DataInfluence()])
     with pytest.warns(UserWarning, match="is not the one of training_step"):
-        trainer(tmp_path, max_epochs=1, callbacks=[DataInfluence()]).fit(Weighted(), *loaders())
+        fit.fit(Weighted(), *loaders())
+    verdict = written(fit)[2].split("How far to trust it: ")[1].split("</p>")[0]
+    assert verdict.startswith("doubtful")
+    assert "is not the one of training_step" in verdict
     weights = torch.tensor([1.0, 5.0, 9.0])
     task = Task(loss=lambda o, t: F.cross_entropy(o, t, weight=weights, reduction="none") / weights[t].mean())
     fit = trainer(tmp_path, max_epochs=1, callbacks=[DataInfluence(task=task)])
     fit.fit(Weighted(), *loaders())
     assert "is not the one" not in written(fit)[2]
+
+
+@pytest.mark.filterwarnings("ignore:.*[Ss]wapping.*")
+def test_weights_that_are_averaged_later_are_said(tmp_path: Path) -> None:
+    average = L.pytorch.callbacks.StochasticWeightAveraging(1e-2, swa_epoch_start=1)
+    with pytest.warns(UserWarning, match=r"before StochasticWeightAveraging averages them; list DataInfluence after"):
+        trainer(tmp_path, callbacks=[DataInfluence(), average]).fit(Net(), *loaders())
+    fit = trainer(tmp_path, callbacks=[average, DataInfluence()])
+    fit.fit(Net(), *loaders())
+    assert "averages" not in written(fit)[2]
+
+
+def test_steps_that_nobody_recorded_are_said(tmp_path: Path) -> None:
+    checkpoints = [], [DataInfluence(queries=2)]
+    for place, callbacks in enumerate(checkpoints):
+        first = trainer(tmp_path / str(place), max_epochs=1, callbacks=callbacks)
+        first.fit(Net(), *loaders())
+        first.save_checkpoint(tmp_path / f"{place}.ckpt")
+    with pytest.warns(UserWarning, match="the first 3 steps were trained without this callback"):
+        trainer(tmp_path, callbacks=[DataInfluence(queries=2)]).fit(Net(), *loaders(), ckpt_path=tmp_path / "0.ckpt")
+    fit = trainer(tmp_path, callbacks=[DataInfluence(queries=2)])
+    fit.fit(Net(), *loaders(), ckpt_path=tmp_path / "1.ckpt")
+    assert "without this callback" not in written(fit)[2]
 
 
 def test_a_subset_shows_the_original_index(tmp_path: Path) -> None:
