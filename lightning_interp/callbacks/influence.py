@@ -25,7 +25,7 @@ from lightning_interp.callbacks.access import (
     validation_source,
 )
 from lightning_interp.callbacks.agreement import disagreement
-from lightning_interp.callbacks.budget import Estimator, afford
+from lightning_interp.callbacks.budget import Estimator
 from lightning_interp.callbacks.influence_answers import Asked, answered, spot_checks
 from lightning_interp.callbacks.influence_files import publish
 from lightning_interp.callbacks.shell import OnError, Shell, begun, progress_of, run_folder
@@ -231,14 +231,12 @@ class DataInfluence(Callback):
         trajectory = self._recorder.finish(trainer, module)
         query = self._choose_queries(trainer, module, run.task)
         seconds = self._budget(trainer)
-        estimator = self._asked_for(trajectory)
-        plan = ranks.gather(afford(estimator, module, run.train, query, run.task, seconds, self.self_influence))[0]
-        if plan.message:
-            rank_zero_warn(f"DataInfluence: {plan.message} Pass budget_seconds= for more.")
         asked = Asked(module, run.train, query, run.task, progress_of(trainer), ranks)
-        found = answered(asked, plan, self.self_influence)
+        found = answered(asked, self._asked_for(trajectory), self.self_influence, seconds)
         if found is None or not trainer.is_global_zero:
             return
+        if found.message:
+            rank_zero_warn(f"DataInfluence: {found.message} Pass budget_seconds= for more.")
         checks = spot_checks(asked, found.influence, self.retrain) if self.retrain is not None else ()
         notes = (*found.influence.notes, *run.notes, *([trajectory.why_not] if trajectory.why_not else []))
         influence = dataclasses.replace(found.influence, notes=notes)
