@@ -25,7 +25,7 @@ from lightning_interp.callbacks.access import (
     validation_source,
 )
 from lightning_interp.callbacks.agreement import disagreement
-from lightning_interp.callbacks.budget import Estimator, afford
+from lightning_interp.callbacks.budget import Estimator
 from lightning_interp.callbacks.doubts import augmented, averaged, unrecorded
 from lightning_interp.callbacks.influence_answers import Asked, answered, spot_checks
 from lightning_interp.callbacks.influence_files import publish
@@ -232,14 +232,12 @@ class DataInfluence(Callback):
         trajectory = self._recorder.finish(trainer, module)
         query = self._choose_queries(trainer, module, run.task)
         seconds = self._budget(trainer)
-        estimator = self._asked_for(trajectory)
-        plan = ranks.gather(afford(estimator, module, run.train, query, run.task, seconds))[0]
         asked = Asked(module, run.train, query, run.task, progress_of(trainer), ranks)
-        found = answered(asked, plan, self.self_influence)
+        found = answered(asked, self._asked_for(trajectory), self.self_influence, seconds)
         if found is None or not trainer.is_global_zero:
             return
-        if cut := " ".join(filter(None, (plan.message, found.message))):
-            rank_zero_warn(f"DataInfluence: {cut} Pass budget_seconds= for more.")
+        if found.message:
+            rank_zero_warn(f"DataInfluence: {found.message} Pass budget_seconds= for more.")
         checks = spot_checks(asked, found.influence, self.retrain) if self.retrain is not None else ()
         notes = (*found.influence.notes, *([trajectory.why_not] if trajectory.why_not else []))
         influence = dataclasses.replace(found.influence, notes=notes, doubts=run.doubts)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,17 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_interp.callbacks.budget import Plan, afford_scores
+from lightning_interp.callbacks.budget import Estimator, afford_curvature, afford_scores
 from lightning_interp.capture import undisturbed
-from lightning_interp.influence import InfluenceFunction
-from lightning_interp.influence.ranks import Ranks
-from lightning_interp.progress import Progress
+from lightning_interp.influence import ConjugateGradient, InfluenceFunction, LiSSA
+from lightning_interp.influence.ranks import Alone, Ranks
+from lightning_interp.progress import Progress, quiet
 from lightning_interp.records import Influence, SelfInfluence, SpotCheck
 from lightning_interp.samples import Samples
 from lightning_interp.task import Task
 
 MOST_SCORES = 2**24
 KEPT = 100
+SELF_LEFT_OUT = "self-influence is left out: this curvature would iterate once for each training sample"
 
 
 @dataclass(frozen=True)
@@ -36,35 +39,68 @@ class Asked:
 
 
 class Answered(NamedTuple):
-    """The scores of training samples for each query, where asked for those for themselves, and what was cut."""
+    """The scores of training samples for each query, and, where asked for, for themselves.
+
+    Args:
+        influence: for each query.
+        suspects: for themselves.
+        message: what was cut to stay within the budget; empty if nothing.
+    """
 
     influence: Influence
     suspects: SelfInfluence | None
-    message: str = ""
+    message: str
 
 
-def answered(asked: Asked, plan: Plan, self_influence: bool) -> Answered | None:
-    """Return what the planned estimator says; of a user's own only on rank zero, which works alone then."""
-    if isinstance(plan.estimator, InfluenceFunction):
-        return _fitted_and_answered(asked, plan.estimator, plan, self_influence)
+def answered(asked: Asked, estimator: Estimator, self_influence: bool, seconds: float) -> Answered | None:
+    """Return what the estimator says in about this time; of a user's own only on rank zero, which works alone then."""
+    if isinstance(estimator, InfluenceFunction):
+        return _by_influence_function(asked, estimator, self_influence, seconds)
     if asked.ranks.index:
         return None
-    candidates = range(len(asked.train)) if plan.candidates is None else plan.candidates
+
+    def score(candidates: Sequence[int]) -> Influence:
+        return estimator(asked.model, asked.train, asked.query, task=asked.task, candidates=candidates)
+
+    candidates = afford_scores(score, asked.train, seconds)
+    chosen = range(len(asked.train)) if candidates is None else candidates
     held = (asked.model, asked.train, asked.query)
-    return Answered(plan.estimator(*held, task=asked.task, candidates=candidates, progress=asked.progress), None)
+    found = estimator(*held, task=asked.task, candidates=chosen, progress=asked.progress)
+    return Answered(found, None, _cut(candidates, asked, seconds))
 
 
-def _fitted_and_answered(asked: Asked, estimator: InfluenceFunction, plan: Plan, self_influence: bool) -> Answered:
-    fitted = estimator.fit(asked.model, asked.train, asked.task, asked.progress, asked.ranks)
-    twice = self_influence and fitted.cheap
-    places, message = asked.ranks.gather(afford_scores(fitted, asked.query, plan, twice))[0]
-    candidates = range(len(asked.train)) if places is None else places
-    top = KEPT if len(asked.query) * len(candidates) > MOST_SCORES else None
-    found = fitted(asked.query, candidates, top_k=top, check=True)
-    if self_influence and not twice:
-        note = f"self-influence is left out: {estimator.curvature!r} would iterate once for each training sample"
-        found = dataclasses.replace(found, notes=(*found.notes, note))
-    return Answered(found, fitted.self_influence(candidates) if twice else None, message)
+def _by_influence_function(
+    asked: Asked, estimator: InfluenceFunction, self_influence: bool, seconds: float
+) -> Answered:
+    """Fit within half of the time, and score what fits into the rest; rank zero decides for all."""
+    started = time.perf_counter()
+    plan = asked.ranks.gather(afford_curvature(estimator, asked.model, asked.train, asked.task, seconds / 2))[0]
+    fitted = plan.estimator.fit(asked.model, asked.train, asked.task, asked.progress, asked.ranks)
+    alone = dataclasses.replace(fitted, reader=dataclasses.replace(fitted.reader, progress=quiet, ranks=Alone()))
+
+    iterative = isinstance(fitted.curvature, ConjugateGradient | LiSSA)  # all of its cost is in the queries
+    left_out = (SELF_LEFT_OUT,) if self_influence and iterative else ()
+    self_influence = self_influence and not iterative
+
+    def score(candidates: Sequence[int]) -> None:
+        alone(asked.query, candidates, check=True)
+        if self_influence:
+            alone.self_influence(candidates)
+
+    left = math.inf if iterative else seconds - (time.perf_counter() - started)
+    candidates = asked.ranks.gather(afford_scores(score, asked.train, asked.ranks.count * left))[0]
+    chosen = range(len(asked.train)) if candidates is None else candidates
+    top = KEPT if len(asked.query) * len(chosen) > MOST_SCORES else None
+    found = fitted(asked.query, chosen, top_k=top, check=True)
+    suspects = fitted.self_influence(chosen) if self_influence else None
+    found = dataclasses.replace(found, notes=(*found.notes, *left_out))
+    return Answered(found, suspects, " ".join(filter(None, (plan.message, _cut(candidates, asked, seconds)))))
+
+
+def _cut(candidates: Sequence[int] | None, asked: Asked, seconds: float) -> str:
+    if candidates is None:
+        return ""
+    return f"{len(candidates):,} of {len(asked.train):,} training samples, evenly spread, fit into {seconds:.0f} s."
 
 
 def spot_checks(asked: Asked, found: Influence, retrain: Callable[[Sequence[int]], nn.Module]) -> tuple[SpotCheck, ...]:

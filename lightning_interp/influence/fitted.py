@@ -14,7 +14,6 @@ from lightning_interp.capture import differentiable
 from lightning_interp.influence.coverage import Coverage
 from lightning_interp.influence.curvature import Curvature, Fitted, IdentityCurvature, Inverse
 from lightning_interp.influence.curvature.curvature import Gradients, Scorer
-from lightning_interp.influence.curvature.iterative import IterativeInverse
 from lightning_interp.influence.damping import Damping
 from lightning_interp.influence.duplicates import Duplicates
 from lightning_interp.influence.keeping import Everything, Keeper, Kept, Top, merged, overlap
@@ -59,11 +58,6 @@ class FittedInfluence:
     def measured(self) -> bool:
         """Whether scores are in the loss's unit, and damping means something."""
         return not isinstance(self.curvature, IdentityCurvature)
-
-    @property
-    def cheap(self) -> bool:
-        """Whether a question costs products with gradients alone; not where each takes iterations of its own."""
-        return not isinstance(self.inverse, IterativeInverse)
 
     @property
     def coverage(self) -> Coverage:

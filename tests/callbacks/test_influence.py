@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_interp import DataInfluence, Display, Task
-from lightning_interp.callbacks.budget import Stopwatch, afford, afford_scores
+from lightning_interp.callbacks.budget import afford_curvature, afford_scores
 from lightning_interp.callbacks.telling import strangeness
 from lightning_interp.influence import (
     EKFAC,
@@ -30,7 +31,6 @@ from lightning_interp.influence import (
     LiSSA,
 )
 from lightning_interp.influence.curvature import Curvature
-from lightning_interp.influence.fitted import FittedInfluence
 from lightning_interp.samples import Samples
 from tests.models import Net, Shapes, loaders, trainer
 
@@ -222,28 +222,26 @@ def test_the_budget_leaves_small_work_alone() -> None:
     module, data = Net().eval(), Shapes(96)
     estimator = InfluenceFunction(EKFAC())
     for seconds in (math.inf, 1e6):
-        train, query = Samples(data), Samples(Shapes(2))
-        plan = afford(estimator, module, train, query, Task(), seconds)
-        assert plan[:3] == (estimator, None, "")
-        assert afford_scores(estimator.fit(module, train), query, plan, twice=True) == (None, "")
+        assert afford_curvature(estimator, module, Samples(data), Task(), seconds) == (estimator, "")
+        assert afford_scores(len, Samples(data), seconds) is None
 
 
-def test_a_trial_knows_that_columns_do_not_grow_with_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fit(self: InfluenceFunction, model: Any, train: Samples, task: Task, watch: Stopwatch, *_: Any) -> Any:
-        curvature: Any = self.curvature
-        watch.seconds["curvature"] = 1e-3 * len(train) + 1e-2 * curvature.columns
-        return FittedInfluence.__new__(FittedInfluence)
+def test_scores_are_cut_to_what_fits() -> None:
+    data = Samples(range(2000))
+    places = afford_scores(lambda some: time.sleep(0.02 + 0.01 * len(some)), data, 2.0)
+    assert places is not None
+    assert 40 < len(places) < 400  # about 160
+    assert (places[0], places[-1]) == (0, 1999)
+    assert afford_scores(lambda some: time.sleep(0.2), data, 2.0) is None  # a cost that does not grow by the sample
 
-    monkeypatch.setattr(InfluenceFunction, "fit", fit)
-    monkeypatch.setattr(FittedInfluence, "cheap", True)
-    train, query = Samples(Shapes(4000)), Samples(Shapes(2))
-    estimator = InfluenceFunction(GaussNewton(columns=4000), damping=0.1)
-    whole = afford(estimator, Net().eval(), train, query, Task(), 2 * 45)  # of which half is for 4 s and 40 s
-    assert whole.estimator == estimator
-    half = afford(estimator, Net().eval(), train, query, Task(), 2 * 22)
-    assert isinstance(half.estimator, InfluenceFunction)
-    cut: Any = half.estimator.curvature
-    assert (cut.columns, cut.samples) == (pytest.approx(2000, rel=0.02), pytest.approx(2000, rel=0.02))
+
+@pytest.mark.parametrize("curvature", [ConjugateGradient(iterations=2), LiSSA(iterations=20)])
+def test_curvatures_without_self_influence_leave_it_out(tmp_path: Path, curvature: Any) -> None:
+    estimator = InfluenceFunction(curvature, damping=1.0)
+    fit = trainer(tmp_path, max_epochs=1, callbacks=[DataInfluence(queries=1, estimator=estimator, on_error="raise")])
+    fit.fit(Net(), *loaders())
+    assert "residual" in written(fit)[2]
+    assert not list(tmp_path.rglob("self_influence.csv"))
 
 
 @pytest.mark.parametrize(
@@ -298,10 +296,12 @@ def test_binary_floats_with_names_are_not_called_wrong(tmp_path: Path) -> None:
 
 def test_a_decomposition_that_takes_too_long_leaves_the_last_layer() -> None:
     module, train, query = Net().eval(), Samples(Shapes(96)), Samples(Shapes(2))
-    plan = afford(InfluenceFunction(), module, train, query, Task(), 1e-7)
+    plan = afford_curvature(InfluenceFunction(), module, train, Task(), 1e-7)
     assert isinstance(plan.estimator, InfluenceFunction)
     assert plan.estimator.layers == ["head"]
     assert "only the parameters of head" in plan.message
+    columns = afford_curvature(InfluenceFunction(damping=0.1), module, train, Task(), 1e-7)
+    assert columns.message == ""  # columns were chosen, which decompose no layer
     assert InfluenceFunction(layers=["head"])(module, train, query).covered == ("head.weight", "head.bias")
 
 
