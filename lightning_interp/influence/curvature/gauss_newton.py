@@ -113,14 +113,23 @@ class DenseInverse:
 
     def against(self, queries: Gradients) -> Scorer:
         """Return a function: gradients of m samples → ∇ℓ_qᵀ (H + Λ)⁻¹ ∇ℓ_i, `(q, m)`."""
-        like = next(iter(queries.values())).outputs
-        solved = torch.cholesky_solve(self._flat(queries).T, self.factor).T.to(like)
-        return lambda rows: solved @ self._flat(rows).T.to(like)
+        solved = self._solved(queries)
+        return lambda rows: solved @ self._flat(rows).T.to(solved)
+
+    def solve(self, rows: Gradients) -> dict[str, Tensor]:
+        """Return (H + Λ)⁻¹ ∇ℓ of each sample: block → `(q, groups, o, i)`."""
+        held = {block: rows[block] for block in self.blocks}
+        parts = self._solved(rows).split([row.size for row in held.values()], dim=1)
+        return {b: part.reshape(-1, *row.shape) for (b, row), part in zip(held.items(), parts, strict=True)}
 
     def squares(self, rows: Gradients) -> Tensor:
         """Return ∇ℓ_iᵀ (H + Λ)⁻¹ ∇ℓ_i of each sample, `(n,)`."""
         half = torch.linalg.solve_triangular(self.factor, self._flat(rows).T, upper=False)
         return half.square().sum(0).to(next(iter(rows.values())).outputs)
+
+    def _solved(self, rows: Gradients) -> Tensor:
+        like = next(iter(rows.values())).outputs
+        return torch.cholesky_solve(self._flat(rows).T, self.factor).T.to(like)
 
     def _flat(self, rows: Gradients) -> Tensor:
         return flatten({block: rows[block] for block in self.blocks}).cpu().double()
@@ -171,10 +180,7 @@ class ColumnsInverse:
 
     def against(self, queries: Gradients) -> Scorer:
         """Return a function: gradients of m samples → ∇ℓ_qᵀ (H + Λ)⁻¹ ∇ℓ_i, `(q, m)`."""
-        asked = whitened(queries, self.shift)
-        asked = {b: q if q.shape == self.rows[b].shape else q.whole() for b, q in asked.items()}
-        inside = sum_of(products(asked[block], row) for block, row in self.rows.items())
-        solved = torch.cholesky_solve(inside.T.cpu().double(), self.factor).T.to(inside)
+        asked, solved = self._in_columns(queries)
 
         def score(rows: Gradients) -> Tensor:
             rows = whitened(rows, self.shift)
@@ -183,6 +189,18 @@ class ColumnsInverse:
 
         return score
 
+    def solve(self, rows: Gradients) -> dict[str, Tensor]:
+        """Return (H + Λ)⁻¹ ∇ℓ of each sample: block → `(q, groups, o, i)`."""
+        asked, solved = self._in_columns(rows)
+        found = {}
+        for block, row in asked.items():
+            along = torch.stack([self.rows[block].scaled(weights).total() for weights in solved])
+            rest = row.gradients().flatten(1) - along.flatten(1)
+            shift = self.shift[block]
+            scale = shift.rsqrt().reshape(-1).to(rest) if isinstance(shift, Tensor) else shift**-0.5
+            found[block] = (rest * scale).reshape(-1, *rows[block].shape)
+        return found
+
     def squares(self, rows: Gradients) -> Tensor:
         """Return ∇ℓ_iᵀ (H + Λ)⁻¹ ∇ℓ_i of each sample, `(n,)`."""
         rows = whitened(rows, self.shift)
@@ -190,6 +208,13 @@ class ColumnsInverse:
         half = torch.linalg.solve_triangular(self.factor, inside.cpu().double(), upper=False)
         whole = sum_of(row.squared_norms() for row in rows.values())
         return whole - half.square().sum(0).to(whole)
+
+    def _in_columns(self, queries: Gradients) -> tuple[dict[str, Rows], Tensor]:
+        """Return Λ^−½ ∇ℓ, laid out as the columns are, and (nI + DᵀD)⁻¹ Dᵀ Λ^−½ ∇ℓ, `(q, r)`."""
+        asked = whitened(queries, self.shift)
+        asked = {b: q if q.shape == self.rows[b].shape else q.whole() for b, q in asked.items()}
+        inside = sum_of(products(asked[block], row) for block, row in self.rows.items())
+        return asked, torch.cholesky_solve(inside.T.cpu().double(), self.factor).T.to(inside)
 
 
 def whitened(rows: Gradients, shift: Shift) -> dict[str, Rows]:
