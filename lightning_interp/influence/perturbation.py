@@ -139,7 +139,7 @@ class Steps:
 def craft(
     estimator: InfluenceFunction,
     retrain: Retrain,
-    train: TensorDataset,
+    train: Any,
     query: Any,
     places: Sequence[int],
     steps: Steps = Steps(),
@@ -158,7 +158,7 @@ def craft(
     Args:
         estimator: gives the curvature and damping; that of the network's training, weight decay included.
         retrain: dataset → a model trained on it to its optimum.
-        train: inputs (what the front makes of them, if there is one) and targets.
+        train: a `TensorDataset` of inputs (what the front makes of them, if there is one) and targets.
         query: dataset of the samples whose loss is raised, as the model sees them.
         places: which training inputs are changed.
         steps: how many, how long, and how far.
