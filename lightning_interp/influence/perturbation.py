@@ -48,7 +48,9 @@ def input_influence(fitted: FittedInfluence, query: Any, places: Sequence[int]) 
     watch, reader = fitted.coverage.watch, fitted.reader
     with differentiable(watch.model):
         solved = fitted.inverse.solve(asked_of(reader, Samples.of(query)).rows)
-        vectors = {name: v for block, s in solved.items() for name, v in fitted.coverage.blocks[block].unpack(s).items()}
+        vectors = {
+            name: v for block, s in solved.items() for name, v in fitted.coverage.blocks[block].unpack(s).items()
+        }
         batches = reader.batches(fitted.train.at(places), "perturbing training samples")
         found = [_mixed(watch.model, watch.task, batch, vectors) for batch in batches]
     return finite(-torch.cat(found, dim=1) / len(fitted.train), "input influence")

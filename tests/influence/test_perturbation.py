@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 from lightning_interp import Task
 from lightning_interp.capture import differentiable
 from lightning_interp.influence import EKFAC, Damping, GaussNewton, IdentityCurvature, InfluenceFunction, LiSSA
-from lightning_interp.influence.curvature import Curvature
+from lightning_interp.influence.curvature import Curvature, Solver
 from lightning_interp.influence.fitted import asked_of
 from lightning_interp.influence.perturbation import Front, Steps, craft, input_influence
 from lightning_interp.samples import Samples
@@ -45,21 +45,22 @@ def logistic(data: TensorDataset) -> nn.Module:
 def small() -> tuple[nn.Module, TensorDataset, TensorDataset]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)).double()
-    data = [TensorDataset(torch.randn(n, 1, 4, 4, dtype=torch.float64), torch.arange(n) % 3) for n in (9, 2)]
-    return net, *data
+    train, query = (TensorDataset(torch.randn(n, 1, 4, 4).double(), torch.arange(n) % 3) for n in (9, 2))
+    return net, train, query
 
 
 def losses(net: nn.Module, data: TensorDataset) -> Tensor:
     return F.binary_cross_entropy_with_logits(net(data.tensors[0]), data.tensors[1], reduction="none")[:, 0].detach()
 
 
-@pytest.mark.parametrize("damping", [0.3, "each"])
+@pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("curvature", CURVATURES, ids=repr)
-def test_solutions_are_those_that_scores_are_made_of(curvature: Curvature, damping: float | str) -> None:
+def test_solutions_are_those_that_scores_are_made_of(curvature: Curvature, each: bool) -> None:
     net, train, query = small()
     values = {name: 0.2 + torch.rand_like(p) for name, p in net.named_parameters()}
-    own = Damping(values, "of each parameter") if damping == "each" else damping
-    fitted = InfluenceFunction(curvature, damping=own).fit(net, train)
+    damping = Damping(values if each else 0.3, "given")
+    fitted = InfluenceFunction(curvature, damping=damping).fit(net, train)
+    assert isinstance(fitted.inverse, Solver)
     with differentiable(net):
         asked = asked_of(fitted.reader, Samples.of(query)).rows
         rows = asked_of(fitted.reader, Samples.of(train)).rows
@@ -101,7 +102,9 @@ def test_the_map_predicts_retraining_on_the_perturbed_sample() -> None:
                 x = train.tensors[0].clone()
                 x[place, feature] += sign * step
                 ends.append(losses(logistic(TensorDataset(x, train.tensors[1])), query))
-            torch.testing.assert_close(found[:, column, feature], (ends[0] - ends[1]) / (2 * step), rtol=1e-5, atol=1e-9)
+            torch.testing.assert_close(
+                found[:, column, feature], (ends[0] - ends[1]) / (2 * step), rtol=1e-5, atol=1e-9
+            )
 
 
 def test_inputs_of_a_dict_and_dropout_are_taken_as_they_are() -> None:
@@ -139,7 +142,9 @@ def test_crafted_samples_raise_the_loss_within_the_radius() -> None:
     assert_best_corner(found.inputs, found.originals, found.losses[-1].sum(), train, query)
 
 
-def assert_best_corner(inputs: Tensor, originals: Tensor, reached: Tensor, train: TensorDataset, query: TensorDataset) -> None:
+def assert_best_corner(
+    inputs: Tensor, originals: Tensor, reached: Tensor, train: TensorDataset, query: TensorDataset
+) -> None:
     """Check that none of 30 random changes as large does as much harm."""
     for _ in range(30):
         x = train.tensors[0].clone()
@@ -148,7 +153,7 @@ def assert_best_corner(inputs: Tensor, originals: Tensor, reached: Tensor, train
 
 
 def test_the_slope_goes_on_through_a_frozen_front() -> None:
-    """A front that doubles and turns the features: the same samples are reached from its inputs with half the change."""
+    """A front that doubles and turns the features: its inputs are pushed along its transpose."""
     train, query = blobs(40, 0), blobs(3, 1)
     turn = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
     front = nn.Linear(4, 4, bias=False).double()
@@ -180,9 +185,9 @@ def test_it_stops_when_that_is_enough_and_stays_between_the_bounds() -> None:
 
 def test_what_cannot_be_perturbed_is_refused() -> None:
     tokens = TensorDataset(torch.randint(0, 5, (6, 3)), torch.arange(6) % 2)
-    net = nn.Sequential(nn.Embedding(5, 2), nn.Flatten(), nn.Linear(6, 2))
-    fitted = InfluenceFunction(GaussNewton(), damping=0.1).fit(net, tokens)
-    with pytest.raises(TypeError, match="expected inputs of floats to perturb, got torch.int64"):
+    reader = nn.Sequential(nn.Embedding(5, 2), nn.Flatten(), nn.Linear(6, 2))
+    fitted = InfluenceFunction(GaussNewton(), damping=0.1).fit(reader, tokens)
+    with pytest.raises(TypeError, match=r"expected inputs of floats to perturb, got torch\.int64"):
         input_influence(fitted, tokens, [0])
     net, train, query = small()
     with pytest.raises(TypeError, match=r"expected a curvature whose inverse has `solve`, got LiSSA"):
