@@ -38,6 +38,7 @@ class Case:
         checkpoints: weights along the training.
         rates: learning rate at each checkpoint.
         models: networks of other seeds, `net` first.
+        batch: samples that the peers get at once.
     """
 
     net: nn.Module
@@ -48,6 +49,7 @@ class Case:
     checkpoints: Sequence[Mapping[str, Tensor]] = ()
     rates: Sequence[float] = ()
     models: Sequence[nn.Module] = ()
+    batch: int = BATCH
 
     @property
     def damping(self) -> float:
