@@ -61,8 +61,13 @@ def chosen(every: Mapping[str, Method], only: Sequence[str]) -> dict[str, Method
 
 
 def first(name: str, method: Method, case: Case) -> Row | None:
-    """Run a method once: its quality, its passes and its cost when cold; None if it cannot run here."""
+    """Run a method once: its quality, its passes and its cost when cold; None if it cannot run here.
+
+    Raises:
+        RuntimeError: it changed the network, on which the others are to run.
+    """
     passes, found = Passes(), []
+    before = [p.detach().clone() for p in case.net.parameters()]
 
     def work() -> None:
         with passes.counted({case.net, *case.models}):
@@ -71,15 +76,18 @@ def first(name: str, method: Method, case: Case) -> Row | None:
     try:
         with quiet():
             cost = in_epochs(work, case)
+            quality = case.quality(found[0])
     except Exception as error:  # a peer that is missing or cannot is said to be, and the others go on
         print(f"{name}: left out ({type(error).__name__}: {error})"[:300], flush=True)
         return None
+    if any(not torch.equal(one, other) for one, other in zip(before, case.net.parameters(), strict=True)):
+        raise RuntimeError(f"{name}: expected the network's weights as they were, got others")
     n = len(case.train)
     whose, _, short = name.partition(" ")
     return {
         "name": short,
         "whose": whose.rstrip(":"),
-        "quality": case.quality(found[0]),
+        "quality": quality,
         "forward": passes.forward / n,
         "backward": passes.backward / n,
         "costs": [cost],

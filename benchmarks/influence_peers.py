@@ -144,6 +144,7 @@ def kronfluence(case: Case, damping: float | None, strategy: str = "ekfac") -> T
 
 def pydvl(name: str, case: Case, **options: Any) -> Tensor:
     package, net = load("pydvl.influence.torch"), load("copy").deepcopy(case.net)
+    torch.manual_seed(SEED)
     method = getattr(package, name)(net, F.cross_entropy, regularization=case.damping, **options)
     return _pydvl(method, case)
 
@@ -168,10 +169,10 @@ def _pydvl(method: Any, case: Case) -> Tensor:
 
 def trak(case: Case, dim: int, ridge: float = 0.0) -> Tensor:
     """Return the scores averaged over the case's networks, each with its own projection."""
-    package = load("trak")
+    package, net = load("trak"), load("copy").deepcopy(case.net)
     with tempfile.TemporaryDirectory() as folder:
         traker = package.TRAKer(
-            case.net,
+            net,
             "image_classification",
             len(case.train),
             save_dir=folder,
@@ -181,7 +182,7 @@ def trak(case: Case, dim: int, ridge: float = 0.0) -> Tensor:
             lambda_reg=ridge,
             logging_level=logging.ERROR,
         )
-        weights = [net.state_dict() for net in case.models]
+        weights = [one.state_dict() for one in case.models]
         for model_id, state in enumerate(weights):
             traker.load_checkpoint(state, model_id=model_id)
             for batch in train(case):
@@ -214,7 +215,9 @@ def dattri_ekfac(case: Case) -> Tensor:
 
 
 def dattri_lissa(case: Case) -> Tensor:
-    return _dattri("IFAttributorLiSSA", case, damping=case.damping, batch_size=case.batch)
+    """Its damping is of the curvature over the scale."""
+    options = {"batch_size": case.batch, "scaling": 50.0, "recursion_depth": 1000, "damping": case.damping / 50}
+    return _dattri("IFAttributorLiSSA", dataclasses.replace(case, batch=len(case.train)), **options)
 
 
 def _dattri(name: str, case: Case, **options: Any) -> Tensor:
@@ -222,7 +225,7 @@ def _dattri(name: str, case: Case, **options: Any) -> Tensor:
     net = load("copy").deepcopy(case.net)
 
     def loss(weights: Mapping[str, Tensor], pair: Any) -> Tensor:
-        return F.cross_entropy(functional_call(net, dict(weights), pair[0]), pair[1])
+        return F.cross_entropy(functional_call(net, dict(weights), pair[0]), pair[1].long())
 
     task = load("dattri.task").AttributionTask(loss_func=loss, model=net, checkpoints=dict(net.state_dict()))
     torch.manual_seed(SEED)
