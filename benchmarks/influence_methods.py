@@ -87,7 +87,7 @@ MAKERS: dict[str, Make] = {
     "gradient dot product, last layer": lambda case: InfluenceFunction(IdentityCurvature(), 1.0, layers=["fc2"]),
     "TracIn, 8 checkpoints": tracin,
     "TRAK, 512": trak,
-    "TRAK, 512, damped": partial(trak, damping=0.03),
+    "TRAK, 512, damped": partial(trak, damping=0.3),
     "K-FAC": partial(shared, KFAC()),
     "EK-FAC, 512 columns": partial(shared, EKFAC(columns=512)),
     "EK-FAC": partial(shared, EKFAC()),
@@ -117,7 +117,7 @@ OURS: Mapping[str, Method] = {
         for name in ("gradient dot product", "EK-FAC, 512 columns", "Gauss–Newton, 128 columns", "default")
     },
     "TRAK, 512, damped, 6 models": partial(
-        scored, lambda case: TRAK([net.state_dict() for net in case.models], 512, 0.03)
+        scored, lambda case: TRAK([net.state_dict() for net in case.models], 512, 0.3)
     ),
 }
 CORRECTED: Mapping[str, Method] = {"Hessian, corrected for leverage": corrected}
