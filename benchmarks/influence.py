@@ -60,6 +60,11 @@ def chosen(every: Mapping[str, Method], only: Sequence[str]) -> dict[str, Method
     return {name: method for name, method in every.items() if not only or any(word in name for word in only)}
 
 
+def fits(name: str, case: Case) -> bool:
+    """Say whether the case has the networks or checkpoints that a method is named for."""
+    return (len(case.models) > 1 or "6 models" not in name) and (len(case.rates) > 1 or "8 checkpoints" not in name)
+
+
 def first(name: str, method: Method, case: Case) -> Row | None:
     """Run a method once: its quality, its passes and its cost when cold; None if it cannot run here.
 
@@ -204,7 +209,8 @@ def main() -> None:
     bare = [cpu_seconds(partial(epoch, case)) * 1e3 for _ in range(20)]
     loaded = [cpu_seconds(partial(epoch_of_loader, case)) * 1e3 for _ in range(5)]
     print(f"One epoch: {spread(bare)} ms; through a DataLoader: {spread(loaded)} ms.")
-    rows = compared(chosen(named(ours) | PEERS, given.only), case, given.repeats, given.once)
+    methods = {name: method for name, method in chosen(named(ours) | PEERS, given.only).items() if fits(name, case)}
+    rows = compared(methods, case, given.repeats, given.once)
     rows = merged(given.json, given.case, rows, ("whose", "name"))
     table(rows, "r" if given.case == "logistic" else "LDS")
     if given.case == "sgd":
