@@ -18,8 +18,11 @@ import torch
 from callbacks_demo.mnist import Digits, SmallCNN
 from lightning_interp import DataInfluence, InputAttribution, RepresentationSimilarity
 
-EXPERIMENTS = ("correspondence", "bottom_up", "shapes", "photographs", "tokens", "lime_text")
-EXPERIMENTS += ("leave_one_out", "mislabelled", "poisoned")
+EXPERIMENTS = (
+    *("correspondence", "bottom_up"),
+    *("shapes", "photographs", "tokens", "lime_text"),
+    *("leave_one_out", "mislabelled", "poisoned"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> L.Trainer:
