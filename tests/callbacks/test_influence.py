@@ -176,7 +176,7 @@ def test_weights_that_are_averaged_later_are_said(tmp_path: Path) -> None:
 
 
 def test_steps_that_nobody_recorded_are_said(tmp_path: Path) -> None:
-    checkpoints = [], [DataInfluence(queries=2)]
+    checkpoints: tuple[list[L.Callback], ...] = [], [DataInfluence(queries=2)]
     for place, callbacks in enumerate(checkpoints):
         first = trainer(tmp_path / str(place), max_epochs=1, callbacks=callbacks)
         first.fit(Net(), *loaders())
