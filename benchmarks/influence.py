@@ -60,9 +60,19 @@ def chosen(every: Mapping[str, Method], only: Sequence[str]) -> dict[str, Method
     return {name: method for name, method in every.items() if not only or any(word in name for word in only)}
 
 
+def fits(name: str, case: Case) -> bool:
+    """Say whether the case has the networks or checkpoints that a method is named for."""
+    return (len(case.models) > 1 or "6 models" not in name) and (len(case.rates) > 1 or "8 checkpoints" not in name)
+
+
 def first(name: str, method: Method, case: Case) -> Row | None:
-    """Run a method once: its quality, its passes and its cost when cold; None if it cannot run here."""
+    """Run a method once: its quality, its passes and its cost when cold; None if it cannot run here.
+
+    Raises:
+        RuntimeError: it changed the network, on which the others are to run.
+    """
     passes, found = Passes(), []
+    before = [p.detach().clone() for p in case.net.parameters()]
 
     def work() -> None:
         with passes.counted({case.net, *case.models}):
@@ -71,15 +81,18 @@ def first(name: str, method: Method, case: Case) -> Row | None:
     try:
         with quiet():
             cost = in_epochs(work, case)
+            quality = case.quality(found[0])
     except Exception as error:  # a peer that is missing or cannot is said to be, and the others go on
         print(f"{name}: left out ({type(error).__name__}: {error})"[:300], flush=True)
         return None
+    if any(not torch.equal(one, other) for one, other in zip(before, case.net.parameters(), strict=True)):
+        raise RuntimeError(f"{name}: expected the network's weights as they were, got others")
     n = len(case.train)
     whose, _, short = name.partition(" ")
     return {
         "name": short,
         "whose": whose.rstrip(":"),
-        "quality": case.quality(found[0]),
+        "quality": quality,
         "forward": passes.forward / n,
         "backward": passes.backward / n,
         "costs": [cost],
@@ -196,7 +209,8 @@ def main() -> None:
     bare = [cpu_seconds(partial(epoch, case)) * 1e3 for _ in range(20)]
     loaded = [cpu_seconds(partial(epoch_of_loader, case)) * 1e3 for _ in range(5)]
     print(f"One epoch: {spread(bare)} ms; through a DataLoader: {spread(loaded)} ms.")
-    rows = compared(chosen(named(ours) | PEERS, given.only), case, given.repeats, given.once)
+    methods = {name: method for name, method in chosen(named(ours) | PEERS, given.only).items() if fits(name, case)}
+    rows = compared(methods, case, given.repeats, given.once)
     rows = merged(given.json, given.case, rows, ("whose", "name"))
     table(rows, "r" if given.case == "logistic" else "LDS")
     if given.case == "sgd":

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,9 +36,11 @@ class Case:
         query: inputs and classes.
         quality: scores `(q, n)` → how well they agree with retraining.
         trained: the damping that follows from how it was trained.
+        share: the other usual damping, 0.1 × the mean eigenvalue of the generalised Gauss–Newton matrix.
         checkpoints: weights along the training.
         rates: learning rate at each checkpoint.
         models: networks of other seeds, `net` first.
+        batch: samples that the peers get at once.
     """
 
     net: nn.Module
@@ -45,19 +48,16 @@ class Case:
     query: TensorDataset
     quality: Callable[[Tensor], float]
     trained: Damping
+    share: float
     checkpoints: Sequence[Mapping[str, Tensor]] = ()
     rates: Sequence[float] = ()
     models: Sequence[nn.Module] = ()
+    batch: int = BATCH
 
     @property
     def damping(self) -> float:
         """Return the same as one number, for those who take no other."""
         return self.trained.typical
-
-    @cached_property
-    def share(self) -> float:
-        """Return the other usual damping, 0.1 × the mean eigenvalue of the generalised Gauss–Newton matrix."""
-        return 0.1 * mean_eigenvalue(self.net, self.train)
 
 
 def mlp() -> nn.Sequential:
@@ -101,7 +101,8 @@ def sgd_mlp() -> Case:
     checkpoints = [_filled(mlp(), flat).state_dict() for flat in arrays["checkpoints"]]
     quality = partial(lds, truth["masks"], truth["loss"])
     trained = _damping(dict.fromkeys(dict(models[0].named_parameters()), SGD))
-    return Case(models[0], *digits(), quality, trained, checkpoints, arrays["checkpoint_lr"].tolist(), models)
+    rates = arrays["checkpoint_lr"].tolist()
+    return _case(models[0], digits(), quality, trained, checkpoints, rates, models)
 
 
 def adam_mlp(losses: str = "loss") -> Case:
@@ -112,7 +113,7 @@ def adam_mlp(losses: str = "loss") -> Case:
     roots = {name: torch.tensor(arrays[f"{name}.v"]).sqrt() + 1e-8 for name in net.state_dict()}
     trained = _damping({name: Trained("Adam", steps, rates, divisor=root) for name, root in roots.items()})
     quality = partial(lds, arrays["masks"], arrays[losses])
-    return Case(net, *digits(), quality, trained, [net.state_dict()], [1.0], [net])
+    return _case(net, digits(), quality, trained, [net.state_dict()], [1.0], [net])
 
 
 def logistic_regression() -> Case:
@@ -122,7 +123,7 @@ def logistic_regression() -> Case:
     net.add_module("fc2", nn.Linear(64, 10).double())
     net.load_state_dict({"fc2.weight": weights[:, :64], "fc2.bias": weights[:, 64]})
     decay = Damping(float(arrays["regularisation"]), "weight decay")
-    return Case(net, *digits(torch.float64), leave_one_out, decay, [net.state_dict()], [1.0], [net])
+    return _case(net, digits(torch.float64), leave_one_out, decay, [net.state_dict()], [1.0], [net])
 
 
 def synthetic(make: str, n: int, queries: int = 10) -> Case:
@@ -131,7 +132,7 @@ def synthetic(make: str, n: int, queries: int = 10) -> Case:
     net = {"mlp": mlp, "cnn": cnn}[make]()
     train, query = (TensorDataset(torch.rand(k, 64), torch.arange(k) % 10) for k in (n, queries))
     weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    return Case(net, train, query, lambda scores: 0.0, Damping(1e-2, "given"), [weights] * 8, [0.1] * 8, [net])
+    return Case(net, train, query, lambda scores: 0.0, Damping(1e-2, "given"), 1e-2, [weights] * 8, [0.1] * 8, [net])
 
 
 def mean_eigenvalue(net: nn.Module, train: TensorDataset) -> float:
@@ -171,6 +172,16 @@ def _filled(net: nn.Sequential, flat: np.ndarray) -> nn.Sequential:
     """Return the network with weights from one vector: each layer's weight, then its bias."""
     nn.utils.vector_to_parameters(torch.tensor(flat), net.parameters())
     return net
+
+
+def _case(
+    net: nn.Module,
+    data: tuple[TensorDataset, TensorDataset],
+    quality: Callable[[Tensor], float],
+    trained: Damping,
+    *runs: Any,
+) -> Case:
+    return Case(net, *data, quality, trained, 0.1 * mean_eigenvalue(net, data[0]), *runs)
 
 
 def _damping(paths: Mapping[str, Trained]) -> Damping:

@@ -1,7 +1,7 @@
 """The main job: train a small network on real digits with all three callbacks, and say where to look.
 
 `python -m callbacks_demo NAME` runs an experiment instead: `correspondence` and `bottom_up` of similarity, `shapes`,
-`photographs`, `tokens` and `lime_text` of attribution, `leave_one_out` of influence.
+`photographs`, `tokens` and `lime_text` of attribution, `leave_one_out`, `mislabelled` and `poisoned` of influence.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ import torch
 from callbacks_demo.mnist import Digits, SmallCNN
 from lightning_interp import DataInfluence, InputAttribution, RepresentationSimilarity
 
-EXPERIMENTS = ("correspondence", "bottom_up", "shapes", "photographs", "tokens", "lime_text", "leave_one_out")
+EXPERIMENTS = (
+    *("correspondence", "bottom_up"),
+    *("shapes", "photographs", "tokens", "lime_text"),
+    *("leave_one_out", "mislabelled", "poisoned"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> L.Trainer:

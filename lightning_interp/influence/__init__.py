@@ -20,6 +20,7 @@ from lightning_interp.influence.logistic import (
     leverage_corrected,
     multinomial_factors,
 )
+from lightning_interp.influence.perturbation import Crafted, Front, Steps, craft, input_influence
 from lightning_interp.influence.store import GradientStore, stored
 from lightning_interp.influence.tracin import TracIn
 from lightning_interp.influence.trajectory import Trajectory
@@ -38,9 +39,11 @@ __all__ = [
     "KFAC",
     "TRAK",
     "ConjugateGradient",
+    "Crafted",
     "Damping",
     "Ensemble",
     "Factors",
+    "Front",
     "GaussNewton",
     "GradientStore",
     "Hessian",
@@ -50,11 +53,14 @@ __all__ = [
     "LinearDatamodelingScore",
     "ProjectedGaussNewton",
     "Retrained",
+    "Steps",
     "TracIn",
     "Trajectory",
     "binary_factors",
+    "craft",
     "group_scores",
     "impact_by_size",
+    "input_influence",
     "leave_k_out",
     "leave_one_out",
     "leverage_corrected",

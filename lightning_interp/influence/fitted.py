@@ -100,7 +100,7 @@ class FittedInfluence:
         mine, places = share(chosen, self.reader.ranks)
         path = None if scores_file is None else Path(scores_file)
         with differentiable(self.coverage.watch.model):
-            asked = _asked(self.reader, self.reader.larger(query))
+            asked = asked_of(self.reader, self.reader.larger(query))
             keeper = Top(top_k, asked.targets) if top_k is not None else Everything(len(query), len(mine), path)
             ways = [(self.inverse.against(asked.rows), keeper)]
             others = self._others() if check else {}
@@ -275,7 +275,8 @@ def accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
     sums[name] = sums[name] + value if name in sums else value
 
 
-def _asked(reader: Reader, query: Samples) -> _Asked:
+def asked_of(reader: Reader, query: Samples) -> _Asked:
+    """Return the queries' gradients, targets, losses and inputs."""
     task = reader.coverage.watch.task
     parts: dict[str, list[Rows]] = {}
     targets, losses, inputs = [], [], []

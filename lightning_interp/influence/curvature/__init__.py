@@ -1,7 +1,7 @@
 """Curvature of the training loss, from which influence takes its metric."""
 
 from lightning_interp.influence.curvature.conjugate_gradient import ConjugateGradient
-from lightning_interp.influence.curvature.curvature import Curvature, Fitted, Inverse, Scorer, Shift
+from lightning_interp.influence.curvature.curvature import Curvature, Fitted, Inverse, Scorer, Shift, Solver
 from lightning_interp.influence.curvature.ekfac import EKFAC
 from lightning_interp.influence.curvature.gauss_newton import GaussNewton
 from lightning_interp.influence.curvature.hessian import Hessian
@@ -24,4 +24,5 @@ __all__ = [
     "ProjectedGaussNewton",
     "Scorer",
     "Shift",
+    "Solver",
 ]

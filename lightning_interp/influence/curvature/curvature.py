@@ -30,6 +30,14 @@ class Inverse(Protocol):
 
 
 @runtime_checkable
+class Solver(Protocol):
+    """An inverse that also gives its products with gradients as vectors."""
+
+    def solve(self, rows: Gradients) -> dict[str, Tensor]:
+        """Return (H + Λ)⁻¹ ∇ℓ of each sample: block → `(q, groups, o, i)`."""
+
+
+@runtime_checkable
 class Fitted(Protocol):
     """A curvature estimated from data."""
 

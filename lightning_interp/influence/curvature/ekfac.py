@@ -134,8 +134,12 @@ class EKFACInverse:
 
     def against(self, queries: Gradients) -> Scorer:
         """Return a function: gradients of m samples → ∇ℓ_qᵀ (H + Λ)⁻¹ ∇ℓ_i, `(q, m)`."""
-        solved = self.solved({block: row.gradients() for block, row in queries.items()})
+        solved = self.solve(queries)
         return lambda rows: sum_of(rows[block].against(solved[block]) for block in solved)
+
+    def solve(self, rows: Gradients) -> dict[str, Tensor]:
+        """Return (H + Λ)⁻¹ ∇ℓ of each sample: block → `(q, groups, o, i)`."""
+        return self.solved({block: row.gradients() for block, row in rows.items()})
 
     def solved(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return (H + Λ)⁻¹ times vectors by blocks, `(q, groups, o, i)`."""

@@ -114,14 +114,23 @@ class DenseInverse:
 
     def against(self, queries: Gradients) -> Scorer:
         """Return a function: gradients of m samples → ∇ℓ_qᵀ (H + Λ)⁻¹ ∇ℓ_i, `(q, m)`."""
-        like = next(iter(queries.values())).outputs
-        solved = torch.cholesky_solve(self._flat(queries).T, self.factor).T.to(like)
-        return lambda rows: solved @ self._flat(rows).T.to(like)
+        solved = self._solved(queries)
+        return lambda rows: solved @ self._flat(rows).T.to(solved)
+
+    def solve(self, rows: Gradients) -> dict[str, Tensor]:
+        """Return (H + Λ)⁻¹ ∇ℓ of each sample: block → `(q, groups, o, i)`."""
+        held = {block: rows[block] for block in self.blocks}
+        parts = self._solved(rows).split([row.size for row in held.values()], dim=1)
+        return {b: part.reshape(-1, *row.shape) for (b, row), part in zip(held.items(), parts, strict=True)}
 
     def squares(self, rows: Gradients) -> Tensor:
         """Return ∇ℓ_iᵀ (H + Λ)⁻¹ ∇ℓ_i of each sample, `(n,)`."""
         half = torch.linalg.solve_triangular(self.factor, self._flat(rows).T, upper=False)
         return half.square().sum(0).to(next(iter(rows.values())).outputs)
+
+    def _solved(self, rows: Gradients) -> Tensor:
+        like = next(iter(rows.values())).outputs
+        return torch.cholesky_solve(self._flat(rows).T, self.factor).T.to(like)
 
     def _flat(self, rows: Gradients) -> Tensor:
         return flatten({block: rows[block] for block in self.blocks}).cpu().double()

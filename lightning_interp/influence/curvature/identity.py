@@ -45,6 +45,10 @@ class FittedIdentity:
         """Return a function: gradients of m samples → dot products, `(q, m)`."""
         return lambda rows: sum_of(products(queries[block], row) for block, row in rows.items())
 
+    def solve(self, rows: Gradients) -> dict[str, Tensor]:
+        """Return the gradients themselves: block → `(q, groups, o, i)`."""
+        return {block: row.gradients() for block, row in rows.items()}
+
     def squares(self, rows: Gradients) -> Tensor:
         """Return each sample's squared gradient norm, `(n,)`."""
         return sum_of(row.squared_norms() for row in rows.values())
