@@ -94,23 +94,20 @@ def afford_curvature(
     return Plan(estimator, " ".join(said))
 
 
-def afford_scores(score: Callable[[Sequence[int]], Any], train: Samples, seconds: float) -> Sequence[int] | None:
+def afford_scores(score: Callable[[Sequence[int]], float], train: Samples, seconds: float) -> Sequence[int] | None:
     """Score a few samples, and return places of as many as can be scored in `seconds`; None for all.
 
     Args:
-        score: places in the training set → scores.
+        score: places in the training set → the seconds that scoring them took.
         train: all training samples.
         seconds: the budget; infinite for no limit.
     """
     n = len(train)
     if n <= MOST or math.isinf(seconds):
         return None
-    few = _few(seconds, lambda count: score(train.places(count)))
     started = time.perf_counter()
-    score(train.places(few))
-    half = time.perf_counter()
-    score(train.places(2 * few))
-    per_sample = max(1e-9, (time.perf_counter() - half) - (half - started)) / few
+    few = _few(seconds, lambda count: score(train.places(count)))
+    per_sample = max(1e-9, (score(train.places(2 * few)) - score(train.places(few))) / few)
     count = min(n, max(MOST, int((seconds - (time.perf_counter() - started)) / per_sample)))
     return None if count == n else train.places(count)
 

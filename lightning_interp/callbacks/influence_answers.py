@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_interp.callbacks.budget import Estimator, afford_curvature, afford_scores
+from lightning_interp.callbacks.budget import Estimator, Stopwatch, afford_curvature, afford_scores
 from lightning_interp.capture import undisturbed
 from lightning_interp.influence import ConjugateGradient, InfluenceFunction, LiSSA
 from lightning_interp.influence.ranks import Alone, Ranks
-from lightning_interp.progress import Progress, quiet
+from lightning_interp.progress import Progress
 from lightning_interp.records import Influence, SelfInfluence, SpotCheck
 from lightning_interp.samples import Samples
 from lightning_interp.task import Task
@@ -59,8 +59,10 @@ def answered(asked: Asked, estimator: Estimator, self_influence: bool, seconds: 
     if asked.ranks.index:
         return None
 
-    def score(candidates: Sequence[int]) -> Influence:
-        return estimator(asked.model, asked.train, asked.query, task=asked.task, candidates=candidates)
+    def score(candidates: Sequence[int]) -> float:
+        started = time.perf_counter()
+        estimator(asked.model, asked.train, asked.query, task=asked.task, candidates=candidates)
+        return time.perf_counter() - started
 
     candidates = afford_scores(score, asked.train, seconds)
     chosen = range(len(asked.train)) if candidates is None else candidates
@@ -76,16 +78,18 @@ def _by_influence_function(
     started = time.perf_counter()
     plan = asked.ranks.gather(afford_curvature(estimator, asked.model, asked.train, asked.task, seconds / 2))[0]
     fitted = plan.estimator.fit(asked.model, asked.train, asked.task, asked.progress, asked.ranks)
-    alone = dataclasses.replace(fitted, reader=dataclasses.replace(fitted.reader, progress=quiet, ranks=Alone()))
-
     iterative = isinstance(fitted.curvature, ConjugateGradient | LiSSA)  # all of its cost is in the queries
     left_out = (SELF_LEFT_OUT,) if self_influence and iterative else ()
     self_influence = self_influence and not iterative
 
-    def score(candidates: Sequence[int]) -> None:
-        alone(asked.query, candidates, check=True)
+    def score(candidates: Sequence[int]) -> float:
+        """Return the seconds of what grows with the samples: the rest, seconds too, would drown it."""
+        watch = Stopwatch()
+        alone = dataclasses.replace(fitted, reader=dataclasses.replace(fitted.reader, progress=watch, ranks=Alone()))
+        alone(asked.query, candidates)
         if self_influence:
             alone.self_influence(candidates)
+        return watch.of("scoring") + watch.of("self-influence")
 
     left = math.inf if iterative else seconds - (time.perf_counter() - started)
     candidates = asked.ranks.gather(afford_scores(score, asked.train, asked.ranks.count * left))[0]

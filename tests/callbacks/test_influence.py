@@ -31,6 +31,7 @@ from lightning_interp.influence import (
     LiSSA,
 )
 from lightning_interp.influence.curvature import Curvature
+from lightning_interp.influence.fitted import FittedInfluence
 from lightning_interp.samples import Samples
 from tests.models import Net, Shapes, loaders, trainer
 
@@ -175,7 +176,7 @@ def test_weights_that_are_averaged_later_are_said(tmp_path: Path) -> None:
 
 
 def test_steps_that_nobody_recorded_are_said(tmp_path: Path) -> None:
-    checkpoints = [], [DataInfluence(queries=2)]
+    checkpoints: tuple[list[L.Callback], ...] = [], [DataInfluence(queries=2)]
     for place, callbacks in enumerate(checkpoints):
         first = trainer(tmp_path / str(place), max_epochs=1, callbacks=callbacks)
         first.fit(Net(), *loaders())
@@ -228,11 +229,31 @@ def test_the_budget_leaves_small_work_alone() -> None:
 
 def test_scores_are_cut_to_what_fits() -> None:
     data = Samples(range(2000))
-    places = afford_scores(lambda some: time.sleep(0.02 + 0.01 * len(some)), data, 2.0)
+    places = afford_scores(lambda some: 0.3 + 0.01 * len(some), data, 2.0)
     assert places is not None
-    assert 40 < len(places) < 400  # about 160
+    assert len(places) == pytest.approx(200, abs=5)
     assert (places[0], places[-1]) == (0, 1999)
-    assert afford_scores(lambda some: time.sleep(0.2), data, 2.0) is None  # a cost that does not grow by the sample
+    assert afford_scores(lambda some: 0.2, data, 2.0) is None  # a cost that does not grow by the sample
+
+
+def test_what_does_not_grow_with_the_samples_is_no_cost_of_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored, timed = FittedInfluence.__call__, []
+
+    def slow(self: FittedInfluence, *args: Any, **options: Any) -> Any:
+        time.sleep(3.0)
+        return scored(self, *args, **options)
+
+    def tried(score: Any, *_: Any) -> None:
+        monkeypatch.setattr(FittedInfluence, "__call__", slow)
+        timed.append(score([0, 1]))
+        monkeypatch.setattr(FittedInfluence, "__call__", scored)
+
+    monkeypatch.setattr("lightning_interp.callbacks.influence_answers.afford_scores", tried)
+    fit = trainer(tmp_path, max_epochs=1, callbacks=[DataInfluence(queries=1, on_error="raise")])
+    fit.fit(Net(), *loaders())
+    assert 0 < timed[0] < 2
 
 
 @pytest.mark.parametrize("curvature", [ConjugateGradient(iterations=2), LiSSA(iterations=20)])
