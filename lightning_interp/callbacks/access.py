@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_interp.batch import precise, take
 from lightning_interp.generators import own_generators_kept
+from lightning_interp.influence.checkpoints import loaded
 from lightning_interp.samples import Samples
 from lightning_interp.task import SETTLED_BY, Task, settled
 
@@ -97,6 +98,16 @@ def mover(trainer: pl.Trainer) -> Any:
             return trainer.strategy.batch_to_device(batch)
 
     return move
+
+
+@contextmanager
+def explained_weights(trainer: pl.Trainer, module: nn.Module, which: Literal["last", "best"]) -> Iterator[None]:
+    """Give the module the weights that its checkpoint callback found best, for a while, or leave it the last ones."""
+    path = getattr(trainer.checkpoint_callback, "best_model_path", "") if which == "best" else ""
+    if which == "best" and not path:
+        rank_zero_warn('weights="best": no checkpoint callback has a best model, so the last one is explained')
+    with loaded(module, path) if path else nullcontext():
+        yield
 
 
 def in_precision(trainer: pl.Trainer, task: Task) -> Task:

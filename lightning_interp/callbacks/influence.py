@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 
 from lightning_interp.batch import row, size
 from lightning_interp.callbacks.access import (
+    explained_weights,
     given_samples,
     indexed_training_set,
     mover,
@@ -89,6 +90,8 @@ class DataInfluence(Callback):
         train_dataset: the training set without augmentation, in the order of its indices; when None, the training
             loader's dataset.
         query_dataset: where queries are looked for; when None, the validation set.
+        weights: which network is explained: the last one, or the best by the trainer's checkpoint callback (put back
+            afterwards; the last one, said aloud, where there is none).
         self_influence: whether to rank the training samples by their influence on themselves.
         retrain: for a spot check, (dataset indices to train on) → a network trained on them; called for the most
             helpful and the most harmful sample of each query, and once for all samples.
@@ -110,6 +113,7 @@ class DataInfluence(Callback):
         estimator: Estimator | None = None,
         train_dataset: Any = None,
         query_dataset: Any = None,
+        weights: Literal["last", "best"] = "last",
         self_influence: bool = True,
         retrain: Callable[[Sequence[int]], nn.Module] | None = None,
         budget_seconds: float | None = None,
@@ -117,12 +121,13 @@ class DataInfluence(Callback):
         display: Display = Display(),
         on_error: OnError = "warn",
     ) -> None:
-        _check_arguments(queries, top, estimator, budget_seconds, retrain)
+        _check_arguments(queries, top, estimator, budget_seconds, retrain, weights)
         self.queries = queries
         self.top = top
         self.estimator = estimator
         self.train_dataset = train_dataset
         self.query_dataset = query_dataset
+        self.weights = weights
         self.self_influence = self_influence
         self.retrain = retrain
         self.budget_seconds = budget_seconds
@@ -219,7 +224,8 @@ class DataInfluence(Callback):
     def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         ranks = Distributed() if trainer.world_size > 1 else Alone()
         try:
-            self._score(trainer, module, ranks)
+            with explained_weights(trainer, module, self.weights):
+                self._score(trainer, module, ranks)
             ranks.gather(None)  # the others wait, so that rank zero can tell them if it could not publish
         except OtherRankError:
             raise
@@ -263,8 +269,10 @@ class DataInfluence(Callback):
         return samples.at(order[: self.queries].tolist())
 
 
-def _check_arguments(queries: Any, top: Any, estimator: Any, budget_seconds: Any, retrain: Any) -> None:
+def _check_arguments(queries: Any, top: Any, estimator: Any, budget_seconds: Any, retrain: Any, weights: Any) -> None:
     owner = "DataInfluence"
+    if weights not in ("last", "best"):
+        raise ValueError(f'{owner}(weights=...): expected "last" or "best", got {weights!r}')
     for name, value in (("queries", queries), ("top", top)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{owner}({name}=...): expected a whole number from 1, got {value!r}")

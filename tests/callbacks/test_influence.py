@@ -14,6 +14,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -84,6 +85,41 @@ def test_the_runs_own_damping_is_the_default(tmp_path: Path) -> None:
     expected = whole(module, loaders()[0].dataset, Subset(loaders()[1].dataset, list(dict.fromkeys(queries))))
     error = (scores["scores"] - expected.scores).abs().max()  # batches of another size round otherwise
     assert float(error) < 1e-3 * float(expected.scores.abs().max())
+
+
+class Forgets(Net):
+    """Its first epoch is its best by what it logs."""
+
+    def on_train_epoch_end(self) -> None:
+        self.log("score", float(self.current_epoch))
+
+
+def test_the_best_weights_are_explained_and_the_last_put_back(tmp_path: Path) -> None:
+    estimator = InfluenceFunction(EKFAC(), damping=0.1)
+    kept = ModelCheckpoint(tmp_path / "kept", monitor="score", mode="min", save_top_k=1)
+    callback = DataInfluence(queries=2, weights="best", estimator=estimator, on_error="raise")
+    fit, module = trainer(tmp_path, callbacks=[callback, kept], enable_checkpointing=True), Forgets()
+    fit.fit(module, *loaders())
+    rows, scores, _ = written(fit)
+    last = {name: value.clone() for name, value in module.state_dict().items()}
+    best = torch.load(kept.best_model_path, weights_only=True)["state_dict"]
+    assert any(not torch.equal(last[name], best[name]) for name in last)
+    module.load_state_dict(best)
+    queries = list(dict.fromkeys(int(row["query_id"]) for row in rows))
+    expected = estimator(module, loaders()[0].dataset, Subset(loaders()[1].dataset, queries)).scores
+    assert torch.allclose(scores["scores"], expected, rtol=1e-3, atol=1e-6)
+    bare = Forgets()
+    trainer(tmp_path / "bare", callbacks=[]).fit(bare, *loaders())
+    assert all(torch.equal(value, last[name]) for name, value in bare.state_dict().items())
+
+
+def test_best_without_a_checkpoint_is_the_last_and_said(tmp_path: Path) -> None:
+    options = {"max_epochs": 1, "enable_checkpointing": False}
+    fit = trainer(tmp_path, callbacks=[DataInfluence(queries=1, weights="best")], **options)
+    with pytest.warns(UserWarning, match="no checkpoint callback has a best model"):
+        fit.fit(Net(), *loaders())
+    with pytest.raises(ValueError, match='expected "last" or "best", got \'first\''):
+        DataInfluence(weights="first")  # type: ignore[arg-type]
 
 
 def test_suspects_and_spot_checks_are_written(tmp_path: Path) -> None:
