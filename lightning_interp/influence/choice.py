@@ -14,13 +14,13 @@ from lightning_interp.influence.trace import Trace
 
 COLUMNS = 1024
 FEWEST = 512
-STORED = 2**25
+STORED = 2**24
 
 
 def choose(coverage: Coverage, few: Any, damping: Damping | None) -> tuple[Curvature, str]:
     """Return a curvature for a network, and the reason in words.
 
-    `GaussNewton(columns=...)` with 1,024 columns, or as many as fit in 128 MB if these are 512 or more, where the
+    `GaussNewton(columns=...)` with 1,024 columns, or as many as fit in 64 MB if these are 512 or more, where the
     damping is known (it needs the right one); else `EKFAC()`, which asks less of both.
 
     Args:
