@@ -70,6 +70,9 @@ def cover(model: nn.Module, task: Task, batch: Any, layers: Sequence[str] | None
         task: how to call it and its loss.
         batch: two samples or more, on its device.
         layers: names of the layers whose parameters enter; all when None.
+
+    Raises:
+        FloatingPointError: the first samples' losses are not finite.
     """
     few = take(batch, 0, min(3, size(batch)))
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad and _asked(name, layers)}
@@ -97,9 +100,9 @@ class _Search:
         """Return what of these sites is right."""
         careful = [site._replace(rule=_careful(site.rule)) for site in sites]
         watch = Watch(self.model, self.task, careful, self.names, {})
-        uses = Trace(watch, self.few).uses
-        blocks = {name: block for block in self._blocks(uses) for name in block.parameters}
-        rows = Trace(dataclasses.replace(watch, blocks=blocks), self.few).loss_rows()
+        trace = Trace(watch, self.few)
+        blocks = {name: block for block in self._blocks(trace.uses) for name in block.parameters}
+        rows = trace.fill(blocks).loss_rows()
         good = {name: block for name, block in blocks.items() if self.right(block, rows[block.name])}
         kept = [site for site in sites if not self.names_of(site).isdisjoint(good)]
         return Watch(self.model, self.task, kept, self.names, good)
@@ -204,6 +207,8 @@ def _by_autograd(model: nn.Module, task: Task, few: Any, names: Mapping[int, str
     found = []
     for sample in range(min(CHECKED, size(few))):
         loss = task.total(model, take(few, sample, sample + 1))
+        if not bool(loss.isfinite()):
+            raise FloatingPointError("influence: losses of the first training samples hold NaN or infinity")
         grads = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else []
         pairs = zip(parameters, grads, strict=bool(grads))
         found.append({names[id(p)]: grad for p, grad in pairs if grad is not None})

@@ -15,7 +15,7 @@ from lightning_interp.influence.choice import choose
 from lightning_interp.influence.coverage import Coverage, cover
 from lightning_interp.influence.curvature import EKFAC, KFAC, Curvature
 from lightning_interp.influence.damping import Damping
-from lightning_interp.influence.fitted import FittedInfluence, finite
+from lightning_interp.influence.fitted import FittedInfluence
 from lightning_interp.influence.ranks import Ranks
 from lightning_interp.influence.reading import ALONE, MOST_AT_ONCE, Reader
 from lightning_interp.influence.steps import checked_step
@@ -173,7 +173,6 @@ def _covered(
         task = settled(task, model, few, train.spread(SETTLED_BY))
     else:
         task = checked_step(task, model, here, curvature)
-    finite(task.total(model, few), "losses of the first training samples")
     coverage = cover(model, task, few, layers)
     if not coverage.blocks:
         trained = [name for name, p in model.named_parameters() if p.requires_grad]

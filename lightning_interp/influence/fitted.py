@@ -198,7 +198,7 @@ class FittedInfluence:
     ) -> Influence:
         return Influence(
             scores=kept.scores,
-            train_ids=torch.tensor(chosen.at(kept.places.tolist()).ids),
+            train_ids=torch.tensor(_ids(chosen, kept.places)),
             train_targets=kept.targets,
             query_targets=asked.targets,
             query_losses=asked.losses,
@@ -230,6 +230,11 @@ class FittedInfluence:
                 f"{scored:,} of {len(self.train):,} training samples were scored; the others are not in the ranking"
             )
         return (*notes, *self.notes)
+
+
+def _ids(chosen: Samples, places: Tensor) -> list[int]:
+    """Return the dataset indices of samples at these ascending places."""
+    return chosen.ids if len(places) == len(chosen) else chosen.at(places.tolist()).ids
 
 
 class _Asked(NamedTuple):

@@ -125,6 +125,11 @@ class Trace:
         self.uses += [(site.layer, use) for use in uses if use.parameters]
         return output
 
+    def fill(self, blocks: Mapping[str, Block]) -> Trace:
+        """Let its gradients go into these blocks from now on."""
+        self._watch = dataclasses.replace(self._watch, blocks=blocks)
+        return self
+
     def loss_rows(self, keep: bool = False) -> dict[str, Rows]:
         """Return each block's rows for the gradients of the samples' losses; `keep` the graph to ask again."""
         found = self._rows(self._total, torch.ones_like(self._total), keep)
