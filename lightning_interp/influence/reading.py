@@ -20,7 +20,7 @@ from lightning_interp.samples import Samples
 
 ALONE = Alone()
 ELEMENTS_AT_ONCE = 2**20
-MOST_AT_ONCE = 512
+MOST_AT_ONCE = 1024
 SMALLEST = 1e-12
 
 
