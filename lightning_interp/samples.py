@@ -127,6 +127,18 @@ class Samples:
         return dataclasses.replace(self, indices=chosen)
 
 
+def both(train: Any, query: Any) -> tuple[Samples, Samples]:
+    """Return training samples and queries.
+
+    Raises:
+        ValueError: there are none of either.
+    """
+    samples, asked = Samples.of(train), Samples.of(query)
+    if not len(samples) or not len(asked):
+        raise ValueError(f"train, query: expected samples in both, got {len(samples)} and {len(asked)}")
+    return samples, asked
+
+
 def original_indices(dataset: Dataset[Any], indices: Sequence[int]) -> list[int]:
     """Return the indices that samples of nested `Subset`s have in the dataset underneath.
 

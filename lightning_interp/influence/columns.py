@@ -14,6 +14,7 @@ from lightning_interp.batch import precise
 from lightning_interp.task import Task, loss_per_sample
 
 MOST_OUTPUTS = 512
+MOST_ENUMERATED = 4096
 DRAWS = 8
 
 
@@ -34,8 +35,9 @@ def hessian_root(outputs: Tensor, targets: Tensor, task: Task, draws: torch.Gene
 
     Of cross entropy the Cholesky factor of diag p − p pᵀ, classes in falling order of p: column j is
     √(p_j q_{j+1}/q_j) (e_j − p_{>j}/q_{j+1}) with q_j = Σ_{i≥j} p_i, so that two classes in doubt need one column.
-    Of binary cross entropy and squared error the diagonal's root. Of classes at several positions `(n, classes, ...)`,
-    where there would be too many, 8 random ±1 mixtures: right in the mean. Of any other loss the eigenvectors.
+    Of classes at several positions `(n, classes, ...)` those of each position, or, where they would be over 4,096, 8
+    random ±1 mixtures of all: right in the mean. Of binary cross entropy and squared error the diagonal's root. Of any
+    other loss the eigenvectors.
 
     Reference: Tanabe & Sagae, An Exact Cholesky Decomposition and the Generalized Inverse of the Variance–Covariance
     Matrix of the Multinomial Distribution, 1992.
@@ -45,10 +47,8 @@ def hessian_root(outputs: Tensor, targets: Tensor, task: Task, draws: torch.Gene
     """
     outputs = precise(outputs.detach())
     kind = task.problem(outputs, targets) if task.loss is loss_per_sample else None
-    if kind == "classes" and outputs.ndim == 2:
-        return _softmax_root(outputs)
     if kind == "classes":
-        return _dense(_mixtures(outputs, draws))
+        return _dense(_mixtures(outputs, draws)) if is_mixed(outputs, targets, task) else _softmax_root(outputs)
     if kind in ("binary", "multilabel", "regression"):
         return _diagonal_root(outputs, kind)
     return _dense(_eigenvectors(outputs, targets, task))
@@ -195,11 +195,29 @@ class Held(NamedTuple):
 
 
 def is_mixed(outputs: Tensor, targets: Tensor, task: Task) -> bool:
-    """Say whether the root is one of random mixtures."""
-    return task.loss is loss_per_sample and outputs.ndim > 2 and task.problem(outputs, targets) == "classes"
+    """Say whether the root is one of random mixtures: of classes at so many positions that not all are enumerated."""
+    many = outputs.ndim > 2 and outputs[0].numel() > MOST_ENUMERATED
+    return many and task.loss is loss_per_sample and task.problem(outputs, targets) == "classes"
 
 
-def _softmax_root(logits: Tensor) -> Root:
+def _softmax_root(logits: Float[Tensor, "n c *positions"]) -> Root:
+    """Return the columns of each position, one position after the other: the loss is their mean."""
+    n, classes = logits.shape[:2]
+    apart = logits.reshape(n, classes, -1).transpose(1, 2)
+    count, most = apart.shape[1], classes - 1
+    one = _position_root(apart.reshape(n * count, classes))
+
+    def column(rows: Tensor, places: Tensor) -> Tensor:
+        where = places // most
+        found = one.column(rows * count + where, places % most) / count**0.5
+        spread = found.new_zeros(len(rows), classes, count)
+        spread.scatter_(2, where[:, None, None].expand(-1, classes, 1), found[:, :, None])
+        return spread.reshape(-1, *logits.shape[1:])
+
+    return Root(one.norms.reshape(n, count * most) / count, column)
+
+
+def _position_root(logits: Float[Tensor, "m c"]) -> Root:
     chance, order = logits.softmax(1).sort(dim=1, descending=True)
     left = chance.flip(1).cumsum(1).flip(1)
     tiny = torch.finfo(chance.dtype).tiny

@@ -72,7 +72,8 @@ class Ensemble:
             query: dataset or loader of the samples whose losses are asked about.
             task: how to read batches, call the model, and its loss per sample.
             candidates: places in `train` to score; all when None.
-            top_k: keep only so many of each query's most helpful, harmful and surprisingly helpful samples.
+            top_k: return only so many of each query's most helpful, harmful and surprisingly helpful samples; all
+                scores are held while they are summed.
             progress: shows how far it got.
 
         Raises:

@@ -7,24 +7,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_interp.batch import device_of, to_device
 from lightning_interp.capture import differentiable
 from lightning_interp.influence.choice import choose
+from lightning_interp.influence.columns import DRAWS, is_mixed
 from lightning_interp.influence.coverage import Coverage, cover
-from lightning_interp.influence.curvature import EKFAC, KFAC, Curvature
+from lightning_interp.influence.curvature import EKFAC, KFAC, Curvature, IdentityCurvature
 from lightning_interp.influence.damping import Damping
 from lightning_interp.influence.fitted import FittedInfluence
 from lightning_interp.influence.ranks import Ranks
-from lightning_interp.influence.reading import ALONE, MOST_AT_ONCE, Reader
+from lightning_interp.influence.reading import ALONE, Reader
 from lightning_interp.influence.steps import checked_step
 from lightning_interp.influence.trajectory import Trajectory
 from lightning_interp.layers import match_layers
 from lightning_interp.progress import Progress, quiet
 from lightning_interp.records import Influence
-from lightning_interp.samples import Samples
-from lightning_interp.task import SETTLED_BY, Task, settled
+from lightning_interp.samples import Samples, both
+from lightning_interp.task import SETTLED_BY, Task, loss_per_sample, settled
 
 DAMPING_SHARE = 0.1
 
@@ -116,9 +118,8 @@ class InfluenceFunction:
             raise ValueError("train: expected samples, got none")
         with differentiable(model):
             few, coverage = _covered(model, samples, task, self.layers, self.curvature)
-            at_once = max(samples.batch_size, MOST_AT_ONCE) if samples.sliceable else samples.batch_size
-            reader = Reader.of(coverage, few, at_once, progress, ranks)
-            samples = reader.larger(samples)
+            reader = Reader.of(coverage, few, samples, progress, ranks)
+            samples = reader.whole(samples)
             damping = self._damping()
             curvature, why = (self.curvature, "") if self.curvature is not None else choose(coverage, few, damping)
             curvature.check(coverage.size)
@@ -127,7 +128,7 @@ class InfluenceFunction:
                 damping = None
             damping = damping or _share(fitted.mean_eigenvalue)
             inverse = fitted.inverse(damping.shift(coverage))
-        notes = (why, *fitted.notes) if why else fitted.notes
+            notes = tuple(filter(None, (why, *fitted.notes, *_said(coverage, few, curvature))))
         return FittedInfluence(reader, samples, curvature, fitted, inverse, damping, notes, self.leverage)
 
     def __call__(
@@ -156,10 +157,8 @@ class InfluenceFunction:
             ValueError: a dataset is empty, no parameter is covered, or the curvature is zero.
             FloatingPointError: gradients or scores are not finite.
         """
-        train, query = Samples.of(train), Samples.of(query)
-        if not len(train) or not len(query):
-            raise ValueError(f"train, query: expected samples in both, got {len(train)} and {len(query)}")
-        return self.fit(model, train, task, progress)(query, candidates, top_k)
+        samples, asked = both(train, query)
+        return self.fit(model, samples, task, progress)(asked, candidates, top_k)
 
 
 def _covered(
@@ -181,6 +180,22 @@ def _covered(
             f" {', '.join(trained[:8]) or 'no trained parameters at all'}"
         )
     return few, coverage
+
+
+def _said(coverage: Coverage, few: Any, curvature: Curvature) -> list[str]:
+    """Return what to say of how gradients and curvature come about."""
+    task, said = coverage.watch.task, []
+    if not isinstance(curvature, IdentityCurvature) and task.loss is loss_per_sample:
+        with torch.no_grad():
+            outputs = task.outputs(coverage.watch.model, task.inputs(few))
+        if is_mixed(outputs, task.targets(few), task):
+            said.append(
+                f"classes at many positions: the curvature is that of {DRAWS} random mixtures of them per sample"
+            )
+    if coverage.watch.leftover is not None and not coverage.watch.leftover.vectorised:
+        names = ", ".join(block.name for block in coverage.watch.leftover.blocks)
+        said.append(f"{names}: torch.func cannot follow, so each sample has a backward of its own, which is slow")
+    return said
 
 
 def _share(mean_eigenvalue: float) -> Damping:

@@ -100,7 +100,7 @@ class FittedInfluence:
         mine, places = share(chosen, self.reader.ranks)
         path = None if scores_file is None else Path(scores_file)
         with differentiable(self.coverage.watch.model):
-            asked = asked_of(self.reader, self.reader.larger(query))
+            asked = asked_of(self.reader, self.reader.whole(query))
             keeper = Top(top_k, asked.targets) if top_k is not None else Everything(len(query), len(mine), path)
             ways = [(self.inverse.against(asked.rows), keeper)]
             others = self._others() if check else {}
@@ -162,7 +162,7 @@ class FittedInfluence:
         }
 
     def _score(self, chosen: Samples, ways: Sequence[tuple[Scorer, Keeper]], same: Duplicates | None) -> _Sums:
-        scored: dict[str, Tensor] = {}
+        scored: Tensor | float = 0.0
         total: dict[str, Tensor] = {}
         for trace in self.reader.traces(chosen, "scoring training samples"):
             rows = trace.loss_rows(keep=self.leverage)
@@ -172,7 +172,7 @@ class FittedInfluence:
                 scores = finite(found, "scores").cpu() / len(self.train)
                 keeper.add(scores, targets)
                 if place == 0:
-                    accumulate(scored, "scores", scores.sum(1))
+                    scored = scored + scores.sum(1)
             for block, row in rows.items():
                 accumulate(total, block, row.total())
             if same is not None:
@@ -247,7 +247,7 @@ class _Asked(NamedTuple):
 class _Sums(NamedTuple):
     """Sums over training samples: of each query's scores, and of the gradients."""
 
-    scores: dict[str, Tensor]
+    scores: Tensor | float
     gradients: dict[str, Tensor]
 
 
@@ -261,18 +261,15 @@ class _Totals(NamedTuple):
     @classmethod
     def of(cls, parts: Sequence[_Sums], chosen: Samples, found: Sequence[Sequence[tuple[int, int]]]) -> _Totals:
         """Return each query's mean score, the norm of the mean gradient, and the queries among the samples."""
-        scores: dict[str, Tensor] = {}
         gradients: dict[str, Tensor] = {}
         for part in parts:
-            for name, value in part.scores.items():
-                accumulate(scores, name, value)
             for name, value in part.gradients.items():
                 accumulate(gradients, name, value)
         norm = sum(float((total / len(chosen)).double().square().sum()) for total in gradients.values()) ** 0.5
         same: dict[int, tuple[int, ...]] = {}
         for query, place in sorted(pair for pairs in found for pair in pairs):
             same[query] = (*same.get(query, ()), *chosen.at([place]).ids)
-        return cls(scores["scores"] / len(chosen), norm, same)
+        return cls(torch.as_tensor(sum(part.scores for part in parts)) / len(chosen), norm, same)
 
 
 def accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:

@@ -29,7 +29,7 @@ class Leftover:
     """
 
     def __init__(self, model: nn.Module, task: Task, blocks: Sequence[Block], vectorised: bool = True) -> None:
-        self.blocks, self._vectorised = list(blocks), vectorised
+        self.blocks, self.vectorised = list(blocks), vectorised
         self._called, self._task = _Called(model), task
         held = dict(model.named_parameters())
         self._values = {f"model.{name}": held[name].detach() for block in blocks for name in block.parameters}
@@ -48,7 +48,7 @@ class Leftover:
         return (outputs[0] * weight.to(outputs)).sum()
 
     def _rows(self, batch: Any, more: list[Tensor], value: Callable[..., Tensor]) -> dict[str, Rows]:
-        found = (self._at_once if self._vectorised else self._one_by_one)(batch, more, value)
+        found = (self._at_once if self.vectorised else self._one_by_one)(batch, more, value)
         return {block.name: _vector(block, found, size(batch)) for block in self.blocks}
 
     def _one_by_one(self, batch: Any, more: list[Tensor], value: Callable[..., Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_interp.batch import device_of, picked, size, take, to_device
+from lightning_interp.batch import device_of, picked, size, take, tensors, to_device
+from lightning_interp.capture import capture
 from lightning_interp.influence.columns import Columns, PrioritySample, Root, hessian_root
 from lightning_interp.influence.coverage import Coverage
 from lightning_interp.influence.ranks import Alone, Ranks, share
@@ -30,7 +31,7 @@ class Reader:
 
     Args:
         coverage: the network, and what is watched of it.
-        at_once: how many samples' factors fit in memory.
+        at_once: how many samples fit in memory.
         progress: shows how far it got.
         ranks: the processes that share passes over all samples.
     """
@@ -42,15 +43,32 @@ class Reader:
 
     @classmethod
     def of(
-        cls, coverage: Coverage, batch: Any, batch_size: int, progress: Progress = quiet, ranks: Ranks = ALONE
+        cls, coverage: Coverage, batch: Any, samples: Samples, progress: Progress = quiet, ranks: Ranks = ALONE
     ) -> Reader:
-        """Measure on one sample how many fit."""
-        rows = Trace(coverage.watch, take(batch, 0, 1)).loss_rows()
-        held = sum(row.held for row in rows.values())
-        return cls(coverage, max(1, min(batch_size, ELEMENTS_AT_ONCE // max(1, held))), progress, ranks)
+        """Measure on one sample how many fit.
 
-    def larger(self, samples: Samples) -> Samples:
-        """Return rows of tensors in larger batches where the network is small: most of its cost is then overhead."""
+        No more than the samples' own batches have; of rows of tensors, which cost nothing to read, up to 1,024 where
+        all that the network makes of them fits: most of a small network's cost is overhead.
+
+        Args:
+            coverage: the network, and what is watched of it.
+            batch: to measure on.
+            samples: that will be read.
+            progress: shows how far it got.
+            ranks: the processes that share passes over all samples.
+        """
+        model, one = coverage.watch.model, take(batch, 0, 1)
+        names = [name for name, _ in model.named_modules()]
+        with capture(model, names, lambda _, __, output: output.numel()) as made:
+            rows = Trace(coverage.watch, one).loss_rows()
+        held = max(1, sum(row.held for row in rows.values()))
+        all_held = held + sum(map(sum, made.values())) + sum(tensor.numel() for tensor in tensors(one))
+        at_once = max(1, min(samples.batch_size, ELEMENTS_AT_ONCE // held))
+        larger = min(MOST_AT_ONCE, ELEMENTS_AT_ONCE // all_held) if samples.sliceable else 1
+        return cls(coverage, max(at_once, larger), progress, ranks)
+
+    def whole(self, samples: Samples) -> Samples:
+        """Return samples in batches that go through the network whole, where they are rows of tensors."""
         return replace(samples, batch_size=self.at_once) if samples.sliceable else samples
 
     def batches(self, samples: Samples, what: str) -> Iterator[Any]:

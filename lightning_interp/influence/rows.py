@@ -29,6 +29,12 @@ class Lookup:
         """Return the one-hot vectors themselves."""
         return F.one_hot(self.index, self.count)[:, None].float()
 
+    def summed(self, values: Float[Tensor, "n t d"]) -> Float[Tensor, "1 d i"]:
+        """Return the sum of all samples' values that belong to each row of the table, without a table for each."""
+        d = values.shape[2]
+        found = values.new_zeros(self.count, d).index_add_(0, self.index.flatten(), values.reshape(-1, d))
+        return found.T[None]
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -99,18 +105,16 @@ class Rows:
     def against(self, vectors: Float[Tensor, "q groups o i"]) -> Float[Tensor, "q n"]:
         """Return the dot product of each vector with each gradient."""
         if isinstance(self.inputs, Lookup):
-            return self._looked_up(vectors.reshape(len(vectors), *self.shape))
+            tables, index = vectors.reshape(len(vectors), *self.shape)[:, 0], self.inputs.index
+            return torch.stack([torch.einsum("dnt,ntd->n", table[:, index], self.outputs[:, 0]) for table in tables])
         flat = vectors.flatten(1)
         return torch.cat([flat @ few.gradients().flatten(1).T for _, few in self.blocks()], dim=1)
 
-    def _looked_up(self, vectors: Tensor) -> Tensor:
-        index = self.inputs.index if isinstance(self.inputs, Lookup) else self.inputs
-        found = [torch.einsum("dnt,ntd->n", v[0][:, index], self.outputs[:, 0]) for v in vectors]
-        return torch.stack(found)
-
     def squared_norms(self) -> Float[Tensor, " n"]:
         """Return each gradient's squared norm."""
-        if self.positions == 1 and isinstance(self.inputs, Tensor):
+        if isinstance(self.inputs, Lookup):
+            return self.outputs.square().sum((1, 2, 3))
+        if self.positions == 1:
             return (self.inputs.square().sum((2, 3)) * self.outputs.square().sum((2, 3))).sum(1)
         return torch.cat([few.gradients().square().sum((1, 2, 3)) for _, few in self.blocks()])
 
@@ -122,7 +126,7 @@ class Rows:
     def total(self) -> Float[Tensor, "groups o i"]:
         """Return the sum of all gradients."""
         if isinstance(self.inputs, Lookup):
-            return self.gradients().sum(0)
+            return self.inputs.summed(self.outputs[:, 0])
         return _by_group(self.outputs).mT @ _by_group(self.inputs)
 
     def scaled(self, factors: Float[Tensor, " n"]) -> Rows:

@@ -15,7 +15,7 @@ from lightning_interp.influence.ensemble import combined, top_of
 from lightning_interp.influence.estimator import InfluenceFunction
 from lightning_interp.progress import Progress, quiet
 from lightning_interp.records import Influence
-from lightning_interp.samples import Samples
+from lightning_interp.samples import both
 from lightning_interp.task import Task
 
 
@@ -66,16 +66,15 @@ class TracIn:
             query: dataset or loader of the samples whose losses are asked about.
             task: how to read batches, call the model, and its loss per sample.
             candidates: places in `train` to score; all when None.
-            top_k: keep only so many of each query's most helpful, harmful and surprisingly helpful samples.
+            top_k: return only so many of each query's most helpful, harmful and surprisingly helpful samples; all
+                scores are held while they are summed.
             progress: shows how far it got.
 
         Raises:
             ValueError: a dataset is empty, no parameter is covered, or a checkpoint does not fit the model.
             FloatingPointError: gradients or scores are not finite.
         """
-        samples, asked = Samples.of(train), Samples.of(query)
-        if not len(samples) or not len(asked):
-            raise ValueError(f"train, query: expected samples in both, got {len(samples)} and {len(asked)}")
+        samples, asked = both(train, query)
         dots = InfluenceFunction(IdentityCurvature(), 1.0, self.layers)
 
         def scored() -> Iterator[Influence]:

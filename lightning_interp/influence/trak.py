@@ -26,7 +26,7 @@ from lightning_interp.influence.projection import Projection
 from lightning_interp.influence.reading import Reader
 from lightning_interp.progress import Progress, quiet
 from lightning_interp.records import Influence
-from lightning_interp.samples import Samples
+from lightning_interp.samples import Samples, both
 from lightning_interp.task import Problem, Task
 
 
@@ -81,7 +81,8 @@ class TRAK:
             query: dataset or loader of the samples that are asked about.
             task: how to read batches and call the model.
             candidates: places in `train` to score; all when None. ΦᵀΦ is of all in any case.
-            top_k: keep only so many of each query's most helpful, harmful and surprisingly helpful samples.
+            top_k: return only so many of each query's most helpful, harmful and surprisingly helpful samples; all
+                scores are held while they are summed.
             progress: shows how far it got.
 
         Raises:
@@ -89,9 +90,7 @@ class TRAK:
                 than `dim`, or a checkpoint does not fit the model.
             FloatingPointError: gradients or scores are not finite, or ΦᵀΦ cannot be inverted.
         """
-        samples, asked = Samples.of(train), Samples.of(query)
-        if not len(samples) or not len(asked):
-            raise ValueError(f"train, query: expected samples in both, got {len(samples)} and {len(asked)}")
+        samples, asked = both(train, query)
         if not self.damping and len(samples) < self.dim:
             raise ValueError(
                 f"TRAK(dim=...): expected at most {len(samples)} (the training samples) without damping, got {self.dim}"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_interp import Task
-from lightning_interp.influence.columns import Columns, PrioritySample, Root, hessian_root
+from lightning_interp.influence.columns import Columns, PrioritySample, Root, hessian_root, is_mixed
 
 
 def outer_products(root: Root) -> Tensor:
@@ -17,12 +17,14 @@ def outer_products(root: Root) -> Tensor:
     return columns.mT @ columns
 
 
-@pytest.mark.parametrize("kind", ["classes", "binary", "squeezed", "multilabel", "regression", "own"])
+@pytest.mark.parametrize("kind", ["classes", "positions", "binary", "squeezed", "multilabel", "regression", "own"])
 def test_hessian_root_is_the_hessian_of_the_loss(kind: str) -> None:
     outputs = torch.randn(4, 1 if kind == "binary" else 3, dtype=torch.float64)
     outputs = outputs[:, 0] if kind == "squeezed" else outputs
+    outputs = torch.randn(4, 3, 2, 2, dtype=torch.float64) if kind == "positions" else outputs
     targets = {
         "classes": torch.tensor([0, 1, 2, 1]),
+        "positions": torch.randint(0, 3, (4, 2, 2)),
         "own": torch.tensor([0, 1, 2, 1]),
         "binary": torch.tensor([0, 1, 1, 0]),
         "squeezed": torch.tensor([0, 1, 1, 0]),
@@ -47,8 +49,10 @@ def test_certain_and_impossible_classes_give_no_nan() -> None:
     assert torch.allclose(found, torch.diag_embed(chance) - chance[:, :, None] * chance[:, None], atol=1e-6)
 
 
-def test_classes_at_many_positions_are_mixed_without_bias() -> None:
+def test_classes_at_many_positions_are_mixed_without_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_interp.influence.columns.MOST_ENUMERATED", 5)
     logits = torch.randn(1, 3, 2, dtype=torch.float64).expand(20_000, -1, -1)
+    assert is_mixed(logits, torch.zeros(20_000, 2).long(), Task())
     found = outer_products(
         hessian_root(logits, torch.zeros(20_000, 2).long(), Task(), torch.Generator().manual_seed(0))
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from lightning_interp.influence.curvature.curvature import Gradients, Scorer, Shift, check_counts, sum_of
@@ -34,7 +35,7 @@ class EKFAC:
 
     Args:
         columns: how many columns of the matrix it is estimated from: an unbiased sample, the large ones surely in it
-            (see `lightning_interp.influence.columns.sampled`); every column of every sample when None.
+            (see `lightning_interp.influence.columns.PrioritySample`); every column of every sample when None.
         samples: training samples, evenly spread, that it is estimated from; all when None.
         seed: of the sample.
     """
@@ -167,10 +168,10 @@ def passes(reader: Reader, samples: Samples, count: int | None, seed: int) -> tu
             yield from held
             return
         kept: list[dict[str, Rows]] = []
-        small = True
+        size = 0
         for rows in reader.column_rows(samples, columns, what):
-            small = small and sum(row.held for part in (*kept, rows) for row in part.values()) <= CACHED
-            kept = [*kept, rows] if small else []
+            size += sum(row.held for row in rows.values())
+            kept = [*kept, rows] if size <= CACHED else []
             yield rows
         held.extend(kept)
 
@@ -192,12 +193,15 @@ def _bases(passed: Iterator[dict[str, Rows]]) -> dict[str, Basis]:
 def _modes(rows: Rows) -> tuple[Tensor | None, Tensor | None]:
     """Return Σ GGᵀ and Σ GᵀG over samples; None where that side is too wide or has one dimension."""
     _, o, i = rows.shape
-    wide_i = not 1 < i <= WIDEST or isinstance(rows.inputs, Lookup)
+    wide_i = not 1 < i <= WIDEST
     wide_o = not 1 < o <= WIDEST
     if rows.positions == 1 and isinstance(rows.inputs, Tensor):
         a, g = rows.inputs[:, :, 0].transpose(0, 1), rows.outputs[:, :, 0].transpose(0, 1)
         outputs = None if wide_o else g.mT @ (g * a.square().sum(2, keepdim=True))
         return outputs, None if wide_i else a.mT @ (a * g.square().sum(2, keepdim=True))
+    if isinstance(rows.inputs, Lookup):
+        flat = rows.outputs.flatten(0, 2)
+        return None if wide_o else (flat.mT @ flat)[None], None
     outputs, inputs = None, None
     for _, few in rows.blocks():
         grads = few.gradients()
@@ -218,9 +222,17 @@ def _eigenvectors(factor: Tensor | None) -> Tensor | None:
 
 def _squares(rows: Rows, basis: Basis) -> Tensor:
     """Return Σ_n (U_Bᵀ G_n U_A)² over samples, G_n a sample's gradient."""
+    if isinstance(rows.inputs, Lookup):
+        return rows.inputs.summed(_rotated_table(rows, basis).square())
     if (factors := _squared_factors(rows, basis)) is not None:
         return torch.einsum("ngo,ngi->goi", *factors)
     return sum_of(basis.rotate(few.gradients()).square().sum(0) for _, few in rows.blocks())
+
+
+def _rotated_table(rows: Rows, basis: Basis) -> Float[Tensor, "n t o"]:
+    """Return U_Bᵀ g of each row that a sample took; the table's own side keeps its coordinates."""
+    outputs = rows.outputs[:, 0]
+    return outputs if basis.outputs is None else outputs @ basis.outputs[0]
 
 
 def _squared_factors(rows: Rows, basis: Basis) -> tuple[Tensor, Tensor] | None:
@@ -235,6 +247,8 @@ def _squared_factors(rows: Rows, basis: Basis) -> tuple[Tensor, Tensor] | None:
 
 def _weighted_squares(rows: Rows, basis: Basis, weights: Tensor) -> Tensor:
     """Return Σ weights ⊙ (U_Bᵀ G U_A)² of each sample, in the cheaper order."""
+    if isinstance(rows.inputs, Lookup):
+        return torch.einsum("ntd,dnt->n", _rotated_table(rows, basis).square(), weights[0][:, rows.inputs.index])
     if (factors := _squared_factors(rows, basis)) is not None:
         return torch.einsum("ngo,ngi,goi->n", *factors, weights)
     parts = [(basis.rotate(few.gradients()).square() * weights).sum((1, 2, 3)) for _, few in rows.blocks()]

@@ -33,7 +33,7 @@ class GaussNewton:
 
     Args:
         columns: how many columns it is computed from: an unbiased sample, the large ones surely in it (see
-            `lightning_interp.influence.columns.sampled`); every column of every sample when None.
+            `lightning_interp.influence.columns.PrioritySample`); every column of every sample when None.
         samples: training samples, evenly spread, that it is computed from; all when None.
         seed: of the sample.
     """
@@ -57,7 +57,7 @@ class GaussNewton:
                 " pass GaussNewton(columns=1024)"
             )
 
-    def fit(self, reader: Reader, samples: Samples) -> FittedGaussNewton | FittedColumns:
+    def fit(self, reader: Reader, samples: Samples) -> FittedMatrix | FittedColumns:
         """Sum the matrix over all samples, or gather its columns.
 
         Raises:
@@ -67,14 +67,14 @@ class GaussNewton:
         self.check(reader.coverage.size)
         if self.columns is None:
             matrix = _summed(reader.all_columns(some, self.seed, "curvature"))
-            return FittedGaussNewton(matrix / len(some), reader.coverage.shapes, len(some))
+            return FittedMatrix(matrix / len(some), reader.coverage.shapes, len(some))
         columns = reader.columns(some, self.columns, self.seed)
         rows = gathered(reader.column_rows(some, columns, "curvature"))
         return FittedColumns(rows, columns.n, reader.coverage.size, columns.notes)
 
 
 @dataclass(frozen=True, eq=False)
-class FittedGaussNewton:
+class FittedMatrix:
     """The matrix over the parameters.
 
     Args:

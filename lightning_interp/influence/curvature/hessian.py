@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_interp.batch import size, take
-from lightning_interp.influence.curvature.gauss_newton import FittedGaussNewton
+from lightning_interp.influence.curvature.gauss_newton import FittedMatrix
 from lightning_interp.influence.curvature.vectors import Space, pulled, twice_differentiable
 from lightning_interp.influence.reading import ELEMENTS_AT_ONCE, Reader
 from lightning_interp.influence.trace import Trace
@@ -41,7 +41,7 @@ class Hessian:
                 " pass GaussNewton(columns=1024)"
             )
 
-    def fit(self, reader: Reader, samples: Samples) -> FittedGaussNewton:
+    def fit(self, reader: Reader, samples: Samples) -> FittedMatrix:
         """Sum the matrix over all samples.
 
         Raises:
@@ -61,7 +61,7 @@ class Hessian:
                 f"Hessian: expected a loss that is convex at its parameters, got eigenvalues from {least:.2g} to"
                 f" {most:.2g}; pass GaussNewton() or GaussNewton(columns=1024), which have none below 0"
             )
-        return FittedGaussNewton(matrix, reader.coverage.shapes, len(samples))
+        return FittedMatrix(matrix, reader.coverage.shapes, len(samples))
 
 
 def _summed(reader: Reader, space: Space, batch: Any) -> Tensor:

@@ -30,7 +30,7 @@ class KFAC:
 
     Args:
         columns: how many columns of the matrix B is estimated from: an unbiased sample, the large ones surely in it
-            (see `lightning_interp.influence.columns.sampled`); every column of every sample when None.
+            (see `lightning_interp.influence.columns.PrioritySample`); every column of every sample when None.
         samples: training samples, evenly spread, that it is estimated from; all when None.
         seed: of the sample.
     """

@@ -35,7 +35,7 @@ class ProjectedGaussNewton:
     Args:
         dim: numbers per gradient, even.
         columns: how many columns of the matrix it is estimated from (see
-            `lightning_interp.influence.columns.sampled`); every column of every sample when None.
+            `lightning_interp.influence.columns.PrioritySample`); every column of every sample when None.
         samples: training samples, evenly spread, that it is estimated from; all when None.
         seed: of the projection and the sample.
     """
