@@ -32,10 +32,12 @@ class Plan(NamedTuple):
     Args:
         estimator: the one asked for, on fewer layers or with a curvature from fewer samples where the time is short.
         message: what was cut, in words; empty if nothing.
+        why: why its curvature was chosen, where it was and the estimator no longer says so itself; else empty.
     """
 
     estimator: Estimator
     message: str
+    why: str = ""
 
 
 class Stopwatch:
@@ -73,10 +75,11 @@ def afford_curvature(
     n, said = len(train), []
     if n <= MOST or math.isinf(seconds):
         return Plan(estimator, "")
-    chosen = estimator.chosen(model, train, task)[0]
+    chosen, why = estimator.chosen(model, train, task)
     if estimator.layers is None and _decomposition(chosen, model) > TRIAL_SHARE * seconds:
         last = weighted_layers(model)[-1]
         estimator = dataclasses.replace(estimator, layers=[last])
+        _, why = estimator.chosen(model, train, task)
         said.append(f"only the parameters of {last} enter: the curvature of all layers would take too long.")
     watch = Stopwatch()
     try:
@@ -89,9 +92,10 @@ def afford_curvature(
         per_sample, rest = per_sample + rest / len(trial), 0.0
     wanted = min(n, getattr(curvature, "samples", None) or n)
     fitting = min(wanted, max(MOST, int((seconds - rest) / max(1e-9, per_sample))))
-    if fitting < wanted and hasattr(curvature, "samples"):
-        estimator = dataclasses.replace(estimator, curvature=dataclasses.replace(cast(Any, curvature), samples=fitting))
-    return Plan(estimator, " ".join(said))
+    if fitting == wanted or not hasattr(curvature, "samples"):
+        return Plan(estimator, " ".join(said))
+    estimator = dataclasses.replace(estimator, curvature=dataclasses.replace(cast(Any, curvature), samples=fitting))
+    return Plan(estimator, " ".join(said), why)
 
 
 def afford_scores(score: Callable[[Sequence[int]], float], train: Samples, seconds: float) -> Sequence[int] | None:

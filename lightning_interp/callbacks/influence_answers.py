@@ -97,7 +97,7 @@ def _by_influence_function(
     top = KEPT if len(asked.query) * len(chosen) > MOST_SCORES else None
     found = fitted(asked.query, chosen, top_k=top, check=True)
     suspects = fitted.self_influence(chosen) if self_influence else None
-    found = dataclasses.replace(found, notes=(*found.notes, *left_out))
+    found = dataclasses.replace(found, notes=(*found.notes, *filter(None, [plan.why]), *left_out))
     return Answered(found, suspects, " ".join(filter(None, (plan.message, _cut(candidates, asked, seconds)))))
 
 

@@ -252,13 +252,14 @@ def test_the_budget_cuts_evenly_and_says_so(tmp_path: Path) -> None:
     assert (len(indices), indices[0], indices[-1]) == (40, 0, 95)
     assert "40 of 96 training samples were scored" in report
     assert "samples=40" in report
+    assert " was chosen: " in report
 
 
 def test_the_budget_leaves_small_work_alone() -> None:
     module, data = Net().eval(), Shapes(96)
     estimator = InfluenceFunction(EKFAC())
     for seconds in (math.inf, 1e6):
-        assert afford_curvature(estimator, module, Samples(data), Task(), seconds) == (estimator, "")
+        assert afford_curvature(estimator, module, Samples(data), Task(), seconds) == (estimator, "", "")
         assert afford_scores(len, Samples(data), seconds) is None
 
 
