@@ -34,6 +34,7 @@ def test_the_top_alone_is_the_top_of_everything(asked: tuple[FittedInfluence, Te
             assert torch.equal(expected, found), name
     assert top.mean is not None
     assert torch.allclose(top.mean, whole.scores.mean(1))
+    assert torch.allclose(whole.centred(), whole.scores - whole.scores.mean(1, keepdim=True))
     assert torch.allclose(top.centred(), whole.centred()[:, top.columns])
     assert top.train_ids.tolist() == [299 - place for place in top.columns.tolist()]
 
@@ -123,7 +124,7 @@ def test_queries_among_the_training_samples_are_named(asked: tuple[FittedInfluen
     fitted, query = asked
     x, y = query.tensors
     there = fitted.train.dataset[10][0]
-    mixed = TensorDataset(torch.stack([x[0], there, there + 1e-6]), y[:3])
+    mixed = TensorDataset(torch.stack([x[0], there, there.flip(0)]), y[:3])
     assert fitted(mixed, check=True).duplicates == {1: (289,)}
     assert fitted(query, check=True).duplicates == {}
     assert fitted(mixed, candidates=range(100), check=True).duplicates == {1: (289,)}

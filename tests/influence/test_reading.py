@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_interp.influence import EKFAC, GaussNewton, IdentityCurvature, InfluenceFunction
 from tests.influence.nets import Mean
@@ -84,3 +85,35 @@ def test_what_is_slow_or_mixed_is_said(data: TensorDataset, monkeypatch: pytest.
     assert not any("mixtures" in note for note in estimator.fit(Ways(2), tokens).notes)
     monkeypatch.setattr("lightning_interp.influence.columns.MOST_ENUMERATED", 5)
     assert any("8 random mixtures" in note for note in estimator.fit(Ways(2), tokens).notes)
+
+
+class Padded(nn.Module):
+    """Mean of what a table and a layer make of tokens; token 0 is padding and does not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mix, self.out = nn.Embedding(9, 4, padding_idx=0), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        counts = (tokens > 0).to(self.mix.weight)[:, :, None]
+        return self.out((self.mix(self.table(tokens)).tanh() * counts).sum(1) / counts.sum(1))
+
+
+def padded(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    return pad_sequence([tokens for tokens, _ in samples], True), torch.tensor([label for _, label in samples])
+
+
+@pytest.mark.parametrize("curvature", [EKFAC(1000), GaussNewton(1000), GaussNewton(), IdentityCurvature()])
+def test_batches_of_other_lengths_change_no_score(curvature: EKFAC) -> None:
+    torch.manual_seed(0)
+    net = Padded().double()
+    texts = [
+        (torch.randint(1, 9, (int(length),)), place % 3) for place, length in enumerate(torch.randint(2, 8, (12,)))
+    ]
+    estimator = InfluenceFunction(curvature, damping=0.1)
+    one, other = (
+        estimator(net, *(DataLoader(some, size, collate_fn=padded) for some in (texts, texts[:5])))  # type: ignore[arg-type]
+        for size in (3, 12)
+    )
+    assert torch.allclose(one.scores, other.scores, rtol=1e-8)
+    assert float(one.scores.abs().max()) > 1e-3
