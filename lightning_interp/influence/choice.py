@@ -12,6 +12,7 @@ from lightning_interp.influence.curvature import EKFAC, Curvature, GaussNewton
 from lightning_interp.influence.damping import Damping
 from lightning_interp.influence.trace import Trace
 
+SMALL = 1024
 COLUMNS = 1024
 FEWEST = 512
 STORED = 2**24
@@ -20,8 +21,9 @@ STORED = 2**24
 def choose(coverage: Coverage, few: Any, damping: Damping | None) -> tuple[Curvature, str]:
     """Return a curvature for a network, and the reason in words.
 
-    `GaussNewton(columns=...)` with 1,024 columns, or as many as fit in 64 MB if these are 512 or more, where the
-    damping is known (it needs the right one); else `EKFAC()`, which asks less of both.
+    Where the damping is known (the exact matrix needs the right one): `GaussNewton()`, all of it, of up to 1,024
+    parameters; `GaussNewton(columns=...)` with 1,024 columns, or as many as fit in 64 MB if these are 512 or more. Else
+    `EKFAC()`, which asks less of both.
 
     Args:
         coverage: the covered network.
@@ -30,6 +32,8 @@ def choose(coverage: Coverage, few: Any, damping: Damping | None) -> tuple[Curva
     """
     if damping is None:
         return EKFAC(), "EKFAC was chosen: without a recorded or given damping it is the safer curvature"
+    if coverage.size <= SMALL:
+        return GaussNewton(), f"GaussNewton was chosen: the exact matrix of {coverage.size:,} parameters is small"
     held = _held(coverage, few, damping)
     columns = min(COLUMNS, STORED // held)
     if columns < FEWEST:

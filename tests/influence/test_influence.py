@@ -349,6 +349,10 @@ def test_the_choice_goes_by_what_columns_hold(monkeypatch: pytest.MonkeyPatch) -
     net = nn.Sequential(nn.Linear(32, 20), nn.ReLU(), nn.Linear(20, 3))  # factors 33 + 20 + 21 + 3, gradients 660 + 63
     train = TensorDataset(torch.randn(14, 32), torch.arange(14) % 3)
     each = Damping({name: torch.rand_like(p) + 0.1 for name, p in net.named_parameters()}, "test")
+    whole, why = InfluenceFunction(damping=each).chosen(net, train)
+    assert whole == GaussNewton()
+    assert "723 parameters is small" in why
+    monkeypatch.setattr("lightning_interp.influence.choice.SMALL", 722)
     monkeypatch.setattr("lightning_interp.influence.choice.STORED", 77 * 600)
     alike = InfluenceFunction(damping=0.1).chosen(net, train)
     assert alike[0] == GaussNewton(columns=600)
