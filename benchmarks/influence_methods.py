@@ -1,7 +1,8 @@
 """Our estimators in the benchmark of influence: name → scores `(q, n)`, positive is helpful.
 
-Rows of tensors in memory are read up to 512 at once, as the package does by itself; some rows show the same through a
-loader that collates samples, 64 at once.
+Samples go through the network up to 1,024 at once where their batches may have any size, as the package does by itself.
+Some rows show the same through a loader that asks for single samples, and through one whose collate is the user's own
+and whose batches of 64 are therefore kept.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from benchmarks.influence_data import BATCH, Case
 from lightning_interp.influence import (
@@ -39,9 +40,27 @@ def scored(make: Make, case: Case, top_k: int | None = None) -> Tensor:
     return make(case)(case.net, case.train, case.query, top_k=top_k).scores
 
 
-def through_loader(make: Make, case: Case) -> Tensor:
-    """Read the samples one by one, in batches of 64, as those that are not rows of tensors are."""
-    train, query = (DataLoader(Subset(data, range(len(data))), BATCH) for data in (case.train, case.query))
+class Items(Dataset[Any]):
+    """Samples that are made one by one."""
+
+    def __init__(self, data: TensorDataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[index]
+
+
+def own_collate(items: list[Any]) -> Any:
+    """Collate as a user's own function does, of which the package knows nothing."""
+    return default_collate(items)
+
+
+def through_loader(make: Make, collate: Callable[[list[Any]], Any], case: Case) -> Tensor:
+    """Read the samples one by one, by a loader with batches of 64."""
+    train, query = (DataLoader(Items(data), BATCH, collate_fn=collate) for data in (case.train, case.query))
     return make(case)(case.net, train, query).scores
 
 
@@ -113,8 +132,9 @@ OURS: Mapping[str, Method] = {
     **{name: partial(scored, make) for name, make in MAKERS.items()},
     **{f"{name}, 6 models": partial(scored, partial(of_models, MAKERS[name])) for name in AVERAGED},
     **{
-        f"{name}, through a loader": partial(through_loader, MAKERS[name])
+        f"{name}, through a loader{told}": partial(through_loader, MAKERS[name], collate)
         for name in ("gradient dot product", "EK-FAC, 512 columns", "Gauss–Newton, 128 columns", "default")
+        for told, collate in (("", default_collate), (", collate of its own", own_collate))
     },
     "TRAK, 512, damped, 6 models": partial(
         scored, lambda case: TRAK([net.state_dict() for net in case.models], 512, 0.3)

@@ -79,8 +79,8 @@ class Samples:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield batches. Reading draws from no global generator, and those that the dataset carries are put back."""
-        if self.sliceable:
-            yield from map(self.move, self._rows_of_tensors(self.dataset))
+        if self.resizable and (found := self._rows_of_tensors()) is not None:
+            yield from map(self.move, found)
             return
         chosen = self.dataset if self.indices is None else Subset(self.dataset, self.indices)
         loader: DataLoader[Any] = DataLoader(
@@ -96,16 +96,21 @@ class Samples:
             for batch in loader:
                 yield self.move(batch)
 
-    def _rows_of_tensors(self, dataset: TensorDataset) -> Iterator[list[Tensor]]:
-        """Yield what the default collate would, without going through single samples: 50 times faster."""
-        indices = torch.arange(len(dataset)) if self.indices is None else torch.tensor(self.indices, dtype=torch.long)
-        for some in indices.split(self.batch_size):
-            yield [held.index_select(0, some.to(held.device)) for held in dataset.tensors]
+    def _rows_of_tensors(self) -> Iterator[list[Tensor]] | None:
+        """Return what the loader would of tensors in memory, 50 times faster: not by single samples; else None."""
+        dataset: Any = self.dataset
+        rows = torch.arange(len(dataset)) if self.indices is None else torch.tensor(self.indices, dtype=torch.long)
+        while type(dataset) is Subset:
+            dataset, rows = dataset.dataset, torch.tensor(dataset.indices, dtype=torch.long)[rows]
+        if type(dataset) is not TensorDataset:
+            return None
+        parts = rows.split(self.batch_size)
+        return ([held.index_select(0, part.to(held.device)) for held in dataset.tensors] for part in parts)
 
     @property
-    def sliceable(self) -> bool:
-        """Whether samples are rows of tensors in memory, of which any number are read at once for nothing."""
-        return type(self.dataset) is TensorDataset and self.collate is default_collate
+    def resizable(self) -> bool:
+        """Whether batches of another size hold the same samples alike: the default collate only stacks them."""
+        return self.collate is default_collate
 
     @property
     def ids(self) -> list[int]:

@@ -63,7 +63,22 @@ def test_order_and_ids_through_subsets() -> None:
     assert [batch[0].tolist() for batch in samples] == [[13, 11], [14]]
     assert samples.ids == [13, 11, 14]
     assert samples.at([2]).ids == [14]
+    assert [batch[0].tolist() for batch in samples.at([2, 0])] == [[14, 13]]
     assert Samples(data).spread(3).ids == [0, 10, 19]
+
+
+class Doubled(Subset[Any]):
+    def __getitem__(self, index: Any) -> Any:
+        return tuple(2 * part for part in super().__getitem__(index))
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        return [self[index] for index in indices]
+
+
+def test_a_subset_with_items_of_its_own_is_read_by_them() -> None:
+    data = Doubled(TensorDataset(torch.arange(6)), [4, 5])
+    assert [batch[0].tolist() for batch in Samples(data)] == [[8, 10]]
+    assert [batch[0].tolist() for batch in Samples(Subset(data, [1]))] == [[10]]
 
 
 def test_workers_draw_nothing_from_the_global_generator() -> None:

@@ -47,8 +47,8 @@ class Reader:
     ) -> Reader:
         """Measure on one sample how many fit.
 
-        No more than the samples' own batches have; of rows of tensors, which cost nothing to read, up to 1,024 where
-        all that the network makes of them fits: most of a small network's cost is overhead.
+        No more than the samples' own batches have, or where these may have any size up to 1,024 if all that the network
+        makes of them fits: most of a small network's cost is overhead.
 
         Args:
             coverage: the network, and what is watched of it.
@@ -64,12 +64,12 @@ class Reader:
         held = max(1, sum(row.held for row in rows.values()))
         all_held = held + sum(map(sum, made.values())) + sum(tensor.numel() for tensor in tensors(one))
         at_once = max(1, min(samples.batch_size, ELEMENTS_AT_ONCE // held))
-        larger = min(MOST_AT_ONCE, ELEMENTS_AT_ONCE // all_held) if samples.sliceable else 1
+        larger = min(MOST_AT_ONCE, ELEMENTS_AT_ONCE // all_held) if samples.resizable else 1
         return cls(coverage, max(at_once, larger), progress, ranks)
 
     def whole(self, samples: Samples) -> Samples:
-        """Return samples in batches that go through the network whole, where they are rows of tensors."""
-        return replace(samples, batch_size=self.at_once) if samples.sliceable else samples
+        """Return samples in batches that go through the network whole, where batches may have any size."""
+        return replace(samples, batch_size=self.at_once) if samples.resizable else samples
 
     def batches(self, samples: Samples, what: str) -> Iterator[Any]:
         """Yield the samples in parts, on the network's device."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from lightning_interp.influence import EKFAC, GaussNewton, IdentityCurvature, InfluenceFunction
+from lightning_interp.samples import Samples
 from tests.influence.nets import Mean
 
 
@@ -36,13 +38,26 @@ def data() -> TensorDataset:
     return TensorDataset(torch.randn(100, 4), torch.arange(100) % 3)
 
 
-def at_once(net: nn.Module, data: Dataset[tuple[Tensor, Tensor]]) -> int:
+def by_its_own_collate(data: TensorDataset) -> Samples:
+    return Samples(Listed(data), collate=lambda items: default_collate(items))
+
+
+def at_once(net: nn.Module, data: Any) -> int:
     return InfluenceFunction(IdentityCurvature(), damping=1.0).fit(net, data).reader.at_once
 
 
-def test_small_networks_take_rows_of_tensors_by_the_thousand(data: TensorDataset) -> None:
-    assert at_once(head_on(10), data) == 1024
-    assert at_once(head_on(10), Listed(data)) == 64
+def test_small_networks_take_samples_by_the_thousand(data: TensorDataset) -> None:
+    assert at_once(head_on(10), data) == at_once(head_on(10), Listed(data)) == 1024
+    assert at_once(head_on(10), by_its_own_collate(data)) == 64
+
+
+def test_what_a_loader_reads_goes_through_the_network_whole(data: TensorDataset) -> None:
+    seen: list[int] = []
+    net = head_on(10)
+    fitted = InfluenceFunction(IdentityCurvature(), damping=1.0).fit(net, DataLoader(Listed(data), 8, shuffle=True))
+    net.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    assert fitted(data).train_ids.tolist() == list(range(100))
+    assert set(seen) == {100}
 
 
 def test_what_a_frozen_part_makes_counts(data: TensorDataset) -> None:
@@ -61,7 +76,7 @@ def test_batches_change_no_score(data: TensorDataset) -> None:
     query = TensorDataset(*data[:3])
     for curvature in (EKFAC(1000), GaussNewton(1000)):
         estimator = InfluenceFunction(curvature, damping=0.1)
-        one, other = estimator(net, data, query), estimator(net, Listed(data), query)
+        one, other = estimator(net, data, query), estimator(net, by_its_own_collate(data), query)
         assert torch.allclose(one.scores, other.scores, rtol=1e-8)
 
 
