@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from lightning_interp.influence import TRAK, TracIn, chunks
 from lightning_interp.influence.curvature import projected
 from lightning_interp.influence.ensemble import Estimator, top_of
+from lightning_interp.samples import Samples
 
 State = dict[str, Tensor]
 ESTIMATORS: dict[str, Callable[[list[State]], Estimator]] = {
@@ -44,7 +45,7 @@ class Largest(TorchDispatchMode):
     """Remembers how many numbers the largest tensor has that is made meanwhile."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.size = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -94,7 +95,7 @@ def test_samples_to_score_and_a_positive_top_are_expected(estimator: Estimator) 
 
 
 def test_chunks_are_whole_batches_and_one_where_all_is_kept() -> None:
-    train = chunks.Samples.of(samples(10_000, 1000))
+    train = Samples.of(samples(10_000, 1000))
     assert [len(part) for part in chunks.chunks(train, 1)] == [5000, 5000]
     assert [len(part) for part in chunks.chunks(train, None)] == [10_000]
     assert [part.ids[0] for part in chunks.chunks(train, 1)] == [9999, 4999]
