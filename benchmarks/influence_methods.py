@@ -144,5 +144,12 @@ CORRECTED: Mapping[str, Method] = {"Hessian, corrected for leverage": corrected}
 # As they run where there are many training samples
 STREAMED: Mapping[str, Method] = {
     name: partial(scored, MAKERS[name], top_k=10)
-    for name in ("gradient dot product", "EK-FAC, 512 columns", "EK-FAC", "Gauss–Newton, 1024 columns", "TRAK, 512")
+    for name in (
+        "gradient dot product",
+        "TracIn, 8 checkpoints",
+        "EK-FAC, 512 columns",
+        "EK-FAC",
+        "Gauss–Newton, 1024 columns",
+        "TRAK, 512",
+    )
 }

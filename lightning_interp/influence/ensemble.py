@@ -72,8 +72,9 @@ class Ensemble:
             query: dataset or loader of the samples whose losses are asked about.
             task: how to read batches, call the model, and its loss per sample.
             candidates: places in `train` to score; all when None.
-            top_k: return only so many of each query's most helpful, harmful and surprisingly helpful samples; all
-                scores are held while they are summed.
+            top_k: return only so many of each query's most helpful, harmful and surprisingly helpful samples. All
+                scores are held while they are summed: to hold what is fitted to each set of weights, or to fit it anew
+                for each chunk of samples, would cost more.
             progress: shows how far it got.
 
         Raises:

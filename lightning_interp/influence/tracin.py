@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_interp.influence.checkpoints import Checkpoint, check_checkpoints, loaded
+from lightning_interp.influence.chunks import Columns, chosen_from, chunks, collected, summed, without_unit
 from lightning_interp.influence.curvature import IdentityCurvature
-from lightning_interp.influence.ensemble import combined, top_of
+from lightning_interp.influence.curvature.curvature import sum_of
 from lightning_interp.influence.estimator import InfluenceFunction
+from lightning_interp.influence.fitted import FittedInfluence, asked_of, finite
 from lightning_interp.progress import Progress, quiet
 from lightning_interp.records import Influence
-from lightning_interp.samples import both
+from lightning_interp.samples import Samples, both
 from lightning_interp.task import Task
 
 
@@ -25,6 +29,7 @@ class TracIn:
 
     scores[q, i] = Σ_c η_c ∇ℓ_q(θ_c) · ∇ℓ_i(θ_c), without a unit. Positive is helpful. It needs no optimum, but knows
     nothing of the curvature: the order of its scores follows retraining much less than an `InfluenceFunction`'s does.
+    The norm of the mean gradient is not taken: NaN.
 
     Reference: Pruthi et al., Estimating Training Data Influence by Tracing Gradient Descent, 2020 (TracInCP).
 
@@ -66,8 +71,8 @@ class TracIn:
             query: dataset or loader of the samples whose losses are asked about.
             task: how to read batches, call the model, and its loss per sample.
             candidates: places in `train` to score; all when None.
-            top_k: return only so many of each query's most helpful, harmful and surprisingly helpful samples; all
-                scores are held while they are summed.
+            top_k: return only so many of each query's most helpful, harmful and surprisingly helpful samples: memory
+                then does not grow with `train`, and each checkpoint is read once for about 4,096 samples.
             progress: shows how far it got.
 
         Raises:
@@ -75,20 +80,53 @@ class TracIn:
             FloatingPointError: gradients or scores are not finite.
         """
         samples, asked = both(train, query)
-        dots = InfluenceFunction(IdentityCurvature(), 1.0, self.layers)
-
-        def scored() -> Iterator[Influence]:
-            with loaded(model, self.checkpoints[0]):
-                fitted = dots.fit(model, samples, task, progress)
-            for checkpoint in self.checkpoints:
-                with loaded(model, checkpoint):
-                    yield fitted(asked, candidates)
-
-        found = combined(scored(), [rate * len(samples) for rate in self._rates])
-        method = f"TracIn, {len(self.checkpoints)} checkpoints"
-        return top_of(dataclasses.replace(found, method=method), top_k)
+        with loaded(model, self.checkpoints[0]):
+            fitted = InfluenceFunction(IdentityCurvature(), 1.0, self.layers).fit(model, samples, task, progress)
+        chosen, runs = chosen_from(fitted.train, candidates), _Runs(fitted, fitted.reader.whole(asked), self._rates)
+        columns = summed(model, self.checkpoints, chunks(chosen, top_k), runs)
+        first = next(columns)
+        return without_unit(
+            collected(itertools.chain([first], columns), runs.targets[0], len(chosen), top_k),
+            chosen,
+            fitted.train,
+            fitted.coverage,
+            query_targets=runs.targets[0],
+            query_losses=sum_of(runs.losses.values()) / len(self.checkpoints),
+            method=f"TracIn, {len(self.checkpoints)} checkpoints",
+            damping=nan,
+            curvature_n=fitted.fitted.n,
+            notes=fitted.notes,
+        )
 
     @property
     def _rates(self) -> Sequence[float]:
         rates = self.learning_rates
         return [rates] * len(self.checkpoints) if isinstance(rates, (int, float)) else rates
+
+
+@dataclass(frozen=True, eq=False)
+class _Runs:
+    """Scores by each checkpoint; the queries' gradients are made anew for each chunk rather than held for all.
+
+    Args:
+        fitted: the network, in which the weights change.
+        query: the queries.
+        rates: of the checkpoints.
+        targets: of the queries, by the checkpoint's place.
+        losses: of the queries, by the checkpoint's place.
+    """
+
+    fitted: FittedInfluence
+    query: Samples
+    rates: Sequence[float]
+    targets: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    losses: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, place: int, part: Samples) -> Iterator[Columns]:
+        """Yield scores and targets of samples, batch by batch."""
+        asked = asked_of(self.fitted.reader, self.query)
+        self.targets[place], self.losses[place] = asked.targets, asked.losses
+        scorer = self.fitted.inverse.against(asked.rows)
+        for trace in self.fitted.reader.traces(part, "scoring training samples"):
+            scores = finite(scorer(trace.loss_rows()), "scores").cpu()
+            yield scores * self.rates[place], trace.targets.detach().cpu()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,19 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_interp.capture import differentiable
-from lightning_interp.influence.checkpoints import Checkpoint, check_checkpoints, loaded
-from lightning_interp.influence.coverage import Coverage
+from lightning_interp.influence.checkpoints import Checkpoint, check_checkpoints
+from lightning_interp.influence.chunks import (
+    Columns,
+    chosen_from,
+    chunks,
+    collected,
+    summed,
+    using,
+    without_unit,
+)
 from lightning_interp.influence.curvature import IdentityCurvature
+from lightning_interp.influence.curvature.curvature import sum_of
 from lightning_interp.influence.curvature.projected import damped_factor, second_moment
-from lightning_interp.influence.ensemble import top_of
 from lightning_interp.influence.estimator import InfluenceFunction
 from lightning_interp.influence.fitted import finite
 from lightning_interp.influence.projection import Projection
@@ -81,8 +87,8 @@ class TRAK:
             query: dataset or loader of the samples that are asked about.
             task: how to read batches and call the model.
             candidates: places in `train` to score; all when None. ΦᵀΦ is of all in any case.
-            top_k: return only so many of each query's most helpful, harmful and surprisingly helpful samples; all
-                scores are held while they are summed.
+            top_k: return only so many of each query's most helpful, harmful and surprisingly helpful samples: memory
+                then does not grow with `train`, and each network's weights are read once for about 4,096 samples.
             progress: shows how far it got.
 
         Raises:
@@ -95,61 +101,74 @@ class TRAK:
             raise ValueError(
                 f"TRAK(dim=...): expected at most {len(samples)} (the training samples) without damping, got {self.dim}"
             )
-        data = _Data(samples, samples if candidates is None else samples.at(candidates), asked)
-        networks: Sequence[Checkpoint | None] = [None] if self.models is None else self.models
-        found: _Scored | None = None
-        for place, network in enumerate(networks):
-            with contextlib.nullcontext() if network is None else loaded(model, network):
-                fitted = InfluenceFunction(IdentityCurvature(), 1.0, self.layers).fit(model, samples, task, progress)
-                with differentiable(model):
-                    one = self._scored(fitted.reader, data, Projection(self.dim, self.seed + place))
-            found = one if found is None else found.plus(one)
-        if found is None:
-            raise ValueError("TRAK(models=...): expected at least one")
-        return top_of(self._record(found, len(networks), data, fitted.coverage), top_k)
+        chosen = chosen_from(samples, candidates)
+        parts = chunks(chosen, top_k)
+        weights: Sequence[Checkpoint | None] = [None] if self.models is None else self.models
+        fits = [self._fitted(model, weights[k], k, (samples, asked), task, progress) for k in range(len(weights))]
 
-    def _scored(self, reader: Reader, data: _Data, projection: Projection) -> _Scored:
-        """Return one network's scores, in two passes over the training samples and one over the queries."""
-        queries = list(_margins(reader, data.query, projection, "queries"))
-        seen = (part.seen for part in _margins(reader, data.train, projection, "training gradients"))
-        factor = damped_factor(second_moment(seen) / len(data.train), self.damping)
+        def scored(place: int, part: Samples) -> Iterator[Columns]:
+            return fits[place].columns(part)
+
+        targets, count = fits[0].targets, len(fits)
+        columns = (_averaged(*some, count) for some in summed(model, weights, parts, scored))
+        return without_unit(
+            collected(columns, targets, len(chosen), top_k),
+            chosen,
+            samples,
+            fits[0].reader.coverage,
+            query_targets=targets,
+            query_losses=sum_of(one.losses for one in fits) / count,
+            method=f"{self!r}, {count} network{'s' * (count > 1)}",
+            damping=self.damping or nan,
+            curvature_n=len(samples),
+        )
+
+    def _fitted(
+        self,
+        model: nn.Module,
+        weights: Checkpoint | None,
+        place: int,
+        data: tuple[Samples, Samples],
+        task: Task,
+        progress: Progress,
+    ) -> _Network:
+        """Return one network's (ΦᵀΦ)⁻¹ φ of the queries, from one pass over the training samples."""
+        train, query = data
+        projection = Projection(self.dim, self.seed + place)
+        with using(model, weights):
+            reader = InfluenceFunction(IdentityCurvature(), 1.0, self.layers).fit(model, train, task, progress).reader
+            queries = list(_margins(reader, query, projection, "queries"))
+            seen = (part.seen for part in _margins(reader, train, projection, "training gradients"))
+            factor = damped_factor(second_moment(seen) / len(train), self.damping)
         phi = torch.cat([part.seen for part in queries])
-        solved = torch.cholesky_solve(phi.T.cpu().double(), factor).T.to(phi) / len(data.train)
-        scores, doubts, targets = [], [], []
-        for part in _margins(reader, data.chosen, projection, "scoring training samples"):
-            scores.append(finite(solved @ part.seen.T, "scores").cpu())
-            doubts.append(part.doubts)
-            targets.append(part.targets)
-        return _Scored(
-            torch.cat(scores, dim=1),
-            torch.cat(doubts),
-            torch.cat(targets),
+        return _Network(
+            reader,
+            projection,
+            torch.cholesky_solve(phi.T.cpu().double(), factor).T.to(phi) / len(train),
             torch.cat([part.targets for part in queries]),
             torch.cat([part.losses for part in queries]),
         )
 
-    def _record(self, found: _Scored, count: int, data: _Data, coverage: Coverage) -> Influence:
-        return Influence(
-            scores=found.scores * (found.doubts / count**2),
-            train_ids=torch.tensor(data.chosen.ids),
-            train_targets=found.targets,
-            query_targets=found.query_targets,
-            query_losses=found.query_losses / count,
-            method=f"{self!r}, {count} network{'s' * (count > 1)}",
-            damping=self.damping or nan,
-            covered=tuple(coverage.parameters),
-            left_out=coverage.left_out,
-            covered_elements=coverage.size,
-            gradient_norm=nan,
-            curvature_n=len(data.train),
-            unit="none",
-        )
+
+class _Network(NamedTuple):
+    """What is held of a network: how it is read, its projection, (ΦᵀΦ)⁻¹ φ, targets and losses of the queries."""
+
+    reader: Reader
+    projection: Projection
+    solved: Tensor
+    targets: Tensor
+    losses: Tensor
+
+    def columns(self, samples: Samples) -> Iterator[Columns]:
+        """Yield φ_qᵀ (ΦᵀΦ)⁻¹ φ_i, with 1 − p_i as one more row, and targets; the network has these weights."""
+        for part in _margins(self.reader, samples, self.projection, "scoring training samples"):
+            scores = finite(self.solved @ part.seen.T, "scores").cpu()
+            yield torch.cat([scores, part.doubts[None].to(scores)]), part.targets
 
 
-class _Data(NamedTuple):
-    train: Samples
-    chosen: Samples
-    query: Samples
+def _averaged(sums: Tensor, targets: Tensor, count: int) -> Columns:
+    """Return the mean scores times the mean doubts, from the rows of the sums."""
+    return sums[:-1] * (sums[-1] / count**2), targets
 
 
 class _Margins(NamedTuple):
@@ -159,22 +178,6 @@ class _Margins(NamedTuple):
     doubts: Tensor
     targets: Tensor
     losses: Tensor
-
-
-class _Scored(NamedTuple):
-    scores: Tensor
-    doubts: Tensor
-    targets: Tensor
-    query_targets: Tensor
-    query_losses: Tensor
-
-    def plus(self, other: _Scored) -> _Scored:
-        """Add another network's."""
-        return self._replace(
-            scores=self.scores + other.scores,
-            doubts=self.doubts + other.doubts,
-            query_losses=self.query_losses + other.query_losses,
-        )
 
 
 def _margins(reader: Reader, samples: Samples, projection: Projection, what: str) -> Iterator[_Margins]:
