@@ -8,6 +8,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import reduce
 from typing import Any
 
@@ -68,15 +70,12 @@ def run(options: argparse.Namespace) -> None:
         budget_seconds=options.budget,
     )
     module, data = (named(getattr(options, name), name) for name in ("module", "data"))
-    for name in LOGGERS:
-        logging.getLogger(name).setLevel(logging.WARNING)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+    with _quiet() as said:
         report = callback.explain(
             options.checkpoint,
             module,
             data,
-            query_ids=options.query,
+            query=options.query,
             out=options.out,
             device=options.device,
             precision=options.precision,
@@ -87,6 +86,22 @@ def run(options: argparse.Namespace) -> None:
         if owner == "DataInfluence":
             print(f"note: {note}")
     print(f"The report is {report}, the tables lie beside it")
+
+
+@contextmanager
+def _quiet() -> Iterator[list[warnings.WarningMessage]]:
+    """Keep Lightning from telling of itself, and collect what is warned of."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            yield said
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def named(reference: str | None, option: str) -> Any:

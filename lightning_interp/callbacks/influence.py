@@ -168,7 +168,7 @@ class DataInfluence(Callback):
         checkpoint: str | os.PathLike[str],
         module: Any,
         data: Any = None,
-        query_ids: Sequence[int] | None = None,
+        query: Sequence[int] | None = None,
         out: str | os.PathLike[str] | None = None,
         device: str = "auto",
         precision: Any = "32-true",
@@ -185,7 +185,7 @@ class DataInfluence(Callback):
                 that returns one.
             data: a LightningDataModule, its class, a pair (training, validation) of loaders or datasets, or a function
                 that returns one of these; None where the network has loaders of its own.
-            query_ids: which validation samples to explain, by index; as many as `queries`, chosen, when None.
+            query: which validation samples to explain, by index; as many as `queries`, chosen, when None.
             out: a folder to write to as if it were the run's; that of the run the checkpoint lies in when None.
             device: "auto", "cpu", "cuda", "cuda:1", "mps", ...
             precision: as in training, for a `Trainer`.
@@ -202,20 +202,21 @@ class DataInfluence(Callback):
             hint = f"; the checkpoint names {named_class(held)}" if named_class(held) else ""
             raise ValueError(f"module: expected the network's class, got none{hint}")
         network = restored_module(module, checkpoint, held, trusted)
-        again, folder = self._again(held, query_ids), run_of(checkpoint) if out is None else os.fspath(out)
+        again, folder = self._again(held, query), run_of(checkpoint) if out is None else os.fspath(out)
         given = restored_data(data, network, checkpoint, held, trusted)
         end_again(again, network, given, checkpoint, held, folder, device, precision, trusted)
         if not again._shell.on:
             raise ValueError(f"data: {again._shell.why_off.removeprefix('train_dataset: ')}")
         return begun(again._run).folder.file("influence/report.html")
 
-    def _again(self, held: Mapping[str, Any], query_ids: Sequence[int] | None) -> DataInfluence:
+    def _again(self, held: Mapping[str, Any], query: Sequence[int] | None) -> DataInfluence:
         """Return a callback with these arguments that has seen the training that a checkpoint holds."""
         again = copy.copy(self)
         again._shell, again._run = Shell("DataInfluence", "raise", True, everywhere=True), None
-        again._recorder, again._query_ids = Recorder(), query_ids
+        again._recorder, again._query_ids = Recorder(), query
         again.budget_seconds = math.inf if self.budget_seconds is None else self.budget_seconds
-        recorded = [state for state in held.get("callbacks", {}).values() if {"steps", "rate_sums"} <= set(state)]
+        states = [state for state in held.get("callbacks", {}).values() if isinstance(state, Mapping)]
+        recorded = [state for state in states if {"steps", "rate_sums"} <= set(state)]
         if recorded:
             again.load_state_dict(recorded[0])
         else:

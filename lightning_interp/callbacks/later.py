@@ -66,30 +66,43 @@ def end_again(
         ValueError: the trainer cannot be had as asked, or has no training data.
     """
     package = importlib.import_module(_package(module))
-    name, _, number = device.partition(":")
-    whole = "optimizer_states" in held
+    wrong = package.utilities.exceptions.MisconfigurationException
     with _muted(module), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
         warnings.filterwarnings("ignore", category=package.utilities.warnings.PossibleUserWarning)
         try:
-            trainer = package.Trainer(
-                accelerator=name,
-                devices=[int(number)] if number else 1,
-                precision=precision,
-                logger=package.loggers.TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
-                default_root_dir=folder,
-                callbacks=[_NoStep(), ProgressBar(), callback],
-                max_epochs=int(held.get("epoch", 0)) + 2,
-                num_sanity_val_steps=0,
-                enable_checkpointing=False,
-                enable_model_summary=False,
-            )
-            if not whole and "loops" in held:  # Lightning resumes from no file without optimizers
-                trainer.fit_loop.load_state_dict(held["loops"]["fit_loop"])
-            resumed = {"ckpt_path": os.fspath(path)} | weights_only(trainer.fit, trusted) if whole else {}
+            trainer = _trainer(package, [_NoStep(), ProgressBar(), callback], folder, held, device, precision)
+        except (ValueError, wrong) as error:
+            raise ValueError(f"device, precision: {_one_line(error)}") from error
+        resumed: Held = {}
+        if "optimizer_states" in held:
+            resumed = {"ckpt_path": os.fspath(path)} | weights_only(trainer.fit, trusted)
+        elif "loops" in held:  # Lightning resumes from no file without optimizers
+            trainer.fit_loop.load_state_dict(held["loops"]["fit_loop"])
+        try:
             trainer.fit(module, **data, **resumed)
-        except package.utilities.exceptions.MisconfigurationException as error:
-            raise ValueError(" ".join(str(error).split())) from error
+        except wrong as error:
+            raise ValueError(f"module, data: {_one_line(error)}") from error
+
+
+def _trainer(package: Any, callbacks: list[Callback], folder: str, held: Held, device: str, precision: Any) -> Any:
+    name, _, number = device.partition(":")
+    return package.Trainer(
+        accelerator=name,
+        devices=[int(number)] if number else 1,
+        precision=precision,
+        logger=package.loggers.TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
+        default_root_dir=folder,
+        callbacks=callbacks,
+        max_epochs=int(held.get("epoch", 0)) + 2,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 @contextmanager

@@ -61,18 +61,14 @@ def restored_module(given: Any, path: str | os.PathLike[str], held: Held, truste
         TypeError: `given` is something else.
         ValueError: the class needs more than the checkpoint holds, or the weights do not fit.
     """
-    named = getattr(given, "__name__", type(given).__name__)
-    made = given
     if isinstance(given, type):
-        _expect(given, "LightningModule", "module", given.__name__)
-        made = _made(given, path, "module", trusted)
-    elif not _is_a(type(given), "LightningModule") and callable(given):
-        made = given()
-    _expect(type(made), "LightningModule", "module", named)
-    if not isinstance(given, type):
-        with _fitting(type(made).__name__):
-            made.on_load_checkpoint(held)
-            made.load_state_dict(held["state_dict"])
+        _expect("LightningModule", "module", given, given)
+        return _made(given, path, "module", trusted)
+    made = given() if callable(given) and not _is_a(type(given), "LightningModule") else given
+    _expect("LightningModule", "module", given, made)
+    with _fitting(type(made).__name__):
+        made.on_load_checkpoint(held)
+        made.load_state_dict(held["state_dict"])
     return made
 
 
@@ -98,9 +94,8 @@ def restored_data(given: Any, module: Any, path: str | os.PathLike[str], held: H
                 f"data: expected the training data, got none, nor has {type(module).__name__} a train_dataloader"
             )
         return {}
-    named = getattr(given, "__name__", type(given).__name__)
     if isinstance(given, type):
-        _expect(given, "LightningDataModule", "data", named)
+        _expect("LightningDataModule", "data", given, given)
         saved = given.CHECKPOINT_HYPER_PARAMS_KEY in held  # type: ignore[attr-defined]
         return {"datamodule": _made(given, path, "data", trusted) if saved else _called(given, "data")}
     found = given() if callable(given) and not _is_a(type(given), "LightningDataModule") else given
@@ -109,7 +104,7 @@ def restored_data(given: Any, module: Any, path: str | os.PathLike[str], held: H
     if not isinstance(found, (tuple, list)) or len(found) != 2:
         raise TypeError(
             "data: expected a LightningDataModule, a pair (training, validation) of loaders or datasets, or a function"
-            f" that returns either, got {type(found).__name__} from {named}"
+            f" that returns either, got a {type(found).__name__}"
         )
     return {"train_dataloaders": _loader(found[0]), "val_dataloaders": _loader(found[1])}
 
@@ -171,7 +166,10 @@ def _is_a(kind: type, name: str) -> bool:
     return any(base.__name__ == name and base.__module__.startswith(PACKAGES) for base in kind.__mro__)
 
 
-def _expect(kind: type, wanted: str, argument: str, named: str) -> None:
+def _expect(wanted: str, argument: str, given: Any, made: Any) -> None:
+    """Raise an error unless what was given, or what it returned, is of a class of Lightning's, or is one."""
+    kind = made if isinstance(made, type) else type(made)
     if not _is_a(kind, wanted):
-        what = "a class" if named == kind.__name__ else f"one that returns {kind.__name__}"
-        raise TypeError(f"{argument}: expected a {wanted}, got {named}, {what} of another kind")
+        got = f"the class {kind.__name__}" if kind is made else f"a {kind.__name__}"
+        origin = f" from {getattr(given, '__name__', given)}" if given is not made else ""
+        raise TypeError(f"{argument}: expected a {wanted}, got {got}{origin}")
