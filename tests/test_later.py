@@ -157,7 +157,8 @@ def test_events_go_to_the_run_at_the_checkpoints_step(tmp_path: Path) -> None:
         assert "influence_notes/summary/text_summary" in events.Tags()["tensors"]
 
 
-def test_what_a_short_budget_left_out_is_scored(tmp_path: Path) -> None:
+def test_what_a_short_budget_left_out_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_interp.callbacks.influence.SHORTEST_BUDGET", 1e-6)
     callback = DataInfluence(queries=1, budget_seconds=1e-6)
     with pytest.warns(UserWarning, match="40 of 96 training samples"):
         run, checkpoint = trained(tmp_path, Chosen(), Corners(96), callbacks=[callback])
@@ -207,6 +208,7 @@ def test_named_queries_replace_the_earlier_report_whole(tmp_path: Path) -> None:
     }  # fmt: skip
     with open(folder / "influence.csv", newline="") as file:
         assert {row["query_id"] for row in csv.DictReader(file)} == {"3", "7"}
+    assert "over 6 steps" in (folder / "report.html").read_text()  # recorded under other arguments
 
 
 def test_in_python_with_an_estimator_and_a_network_of_ones_own(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ SHORTEST_BUDGET = 60.0
 LONGEST_ON_ONE_RANK = 300.0
 MOST_SEARCHED = 4096
 MOST_OF_A_STREAM = 256
+FOR_MORE = "Pass budget_seconds= for more, or run `lightning-interp influence CHECKPOINT` later."
 UNTOLD = (
     "the checkpoint does not tell the learning rates that led to it, since it was written without DataInfluence;"
     " damping, unless given, is the estimator's own"
@@ -314,7 +315,7 @@ class DataInfluence(Callback):
         if found is None or not trainer.is_global_zero:
             return
         if found.message:
-            rank_zero_warn(f"DataInfluence: {found.message} Pass budget_seconds= for more.")
+            rank_zero_warn(f"DataInfluence: {found.message} {FOR_MORE}")
         checks = spot_checks(asked, found.influence, self.retrain) if self.retrain is not None else ()
         notes = (*found.influence.notes, *([trajectory.why_not] if trajectory.why_not else []))
         influence = dataclasses.replace(found.influence, notes=notes, doubts=run.doubts)

@@ -116,8 +116,8 @@ def named_class(held: Mapping[str, Any]) -> str:
 
 
 def weights_only(function: Callable[..., Any], trusted: bool) -> Held:
-    """Return the keyword that lets one of Lightning's functions unpickle all; older ones have none, and do."""
-    return {"weights_only": False} if trusted and "weights_only" in inspect.signature(function).parameters else {}
+    """Return what tells one of Lightning's functions what to unpickle; older ones cannot be told, and unpickle all."""
+    return {"weights_only": not trusted} if "weights_only" in inspect.signature(function).parameters else {}
 
 
 def _made(kind: Any, path: str | os.PathLike[str], argument: str, trusted: bool) -> Any:
