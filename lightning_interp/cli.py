@@ -39,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        print(f"lightning-interp: {error}", file=sys.stderr)
+    except (ValueError, TypeError, FileNotFoundError, FloatingPointError) as error:
+        print(f"lightning-interp: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 

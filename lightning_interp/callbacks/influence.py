@@ -219,7 +219,7 @@ class DataInfluence(Callback):
         states = [state for state in held.get("callbacks", {}).values() if isinstance(state, Mapping)]
         recorded = [state for state in states if {"steps", "rate_sums"} <= set(state)]
         if recorded:
-            again.load_state_dict(recorded[0])
+            again.load_state_dict(dict(recorded[0]))
         else:
             rank_zero_warn(f"DataInfluence: {UNTOLD}")
         return again
