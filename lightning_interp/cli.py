@@ -1,4 +1,4 @@
-"""The command line: `lightning-interp compare RUN RUN [...]`."""
+"""The command line: `lightning-interp compare RUN RUN [...]` and `lightning-interp influence CHECKPOINT`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_interp import figures
+from lightning_interp import figures, influence_command
 from lightning_interp.board import clean
 from lightning_interp.compare import Comparison, compare, table_of, told_correspondence
 from lightning_interp.similarity import CCA, CKA, PWCCA, SVCCA, Measure, Procrustes, RBFKernel
@@ -38,13 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; errors of the user's are one line on standard error."""
     options = _parser().parse_args(arguments)
     try:
-        chosen = [MEASURES[name] for name in options.measure] if options.measure else None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is left out is printed
-            found = compare(*options.runs, measures=chosen, epochs=options.epoch)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"lightning-interp: {error}", file=sys.stderr)
+        options.run(options)
+    except (ValueError, TypeError, FileNotFoundError, FloatingPointError) as error:
+        print(f"lightning-interp: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> None:
+    chosen = [MEASURES[name] for name in options.measure] if options.measure else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is left out is printed
+        found = compare(*options.runs, measures=chosen, epochs=options.epoch)
     for measure in found.maps:
         _print(measure, found)
     for name in found.left_out:
@@ -52,17 +57,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out:
         _write(found, Folder(options.out))
         print(f"\nHeat maps, tables and TensorBoard events are in {options.out}")
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lightning-interp", description="Compare what networks learned.")
+    parser = argparse.ArgumentParser(prog="lightning-interp", description="What networks learned, after training.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("compare", help="layer by layer, two or more runs recorded on the same samples")
     command.add_argument("runs", nargs="+", metavar="RUN", help="a run's log folder, e.g. lightning_logs/version_0")
     command.add_argument("--measure", action="append", choices=list(MEASURES), help="may be given several times")
     command.add_argument("--epoch", type=int, help="the epoch to compare; the last one when left out")
     command.add_argument("--out", metavar="DIR", help="write PNG, CSV and TensorBoard events there")
+    command.set_defaults(run=_compare)
+    influence_command.add_to(commands)
     return parser
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_interp.batch import precise, take
+from lightning_interp.errors import ArgumentError
 from lightning_interp.generators import own_generators_kept
 from lightning_interp.influence.checkpoints import loaded
 from lightning_interp.samples import Samples
@@ -73,6 +74,19 @@ def given_samples(trainer: pl.Trainer, dataset: Any) -> Samples:
     if isinstance(dataset, DataLoader) or not isinstance(like, DataLoader) or not _indexed(like):
         return given
     return dataclasses.replace(Samples.of(like, move=given.move), dataset=given.dataset)
+
+
+def with_ids(samples: Samples, ids: Sequence[int]) -> Samples:
+    """Return the samples with these dataset indices.
+
+    Raises:
+        ArgumentError: an index is not one of the data set's.
+    """
+    places = {index: place for place, index in enumerate(samples.ids)}
+    if not ids or (missing := [index for index in ids if index not in places]):
+        got = ", ".join(map(str, missing[:8])) if ids else "none"
+        raise ArgumentError(f"query: expected indices of the {len(places):,} validation samples, got {got}")
+    return samples.at([places[index] for index in dict.fromkeys(ids)])
 
 
 def indexed_training_set(trainer: pl.Trainer) -> Samples:

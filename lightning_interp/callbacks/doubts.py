@@ -36,7 +36,7 @@ def averaged(trainer: pl.Trainer, callback: Callback) -> str:
 
 def unrecorded(trainer: pl.Trainer, recorded: int) -> str:
     """Say so, if training goes on from a checkpoint whose steps nobody recorded."""
-    if recorded or not trainer.global_step:
+    if recorded or not trainer.global_step or trainer.should_stop:
         return ""
     return (
         f"the first {trainer.global_step:,} steps were trained without this callback, so that the damping, which goes"

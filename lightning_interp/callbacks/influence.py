@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -24,12 +26,15 @@ from lightning_interp.callbacks.access import (
     mover,
     settled_task,
     validation_source,
+    with_ids,
 )
 from lightning_interp.callbacks.agreement import disagreement
 from lightning_interp.callbacks.budget import Estimator
 from lightning_interp.callbacks.doubts import augmented, averaged, unrecorded
 from lightning_interp.callbacks.influence_answers import Asked, answered, spot_checks
 from lightning_interp.callbacks.influence_files import publish
+from lightning_interp.callbacks.later import end_again, run_of
+from lightning_interp.callbacks.restored import named_class, read_checkpoint, restored_data, restored_module
 from lightning_interp.callbacks.shell import OnError, Shell, begun, progress_of, run_folder
 from lightning_interp.callbacks.showing import as_the_data_says
 from lightning_interp.callbacks.telling import strangeness, tell
@@ -47,6 +52,11 @@ SHORTEST_BUDGET = 60.0
 LONGEST_ON_ONE_RANK = 300.0
 MOST_SEARCHED = 4096
 MOST_OF_A_STREAM = 256
+FOR_MORE = "Pass budget_seconds= for more, or run `lightning-interp influence CHECKPOINT` later."
+UNTOLD = (
+    "the checkpoint does not tell the learning rates that led to it, since it was written without DataInfluence;"
+    " damping, unless given, is the estimator's own"
+)
 
 
 @dataclass(frozen=True)
@@ -139,6 +149,7 @@ class DataInfluence(Callback):
         self._recorder = Recorder()
         self._epoch_started = 0.0
         self._epoch_seconds: list[float] = []
+        self._query_ids: Sequence[int] | None = None
 
     @property
     def state_key(self) -> str:
@@ -152,6 +163,66 @@ class DataInfluence(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self._recorder.load_state_dict(state_dict)
+
+    def explain(
+        self,
+        checkpoint: str | os.PathLike[str],
+        module: Any,
+        data: Any = None,
+        query: Sequence[int] | None = None,
+        out: str | os.PathLike[str] | None = None,
+        device: str = "auto",
+        precision: Any = "32-true",
+        trusted: bool = False,
+    ) -> str:
+        """Do after training, from a checkpoint, what this callback does at its end, and write and log it as there.
+
+        The scores are those of the callback itself where it was there in training: the checkpoint then holds what
+        damping goes by. Else damping, unless given, is the estimator's own. Without `budget_seconds` all is scored.
+
+        Args:
+            checkpoint: a Lightning checkpoint.
+            module: the network's class, made with the hyperparameters in the checkpoint; an instance, or a function
+                that returns one.
+            data: a LightningDataModule, its class, a pair (training, validation) of loaders or datasets, or a function
+                that returns one of these; None where the network has loaders of its own.
+            query: which validation samples to explain, by index; as many as `queries`, chosen, when None.
+            out: a folder to write to as if it were the run's; that of the run the checkpoint lies in when None.
+            device: "auto", "cpu", "cuda", "cuda:1", "mps", ...
+            precision: as in training, for a `Trainer`.
+            trusted: whether to unpickle whatever the checkpoint holds, which may run code.
+
+        Returns:
+            The report's path.
+
+        Raises:
+            FileNotFoundError, ValueError, TypeError: an argument is off, or the data has no indices.
+        """
+        held = read_checkpoint(checkpoint, trusted)
+        if module is None:
+            hint = f"; the checkpoint names {named_class(held)}" if named_class(held) else ""
+            raise ValueError(f"module: expected the network's class, got none{hint}")
+        network = restored_module(module, checkpoint, held, trusted)
+        again, folder = self._again(held, query), run_of(checkpoint) if out is None else os.fspath(out)
+        given = restored_data(data, network, checkpoint, held, trusted)
+        end_again(again, network, given, checkpoint, held, folder, device, precision, trusted)
+        if not again._shell.on:
+            raise ValueError(f"data: {again._shell.why_off.removeprefix('train_dataset: ')}")
+        return begun(again._run).folder.file("influence/report.html")
+
+    def _again(self, held: Mapping[str, Any], query: Sequence[int] | None) -> DataInfluence:
+        """Return a callback with these arguments that has seen the training that a checkpoint holds."""
+        again = copy.copy(self)
+        again._shell, again._run = Shell("DataInfluence", "raise", True, everywhere=True), None
+        again._recorder, again._query_ids = Recorder(), query
+        again.budget_seconds = math.inf if self.budget_seconds is None else self.budget_seconds
+        states = [state for state in held.get("callbacks", {}).values() if isinstance(state, Mapping)]
+        recorded = [state for state in states if {"steps", "rate_sums"} <= set(state)]
+        if recorded:
+            again.load_state_dict(dict(recorded[0]))
+        else:
+            rank_zero_warn(f"DataInfluence: {UNTOLD}")
+        return again
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the training set, and check that its samples can be scored."""
@@ -187,6 +258,7 @@ class DataInfluence(Callback):
                 self._shell.switch_off(str(error))
                 return
         query = self._query_set(trainer)
+        query = query if self._query_ids is None else with_ids(query, self._query_ids)
         for name, samples in (("train_dataset", train), ("query_dataset", query)):
             if not len(samples):
                 raise ArgumentError(f"DataInfluence({name}=...): expected at least one sample, got none")
@@ -243,7 +315,7 @@ class DataInfluence(Callback):
         if found is None or not trainer.is_global_zero:
             return
         if found.message:
-            rank_zero_warn(f"DataInfluence: {found.message} Pass budget_seconds= for more.")
+            rank_zero_warn(f"DataInfluence: {found.message} {FOR_MORE}")
         checks = spot_checks(asked, found.influence, self.retrain) if self.retrain is not None else ()
         notes = (*found.influence.notes, *([trajectory.why_not] if trajectory.why_not else []))
         influence = dataclasses.replace(found.influence, notes=notes, doubts=run.doubts)
@@ -266,7 +338,8 @@ class DataInfluence(Callback):
                 for batch in progress_of(trainer)(samples, batches, "choosing queries")
             ]
         order = torch.cat(ranks).argsort(descending=True, stable=True)
-        return samples.at(order[: self.queries].tolist())
+        count = self.queries if self._query_ids is None else len(samples)
+        return samples.at(order[:count].tolist())
 
 
 def _check_arguments(queries: Any, top: Any, estimator: Any, budget_seconds: Any, retrain: Any, weights: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
+
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import save
@@ -14,9 +16,14 @@ from lightning_interp.figures import png
 from lightning_interp.records import Influence
 from lightning_interp.storage import Folder
 
+SOMETIMES = ("query-*.png", "look-at-first.png", "spot-check.png", "self_influence.csv")
+
 
 def publish(trainer: pl.Trainer, folder: Folder, found: Influence, told: Told) -> None:
-    """Log and write everything that is told of the scores."""
+    """Log and write everything that is told of the scores; of an earlier report nothing is left."""
+    for name in folder.folder("influence").names("*"):
+        if any(fnmatch(name, pattern) for pattern in SOMETIMES):
+            folder.remove(f"influence/{name}")
     board, step = Board(trainer.loggers), trainer.global_step
     for name, pixels in told.galleries.items():
         board.image(f"influence/query_{name}", pixels, step)

@@ -53,6 +53,7 @@ class Shell:
         self.chosen = chosen
         self.everywhere = everywhere
         self.on = True
+        self.why_off = ""
         self._seconds = 0.0
 
     def start(self, work: Work, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -118,7 +119,7 @@ class Shell:
 
     def switch_off(self, why: str) -> None:
         """Stay off for the rest of this run, and say why."""
-        self.on = False
+        self.on, self.why_off = False, why
         rank_zero_warn(f"{self.owner} is off for this run: {why}")
 
     def _works(self, trainer: pl.Trainer) -> bool:

@@ -1,0 +1,132 @@
+"""The command `lightning-interp influence CHECKPOINT`: influence scores after training, from a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import reduce
+from typing import Any
+
+from lightning_interp import DataInfluence
+
+LOGGERS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
+
+
+def add_to(commands: Any) -> None:
+    """Add the command and its options to the subparsers of a command line."""
+    command = commands.add_parser(
+        "influence",
+        help="which training samples made a trained network answer so, from its checkpoint",
+        description="Do what DataInfluence does at the end of training, later: without a limit to its time.",
+        epilog="Modules are looked for in the current directory too, and imported: let a script train only under"
+        ' `if __name__ == "__main__":`.',
+    )
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a Lightning checkpoint")
+    command.add_argument(
+        "--module",
+        metavar="PACKAGE.MODULE:NAME",
+        help="the LightningModule's class, made with the hyperparameters in the checkpoint; or an instance, or a"
+        " function that returns one",
+    )
+    command.add_argument(
+        "--data",
+        metavar="PACKAGE.MODULE:NAME",
+        help="a LightningDataModule's class or an instance, a pair (training, validation) of loaders or datasets, or a"
+        " function that returns one of these; not needed where the network has loaders of its own",
+    )
+    queries = command.add_mutually_exclusive_group()
+    queries.add_argument("--queries", type=int, default=6, metavar="N", help="how many predictions to explain (6)")
+    queries.add_argument("--query", type=_indices, metavar="I,J", help="which: indices of validation samples")
+    command.add_argument("--top", type=int, default=5, metavar="N", help="training samples to show of each kind (5)")
+    command.add_argument("--no-self-influence", action="store_true", help="leave out the samples to look at first")
+    command.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="about how long it may take; no limit by default"
+    )
+    command.add_argument("--out", metavar="DIR", help="write there, as if it were the run's folder")
+    command.add_argument("--device", default="auto", help='"auto" (the default), "cpu", "cuda", "cuda:1", "mps", ...')
+    command.add_argument(
+        "--precision", default="32-true", help='as for a Trainer: "32-true" (the default), "bf16-mixed"'
+    )
+    command.add_argument("--trust", action="store_true", help="unpickle all the checkpoint holds, which may run code")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: an option is off; the message names it.
+    """
+    callback = DataInfluence(
+        queries=options.queries,
+        top=options.top,
+        self_influence=not options.no_self_influence,
+        budget_seconds=options.budget,
+    )
+    module, data = (named(getattr(options, name), name) for name in ("module", "data"))
+    with _quiet() as said:
+        report = callback.explain(
+            options.checkpoint,
+            module,
+            data,
+            query=options.query,
+            out=options.out,
+            device=options.device,
+            precision=options.precision,
+            trusted=options.trust,
+        )
+    for warning in said:
+        owner, _, note = str(warning.message).partition(": ")
+        if owner == "DataInfluence":
+            print(f"note: {note}")
+    print(f"The report is {report}, the tables lie beside it")
+
+
+@contextmanager
+def _quiet() -> Iterator[list[warnings.WarningMessage]]:
+    """Keep Lightning from telling of itself, and collect what is warned of."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            yield said
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def named(reference: str | None, option: str) -> Any:
+    """Return what `package.module:name` refers to, the current directory among the places looked in; None for None.
+
+    Raises:
+        ValueError: it is of another form, or there is no such thing.
+    """
+    if reference is None:
+        return None
+    place, _, name = reference.partition(":")
+    if not place or not name:
+        raise ValueError(f"--{option}: expected package.module:Name, got {reference!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return reduce(getattr, name.split("."), importlib.import_module(place))
+    except AttributeError:
+        raise ValueError(f"--{option}: {place} has no {name}") from None
+    except Exception as error:
+        raise ValueError(f"--{option}: cannot import {place} ({type(error).__name__}: {error})") from error
+
+
+def _indices(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers with commas between, got {text!r}") from None
