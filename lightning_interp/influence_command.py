@@ -45,6 +45,7 @@ def add_to(commands: Any) -> None:
     queries.add_argument("--query", type=_indices, metavar="I,J", help="which: indices of validation samples")
     command.add_argument("--top", type=int, default=5, metavar="N", help="training samples to show of each kind (5)")
     command.add_argument("--no-self-influence", action="store_true", help="leave out the samples to look at first")
+    command.add_argument("--check", action="store_true", help="check the strongest by retraining the last layer alone")
     command.add_argument(
         "--budget", type=float, metavar="SECONDS", help="about how long it may take; no limit by default"
     )
@@ -67,6 +68,7 @@ def run(options: argparse.Namespace) -> None:
         queries=options.queries,
         top=options.top,
         self_influence=not options.no_self_influence,
+        retrain="last_layer" if options.check else None,
         budget_seconds=options.budget,
     )
     module, data = (named(getattr(options, name), name) for name in ("module", "data"))

@@ -147,7 +147,9 @@ def _rows(found: Influence, duplicates: Sequence[Duplicate]) -> tuple[tuple[str,
         *([("left out", _left_out(found))] if found.left_out else []),
         (
             "norm of the mean training gradient",
-            f"{found.gradient_norm:.3g} (0 at an optimum, where influence functions hold)",
+            "not taken: these scores expect no optimum"
+            if math.isnan(found.gradient_norm)
+            else f"{found.gradient_norm:.3g} (0 at an optimum, where influence functions hold)",
         ),
         *(("agreement", _agreed(name, share)) for name, share in found.agreement.items()),
         *(("duplicate", _told(duplicate)) for duplicate in duplicates),

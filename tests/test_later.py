@@ -201,11 +201,18 @@ def test_named_queries_replace_the_earlier_report_whole(tmp_path: Path) -> None:
     folder = run / "interp" / "influence"
     assert len(list(folder.glob("query-*.png"))) == 4
     (folder / "mine.txt").write_text("kept")
-    options = ("--query", "7,3", "--no-self-influence")
+    options = ("--query", "7,3", "--no-self-influence", "--check")
     assert asked(checkpoint, "--module", "tests.models:Net", "--data", "tests.models:loaders", *options) == 0
     assert {file.name for file in folder.iterdir()} == {
-        "query-3.png", "query-7.png", "influence.csv", "report.html", "scores.safetensors", "section.html", "mine.txt"
-    }  # fmt: skip
+        "query-3.png",
+        "query-7.png",
+        "influence.csv",
+        "report.html",
+        "scores.safetensors",
+        "section.html",
+        "spot-check.png",
+        "mine.txt",
+    }
     with open(folder / "influence.csv", newline="") as file:
         assert {row["query_id"] for row in csv.DictReader(file)} == {"3", "7"}
     assert "over 6 steps" in (folder / "report.html").read_text()  # recorded under other arguments

@@ -96,6 +96,8 @@ def test_all_numbers_are_in_the_rows() -> None:
         "query #12 is training sample #40: its own score is +5.00e-01",
         "query #13 is training sample #41: its own score was not kept",
     ]
+    unknown = dict(trust(changed(gradient_norm=math.nan)).rows)["norm of the mean training gradient"]
+    assert unknown == "not taken: these scores expect no optimum"
     assert dict(trust(changed(damping=math.nan, notes=(), curvature_n=0)).rows)["damping λ"] == "none"
 
 

@@ -7,7 +7,8 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -16,7 +17,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
 
 from lightning_interp.batch import row, size
 from lightning_interp.callbacks.access import (
@@ -31,12 +31,20 @@ from lightning_interp.callbacks.access import (
 from lightning_interp.callbacks.agreement import disagreement
 from lightning_interp.callbacks.budget import Estimator
 from lightning_interp.callbacks.doubts import augmented, averaged, unrecorded
-from lightning_interp.callbacks.influence_answers import Asked, answered, spot_checks
+from lightning_interp.callbacks.influence_answers import Asked, answered
 from lightning_interp.callbacks.influence_files import publish
 from lightning_interp.callbacks.later import end_again, run_of
 from lightning_interp.callbacks.restored import named_class, read_checkpoint, restored_data, restored_module
 from lightning_interp.callbacks.shell import OnError, Shell, begun, progress_of, run_folder
 from lightning_interp.callbacks.showing import as_the_data_says
+from lightning_interp.callbacks.spot_checks import (
+    BY_LAST_LAYER,
+    LAST_LAYER,
+    Retrain,
+    check_last_layer,
+    check_retrain,
+    checked,
+)
 from lightning_interp.callbacks.telling import strangeness, tell
 from lightning_interp.callbacks.trajectory import Recorder
 from lightning_interp.display import Display
@@ -44,6 +52,7 @@ from lightning_interp.errors import ArgumentError
 from lightning_interp.influence import InfluenceFunction, Trajectory
 from lightning_interp.influence.ranks import Alone, Distributed, OtherRankError, Ranks
 from lightning_interp.probe import take_probe
+from lightning_interp.records import Influence, SpotCheck
 from lightning_interp.samples import Samples
 from lightning_interp.storage import Folder
 from lightning_interp.task import Task
@@ -103,8 +112,9 @@ class DataInfluence(Callback):
         weights: which network is explained: the last one, or the best by the trainer's checkpoint callback (put back
             afterwards; the last one, said aloud, where there is none).
         self_influence: whether to rank the training samples by their influence on themselves.
-        retrain: for a spot check, (dataset indices to train on) → a network trained on them; called for the most
-            helpful and the most harmful sample of each query, and once for all samples.
+        retrain: for a spot check of the most helpful and the most harmful sample of each query: "last_layer" retrains
+            that alone without each of them (see `lightning_interp.influence.LastLayer`), in seconds; a function
+            (dataset indices to train on) → a network trained on them is called for each, and once for all samples.
         budget_seconds: about how long it may take at most, `retrain` aside; when None, as long as one training epoch,
             or 60 if that is longer (with several ranks never over 300). What does not fit is scored on an evenly spread
             subset, said aloud.
@@ -125,7 +135,7 @@ class DataInfluence(Callback):
         query_dataset: Any = None,
         weights: Literal["last", "best"] = "last",
         self_influence: bool = True,
-        retrain: Callable[[Sequence[int]], nn.Module] | None = None,
+        retrain: Retrain | None = None,
         budget_seconds: float | None = None,
         task: Task = Task(),
         display: Display = Display(),
@@ -143,8 +153,9 @@ class DataInfluence(Callback):
         self.budget_seconds = budget_seconds
         self.task = task
         self.display = display
-        chosen = train_dataset is not None or query_dataset is not None or task != Task()
-        self._shell = Shell("DataInfluence", on_error, chosen or estimator is not None, everywhere=True)
+        data_given = train_dataset is not None or query_dataset is not None or task != Task()
+        chosen = data_given or estimator is not None or retrain is not None
+        self._shell = Shell("DataInfluence", on_error, chosen, everywhere=True)
         self._run: _Run | None = None
         self._recorder = Recorder()
         self._epoch_started = 0.0
@@ -270,6 +281,8 @@ class DataInfluence(Callback):
             doubts.append(disagreement(module, task, first))
         if check := getattr(self._asked_for(None), "check", None):
             check(module, train, task=task)
+        if self.retrain == LAST_LAYER:
+            check_last_layer("DataInfluence", module, task, first)
         for doubt in filter(None, doubts):
             rank_zero_warn(f"DataInfluence: {doubt}")
         display = as_the_data_says(self.display, train)
@@ -316,11 +329,29 @@ class DataInfluence(Callback):
             return
         if found.message:
             rank_zero_warn(f"DataInfluence: {found.message} {FOR_MORE}")
-        checks = spot_checks(asked, found.influence, self.retrain) if self.retrain is not None else ()
-        notes = (*found.influence.notes, *([trajectory.why_not] if trajectory.why_not else []))
+        checks = self._checked(asked, found.influence, trajectory)
+        unknown = [trajectory.why_not] if trajectory.why_not else []
+        by_last_layer = [BY_LAST_LAYER] if checks and self.retrain == LAST_LAYER else []
+        notes = (*found.influence.notes, *unknown, *by_last_layer)
         influence = dataclasses.replace(found.influence, notes=notes, doubts=run.doubts)
         shown = (module, run.task, influence, run.train, query, self.top, run.display)
         publish(trainer, run.folder, influence, tell(*shown, found.suspects, influence.duplicates, checks))
+
+    def _checked(self, asked: Asked, found: Influence, trajectory: Trajectory) -> tuple[SpotCheck, ...]:
+        """Check the scores by retraining, if it was asked for; should that fail, they are not lost with it."""
+        if self.retrain is None:
+            return ()
+        estimator = self._asked_for(trajectory)
+        damping = estimator.damping if isinstance(estimator, InfluenceFunction) else trajectory
+        try:
+            return checked(asked, found, self.retrain, damping)
+        except Exception:
+            if self._shell.on_error == "raise":
+                raise
+            rank_zero_warn(
+                f"DataInfluence(retrain=...) failed, so the scores stand unchecked:\n{traceback.format_exc()}"
+            )
+            return ()
 
     def _budget(self, trainer: pl.Trainer) -> float:
         if self.budget_seconds is not None:
@@ -351,7 +382,6 @@ def _check_arguments(queries: Any, top: Any, estimator: Any, budget_seconds: Any
             raise ValueError(f"{owner}({name}=...): expected a whole number from 1, got {value!r}")
     if estimator is not None and (isinstance(estimator, type) or not callable(estimator)):
         raise TypeError(f"{owner}(estimator=...): expected an estimator such as InfluenceFunction(), got {estimator!r}")
-    if retrain is not None and not callable(retrain):
-        raise TypeError(f"{owner}(retrain=...): expected a function from dataset indices to a network, got {retrain!r}")
+    check_retrain(owner, retrain)
     if budget_seconds is not None and not (isinstance(budget_seconds, (int, float)) and budget_seconds > 0):
         raise ValueError(f"{owner}(budget_seconds=...): expected seconds above 0 or None, got {budget_seconds!r}")

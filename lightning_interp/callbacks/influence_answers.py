@@ -1,23 +1,21 @@
-"""What the influence callback asks of an estimator, and how the answers are checked by retraining."""
+"""What the influence callback asks of an estimator, and what it answers within a budget."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_interp.callbacks.budget import Estimator, Stopwatch, afford_curvature, afford_scores
-from lightning_interp.capture import undisturbed
 from lightning_interp.influence import ConjugateGradient, InfluenceFunction, LiSSA
 from lightning_interp.influence.ranks import Alone, Ranks
 from lightning_interp.progress import Progress
-from lightning_interp.records import Influence, SelfInfluence, SpotCheck
+from lightning_interp.records import Influence, SelfInfluence
 from lightning_interp.samples import Samples
 from lightning_interp.task import Task
 
@@ -105,39 +103,3 @@ def _cut(candidates: Sequence[int] | None, asked: Asked, seconds: float) -> str:
     if candidates is None:
         return ""
     return f"{len(candidates):,} of {len(asked.train):,} training samples, evenly spread, fit into {seconds:.0f} s."
-
-
-def spot_checks(asked: Asked, found: Influence, retrain: Callable[[Sequence[int]], nn.Module]) -> tuple[SpotCheck, ...]:
-    """Retrain without the most helpful and the most harmful sample of each query, and compare.
-
-    A baseline is retrained on all samples, by the same function: what differs is then the sample alone.
-    """
-    ids = asked.train.ids
-    before = _losses(asked, retrain(ids))
-    pairs = [
-        (query, int(column))
-        for query, scores in enumerate(found.scores)
-        for column in dict.fromkeys((int(scores.argmax()), int(scores.argmin())))
-    ]
-    after = {
-        column: _losses(asked, retrain([index for index in ids if index != int(found.train_ids[column])]))
-        for column in dict.fromkeys(column for _, column in pairs)
-    }
-    centred = found.centred()
-    return tuple(
-        SpotCheck(
-            asked.query.ids[query],
-            int(found.train_ids[column]),
-            float(centred[query, column]),
-            float(after[column][query] - before[query]),
-        )
-        for query, column in pairs
-    )
-
-
-def _losses(asked: Asked, model: nn.Module) -> Tensor:
-    """Return the queries' losses by another network of the same kind."""
-    device = next(asked.model.parameters()).device
-    model = model.to(device)
-    with undisturbed(model), torch.no_grad():
-        return torch.cat([asked.task.losses(model, batch)[2].cpu() for batch in asked.query])

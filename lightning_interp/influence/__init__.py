@@ -13,6 +13,7 @@ from lightning_interp.influence.curvature import (
 from lightning_interp.influence.damping import Damping
 from lightning_interp.influence.ensemble import Ensemble
 from lightning_interp.influence.estimator import InfluenceFunction
+from lightning_interp.influence.last_layer import LastLayer
 from lightning_interp.influence.logistic import (
     Factors,
     binary_factors,
@@ -49,6 +50,7 @@ __all__ = [
     "Hessian",
     "IdentityCurvature",
     "InfluenceFunction",
+    "LastLayer",
     "LiSSA",
     "LinearDatamodelingScore",
     "ProjectedGaussNewton",

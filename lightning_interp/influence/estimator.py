@@ -63,7 +63,7 @@ class InfluenceFunction:
         if number and not self.damping > 0:  # type: ignore[operator]
             raise ValueError(f"InfluenceFunction(damping=...): expected a positive number or None, got {self.damping}")
 
-    def _damping(self) -> Damping | None:
+    def known_damping(self) -> Damping | None:
         """Return the damping as given, or as it follows from the trajectory; None where neither says it."""
         if isinstance(self.damping, Trajectory):
             return self.damping.damping()
@@ -94,7 +94,7 @@ class InfluenceFunction:
             return self.curvature, ""
         with differentiable(model):
             few, coverage = _covered(model, Samples.of(train), task, self.layers, self.curvature)
-            return choose(coverage, few, self._damping())
+            return choose(coverage, few, self.known_damping())
 
     def fit(
         self, model: nn.Module, train: Any, task: Task = Task(), progress: Progress = quiet, ranks: Ranks = ALONE
@@ -120,7 +120,7 @@ class InfluenceFunction:
             few, coverage = _covered(model, samples, task, self.layers, self.curvature)
             reader = Reader.of(coverage, few, samples, progress, ranks)
             samples = reader.whole(samples)
-            damping = self._damping()
+            damping = self.known_damping()
             curvature, why = (self.curvature, "") if self.curvature is not None else choose(coverage, few, damping)
             curvature.check(coverage.size)
             fitted = curvature.fit(reader, samples)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
+import re
+import statistics
 import time
 import warnings
 from collections.abc import Sequence
@@ -139,6 +141,56 @@ def test_suspects_and_spot_checks_are_written(tmp_path: Path) -> None:
     assert asked[0] == list(range(24))
     assert all(len(indices) == 23 for indices in asked[1:])
     assert 2 <= len(asked) <= 5
+
+
+def test_the_last_layer_checks_the_scores(tmp_path: Path) -> None:
+    def spots(fit: L.Trainer) -> list[tuple[float, float]]:
+        text = (Path(fit.log_dir) / "interp" / "influence" / "report.html").read_text()
+        table = text.partition('<table class="spots">')[2].partition("</table>")[0]
+        cells = [re.findall(r"<td>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
+        return [(float(predicted), float(actual)) for _, _, predicted, actual in cells]
+
+    torch.manual_seed(0)
+    one = InfluenceFunction(GaussNewton(), layers=["head"])
+    fit = trainer(tmp_path, callbacks=[DataInfluence(queries=4, retrain="last_layer", estimator=one, on_error="raise")])
+    fit.fit(Net(), *loaders())
+    predicted, actual = zip(*spots(fit), strict=True)
+    assert len(predicted) >= 5
+    assert statistics.correlation(predicted, actual) > 0.99
+    text = (Path(fit.log_dir) / "interp" / "influence" / "report.html").read_text()
+    assert "spot check: the last layer alone was retrained" in text
+    assert f"correlate by {statistics.correlation(predicted, actual):.2f} in {len(predicted)} checks" in text
+
+
+def test_a_check_that_fails_loses_no_score(tmp_path: Path) -> None:
+    def broken(_: Sequence[int]) -> Net:
+        raise RuntimeError("no room")
+
+    fit = trainer(tmp_path, callbacks=[DataInfluence(queries=1, retrain=broken)])
+    with pytest.warns(UserWarning, match=r"(?s)scores stand unchecked.*no room"):
+        fit.fit(Net(), *loaders())
+    assert (Path(fit.log_dir) / "interp" / "influence" / "report.html").exists()
+    assert not (Path(fit.log_dir) / "interp" / "influence" / "spot-check.png").exists()
+    fit = trainer(tmp_path, callbacks=[DataInfluence(queries=1, retrain=broken, on_error="raise")])
+    with pytest.raises(RuntimeError, match="no room"):
+        fit.fit(Net(), *loaders())
+
+
+class Probable(Net):
+    """Gives log-probabilities."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).log_softmax(-1)
+
+
+def test_a_last_layer_that_cannot_be_retrained_stops_before_the_first_batch(tmp_path: Path) -> None:
+    net = Probable()
+    fit = trainer(tmp_path, callbacks=[DataInfluence(retrain="last_layer")])
+    with pytest.raises(ValueError, match=r'DataInfluence\(retrain="last_layer"\): model: .* changes those of \'head\''):
+        fit.fit(net, *loaders())
+    assert not net.fed
+    with pytest.raises(TypeError, match=r"or a function from dataset indices .*, got 'all'"):
+        DataInfluence(retrain="all")  # type: ignore[arg-type]
 
 
 def test_the_most_confidently_wrong_come_first() -> None:

@@ -1,0 +1,100 @@
+"""Scores checked by retraining: without the strongest samples, by the user's function or of the last layer alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Final, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_interp.callbacks.influence_answers import Asked
+from lightning_interp.capture import undisturbed
+from lightning_interp.errors import ArgumentError
+from lightning_interp.influence import Damping, LastLayer, Trajectory, leave_one_out
+from lightning_interp.influence.last_layer import last_linear
+from lightning_interp.records import Influence, SpotCheck
+from lightning_interp.task import Task
+
+M = TypeVar("M")
+Retrain = Callable[[Sequence[int]], nn.Module] | Literal["last_layer"]
+LAST_LAYER: Final = "last_layer"
+BY_LAST_LAYER = (
+    "spot check: the last layer alone was retrained, the layers in front stay as they are; the scores are of all layers"
+)
+
+
+def check_retrain(owner: str, retrain: Any) -> None:
+    """Raise an error unless it is "last_layer", a function, or None."""
+    if retrain not in (None, LAST_LAYER) and not callable(retrain):
+        raise TypeError(
+            f'{owner}(retrain=...): expected "{LAST_LAYER}" or a function from dataset indices to a network,'
+            f" got {retrain!r}"
+        )
+
+
+def check_last_layer(owner: str, model: nn.Module, task: Task, batch: Any) -> None:
+    """Raise an error unless a network's last layer can be retrained alone."""
+    try:
+        last_linear(model, task, batch)
+    except ValueError as error:
+        raise ArgumentError(f'{owner}(retrain="{LAST_LAYER}"): {error}') from error
+
+
+def checked(
+    asked: Asked, found: Influence, retrain: Retrain, damping: float | Damping | Trajectory | None
+) -> tuple[SpotCheck, ...]:
+    """Check the strongest scores of each query.
+
+    Args:
+        asked: what was asked.
+        found: the scores.
+        retrain: dataset indices → a network trained on them; or "last_layer".
+        damping: how far training could move that layer.
+    """
+    if not isinstance(retrain, str):
+        ids = asked.train.ids
+        return spot_checks(asked, found, lambda kept: retrain([ids[place] for place in kept]), partial(_losses, asked))
+    last = LastLayer.of(asked.model, asked.train, asked.query, asked.task, damping, asked.progress)
+    return spot_checks(asked, found, last.retrain, last.losses)
+
+
+def spot_checks(
+    asked: Asked, found: Influence, retrain: Callable[[Sequence[int]], M], losses: Callable[[M], Tensor]
+) -> tuple[SpotCheck, ...]:
+    """Retrain without the most helpful and the most harmful sample of each query, and compare.
+
+    Args:
+        asked: what was asked.
+        found: the scores.
+        retrain: places among the training samples → what was trained on them; called for all of them first: what
+            differs is then the sample alone.
+        losses: what was trained → each query's loss.
+    """
+    pairs = [
+        (query, int(column))
+        for query, scores in enumerate(found.scores)
+        for column in dict.fromkeys((int(scores.argmax()), int(scores.argmin())))
+    ]
+    left_out = list(dict.fromkeys(column for _, column in pairs))
+    places = found.columns[left_out].tolist()
+    moved = leave_one_out(retrain, losses, len(asked.train), places, asked.progress)
+    centred = found.centred()
+    return tuple(
+        SpotCheck(
+            asked.query.ids[query],
+            int(found.train_ids[column]),
+            float(centred[query, column]),
+            float(moved[query, left_out.index(column)]),
+        )
+        for query, column in pairs
+    )
+
+
+def _losses(asked: Asked, model: nn.Module) -> Tensor:
+    """Return the queries' losses by another network of the same kind."""
+    device = next(asked.model.parameters()).device
+    model = model.to(device)
+    with undisturbed(model), torch.no_grad():
+        return torch.cat([asked.task.losses(model, batch)[2].cpu() for batch in asked.query])

@@ -1,0 +1,200 @@
+"""The last layer retrained alone, beside optima that are found otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from lightning_interp.influence import (
+    KFAC,
+    Damping,
+    GaussNewton,
+    InfluenceFunction,
+    LastLayer,
+    Retrained,
+    leave_k_out,
+    leave_one_out,
+)
+from lightning_interp.influence.last_layer import last_linear
+from lightning_interp.influence.logistic import fit
+from lightning_interp.task import Task
+
+N, CLASSES, DECAY = 60, 3, 1e-2
+
+
+@pytest.fixture
+def data() -> TensorDataset:
+    draws = torch.Generator().manual_seed(0)
+    x = torch.randn(N, 4, generator=draws)
+    return TensorDataset(x, (x[:, :CLASSES] + torch.randn(N, CLASSES, generator=draws)).argmax(1))
+
+
+def network(seed: int = 1) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, CLASSES))
+
+
+def with_ones(x: Tensor) -> Tensor:
+    return torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+
+
+def minimum(objective: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """Descend to a gradient below 1e-10, by another method."""
+    at = start.clone().requires_grad_()
+    options = {"max_iter": 2000, "tolerance_grad": 1e-11, "tolerance_change": 0.0, "line_search_fn": "strong_wolfe"}
+    search = torch.optim.LBFGS([at], **options)  # type: ignore[arg-type]
+
+    def closure() -> float:
+        search.zero_grad()
+        value = objective(at)
+        value.backward()
+        return float(value.detach())
+
+    search.step(closure)
+    return at.detach()
+
+
+def test_at_an_optimum_it_is_the_regression_without_the_samples(data: TensorDataset) -> None:
+    x, y = data.tensors
+    layer = nn.Linear(4, CLASSES).double()
+    best = fit(with_ones(x), y, CLASSES, DECAY)
+    layer.load_state_dict({"weight": best[:, :-1], "bias": best[:, -1]})
+    last = LastLayer.of(layer, TensorDataset(x.double(), y), TensorDataset(x[:5].double(), y[:5]), damping=DECAY)
+    kept = [i for i in range(N) if i not in (3, 17, 18)]
+    wanted = fit(with_ones(x[kept]), y[kept], CLASSES, DECAY)
+    assert (last.retrain(kept) - wanted).norm() < 1e-3 * (wanted - best).norm()
+    assert torch.equal(last.retrain(range(N)), best)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_away_from_an_optimum_what_training_left_is_kept(data: TensorDataset, bias: bool) -> None:
+    x, y = data.tensors
+    net = network().double().eval()
+    if not bias:
+        net[3].bias = None
+    shape = net[3].weight.shape
+    damping: dict[str, float | Tensor] = {
+        "3.weight": torch.rand(shape, generator=torch.Generator().manual_seed(2)) + 0.1
+    }
+    damping |= {"3.bias": 0.2} if bias else {}
+    train = TensorDataset(x.double(), y)
+    last = LastLayer.of(net, train, train, damping=Damping(damping, "given"))
+    features = net[:3](x.double()).detach()
+    features = with_ones(features) if bias else features
+    shift = damping["3.weight"]
+    assert isinstance(shift, Tensor)
+    shift = torch.cat([shift, torch.full((CLASSES, 1), 0.2)], dim=1) if bias else shift
+    kept, start = list(range(5, N)), last.trained
+    at = start.clone().requires_grad_()
+    (mean,) = torch.autograd.grad(F.cross_entropy(features @ at.T, y), at)
+
+    def objective(w: Tensor) -> Tensor:
+        moved = w - start
+        return F.cross_entropy(features[kept] @ w.T, y[kept]) - (mean * moved).sum() + (shift * moved**2).sum() / 2
+
+    wanted = minimum(objective, start)
+    assert (last.retrain(kept) - wanted).norm() < 1e-3 * (wanted - start).norm()
+    assert last.losses(wanted).shape == (N,)
+    assert torch.allclose(last.losses(start), F.cross_entropy(net(x.double()), y, reduction="none"))
+
+
+def test_influence_of_the_last_layer_predicts_it(data: TensorDataset) -> None:
+    net = network()
+    query = TensorDataset(*data[:6])
+    last = LastLayer.of(net, data, query, damping=0.1)
+    scores = InfluenceFunction(GaussNewton(), 0.1, layers=["3"])(net, data, query).scores
+    which = list(range(0, N, 4))
+    moved = leave_one_out(last.retrain, last.losses, last.n, which)
+    found = Retrained((scores - scores.mean(1, keepdim=True))[:, which], moved)
+    assert found.pearson > 0.999
+    assert found.slope == pytest.approx(1, abs=0.1)
+
+
+def test_without_a_damping_it_takes_a_share_of_the_layers_curvature(data: TensorDataset) -> None:
+    net = network()
+    wanted = InfluenceFunction(KFAC(), layers=["3"]).fit(net, data).damping.typical
+    assert LastLayer.of(net, data, data).damping.unique().tolist() == pytest.approx([wanted])
+
+
+def test_the_network_is_left_as_it_was(data: TensorDataset) -> None:
+    net = network().train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    last = LastLayer.of(net, data, data, damping=0.1)
+    last.losses(last.retrain(range(10)))
+    assert net.training
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+class Shaped(nn.Module):
+    """Outputs of another shape than the last layer's, or changed."""
+
+    def __init__(self, out: int, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.out, self.change = nn.Linear(4, 5), nn.Linear(5, out), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(self.out(self.inner(x).tanh()))
+
+
+def test_a_single_number_may_lose_its_dimension(data: TensorDataset) -> None:
+    x, _ = data.tensors
+    train = TensorDataset(x, x.sum(1))
+    torch.manual_seed(0)
+    net = Shaped(1, lambda out: out.squeeze(-1))
+    last = LastLayer.of(net, train, train, damping=0.1)
+    loss = (net(x) - x.sum(1)).square()
+    assert torch.allclose(last.losses(last.trained), loss.double(), atol=1e-5)
+    best = last.retrain(range(N))
+    assert torch.equal(best, last.trained)
+    assert not torch.allclose(last.retrain(range(30)), best, atol=1e-3)
+
+
+def test_positions_share_the_layer() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 7, 4), torch.randint(3, (20, 7))
+    task = Task(
+        loss=lambda out, target: (
+            F.cross_entropy(out.flatten(0, 1), target.flatten(), reduction="none").reshape(target.shape).mean(1)
+        )
+    )
+    net = Shaped(3, lambda out: out)
+    last = LastLayer.of(net, TensorDataset(x, y), TensorDataset(x[:4], y[:4]), task, damping=0.1)
+    assert last.train.features.shape == (20, 7, 6)
+    scores = InfluenceFunction(GaussNewton(), 0.1, layers=["out"])(
+        net, TensorDataset(x, y), TensorDataset(x[:4], y[:4]), task
+    ).scores
+    moved = leave_k_out(last.retrain, last.losses, 20, [[0], [1], [2], [3]])
+    assert Retrained((scores - scores.mean(1, keepdim=True))[:, :4], moved).pearson > 0.99
+
+
+def test_what_cannot_be_retrained_alone_is_named(data: TensorDataset) -> None:
+    batch = data[:2]
+    tied = Shaped(5, lambda out: out)
+    tied.inner = nn.Linear(5, 5)
+    tied.out.weight = tied.inner.weight
+    again = Shaped(4, lambda out: out)
+    again.change = lambda out: again.out(again.inner(out))
+    cases: Sequence[tuple[nn.Module, str]] = [
+        (Shaped(3, lambda out: out.log_softmax(-1)), "Shaped changes those of 'out'"),
+        (nn.Sequential(nn.Flatten()), "Sequential calls no nn.Linear"),
+        (again, "'out', which is called again"),
+        (nn.Sequential(nn.Linear(4, 5), tied), "whose weight is 1.inner.weight and 1.out.weight"),
+    ]
+    for net, said in cases:
+        with pytest.raises(ValueError, match=said):
+            last_linear(net, Task(), batch)
+    with pytest.raises(ValueError, match="got training steps"):
+        last_linear(network(), Task.from_training_step(), batch)
+    assert last_linear(network(), Task(), batch) == "3"
+
+
+def test_a_loss_that_is_not_convex_is_said(data: TensorDataset) -> None:
+    task = Task(loss=lambda out, target: -1e3 * out.square().sum(1))
+    last = LastLayer.of(network(), data, data, task, damping=1e-3)
+    with pytest.raises(FloatingPointError, match="expected a loss that is convex in 3"):
+        last.retrain(range(10))
