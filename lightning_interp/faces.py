@@ -77,10 +77,11 @@ class Suspect(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """Scores that retraining has checked: (query, training sample, predicted, actual) in words, and as a picture."""
+    """Scores that retraining checked: (query, training sample, predicted, actual), a picture, what was retrained."""
 
     rows: list[tuple[str, str, str, str]]
     picture: Pixels
+    heading: str
 
 
 def face(value: Any, display: Display, columns: Sequence[int] | None = None) -> Face:

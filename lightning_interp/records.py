@@ -282,12 +282,14 @@ class SpotCheck(NamedTuple):
         train_index: dataset index of the sample that was left out.
         predicted: its score.
         actual: by how much the query's loss rose without it.
+        whole: whether all of the network was retrained, or its last layer alone.
     """
 
     query: int
     train_index: int
     predicted: float
     actual: float
+    whole: bool = True
 
 
 @dataclass(frozen=True, eq=False)

@@ -88,10 +88,11 @@ def trust(found: Influence, duplicates: Sequence[Duplicate] = (), spot_checks: S
     """Judge scores by what is known of them.
 
     Poor: less than half of the parameters are covered, less than half of the strongest samples stay under another
-    setting, or five or more spot checks correlate below 0.3. Doubtful: below 0.9, 0.7 and 0.7, a number that is not
-    known, scores without a unit, nothing but the parameters to judge by, or what the record itself doubts (another loss
-    than the trained one, augmentation). Good is the absence of these: that an order is steady does not make it right (a
-    gradient dot product does not depend on damping at all).
+    setting, or five or more spot checks of the whole network correlate below 0.3. Doubtful: below 0.9, 0.7 and 0.7, a
+    number that is not known, scores without a unit, nothing but the parameters to judge by, or what the record itself
+    doubts (another loss than the trained one, augmentation). Good is the absence of these: that an order is steady does
+    not make it right (a gradient dot product does not depend on damping at all). Retraining of the last layer alone can
+    confirm scores, but not refute them: most of what they say may be in the layers in front.
 
     Args:
         found: the scores.
@@ -100,18 +101,33 @@ def trust(found: Influence, duplicates: Sequence[Duplicate] = (), spot_checks: S
     """
     findings = [_judged(found.coverage, COVERED, f"{found.coverage:.1%} of the parameters are covered")]
     findings += [_judged(share, AGREED, _agreed(name, share)) for name, share in found.agreement.items()]
-    if len(spot_checks) >= FEWEST_CHECKS:
-        r = correlation(spot_checks)
-        findings.append(
-            _judged(r, CORRELATED, f"predicted and actual correlate by {r:.2f} in {len(spot_checks)} checks")
-        )
+    findings += _confirmed(spot_checks)
     if found.unit == "none":
         findings.append(Finding("doubtful", "scores without a unit predict no change of loss that could be checked"))
     elif len(findings) == 1:
         findings.append(Finding("doubtful", "neither another setting nor retraining has checked them"))
     findings += [Finding("doubtful", doubt) for doubt in found.doubts]
     level = max((finding.level for finding in findings), key=LEVELS.index)
-    return Trust(level, tuple(findings), _rows(found, duplicates))
+    return Trust(level, tuple(findings), (*_rows(found, duplicates), *_by_last_layer(spot_checks)))
+
+
+def _confirmed(checks: Sequence[SpotCheck]) -> list[Finding]:
+    """Return what retraining says of the scores, where there are checks enough."""
+    if len(checks) < FEWEST_CHECKS:
+        return []
+    r, whole = correlation(checks), all(check.whole for check in checks)
+    if not whole and not r >= CORRELATED[1]:
+        return []
+    retrained = "" if whole else ", the last layer alone retrained"
+    return [_judged(r, CORRELATED, f"predicted and actual correlate by {r:.2f} in {len(checks)} checks{retrained}")]
+
+
+def _by_last_layer(checks: Sequence[SpotCheck]) -> list[tuple[str, str]]:
+    if all(check.whole for check in checks):
+        return []
+    said = f"predicted and actual correlate by {correlation(checks):.2f} in {len(checks)} checks"
+    beyond = "what the layers in front would learn otherwise is in the scores, but not in the check"
+    return [("last layer retrained alone", f"{said}; {beyond}")]
 
 
 def correlation(checks: Sequence[SpotCheck]) -> float:

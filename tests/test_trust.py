@@ -72,6 +72,19 @@ def test_spot_checks_are_judged_by_their_correlation(actual: list[float], level:
     assert trust(FOUND, spot_checks=checks[:4]).level == "good", "four are too few to be judged"
 
 
+def test_the_last_layer_can_confirm_but_not_refute() -> None:
+    good = [check._replace(whole=False) for check in LINE]
+    told = trust(changed(), (), good)
+    assert [found.level for found in told.findings if "the last layer alone retrained" in found.said] == ["good"]
+    other = [check._replace(actual=-check.actual) for check in good]
+    told = trust(changed(), (), other)
+    assert not [found for found in told.findings if "retrained" in found.said]
+    said = dict(told.rows)["last layer retrained alone"]
+    assert said.startswith("predicted and actual correlate by -1.00 in 6 checks; what the layers in front")
+    assert "last layer retrained alone" not in dict(trust(changed(), (), LINE).rows)
+    assert trust(changed(), (), [check._replace(whole=True) for check in other]).level == "poor"
+
+
 def test_correlation() -> None:
     assert correlation(LINE) == pytest.approx(1)
     assert math.isnan(correlation(LINE[:1]))

@@ -38,7 +38,6 @@ from lightning_interp.callbacks.restored import named_class, read_checkpoint, re
 from lightning_interp.callbacks.shell import OnError, Shell, begun, progress_of, run_folder
 from lightning_interp.callbacks.showing import as_the_data_says
 from lightning_interp.callbacks.spot_checks import (
-    BY_LAST_LAYER,
     LAST_LAYER,
     Retrain,
     check_last_layer,
@@ -113,8 +112,9 @@ class DataInfluence(Callback):
             afterwards; the last one, said aloud, where there is none).
         self_influence: whether to rank the training samples by their influence on themselves.
         retrain: for a spot check of the most helpful and the most harmful sample of each query: "last_layer" retrains
-            that alone without each of them (see `lightning_interp.influence.LastLayer`), in seconds; a function
-            (dataset indices to train on) → a network trained on them is called for each, and once for all samples.
+            that alone without each of them (see `lightning_interp.influence.LastLayer`), in seconds, which can confirm
+            scores but not refute them; a function (dataset indices to train on) → a network trained on them is called
+            for each, and once for all samples.
         budget_seconds: about how long it may take at most, `retrain` aside; when None, as long as one training epoch,
             or 60 if that is longer (with several ranks never over 300). What does not fit is scored on an evenly spread
             subset, said aloud.
@@ -330,9 +330,7 @@ class DataInfluence(Callback):
         if found.message:
             rank_zero_warn(f"DataInfluence: {found.message} {FOR_MORE}")
         checks = self._checked(asked, found.influence, trajectory)
-        unknown = [trajectory.why_not] if trajectory.why_not else []
-        by_last_layer = [BY_LAST_LAYER] if checks and self.retrain == LAST_LAYER else []
-        notes = (*found.influence.notes, *unknown, *by_last_layer)
+        notes = (*found.influence.notes, *([trajectory.why_not] if trajectory.why_not else []))
         influence = dataclasses.replace(found.influence, notes=notes, doubts=run.doubts)
         shown = (module, run.task, influence, run.train, query, self.top, run.display)
         publish(trainer, run.folder, influence, tell(*shown, found.suspects, influence.duplicates, checks))

@@ -20,9 +20,6 @@ from lightning_interp.task import Task
 M = TypeVar("M")
 Retrain = Callable[[Sequence[int]], nn.Module] | Literal["last_layer"]
 LAST_LAYER: Final = "last_layer"
-BY_LAST_LAYER = (
-    "spot check: the last layer alone was retrained, the layers in front stay as they are; the scores are of all layers"
-)
 
 
 def check_retrain(owner: str, retrain: Any) -> None:
@@ -57,7 +54,8 @@ def checked(
         ids = asked.train.ids
         return spot_checks(asked, found, lambda kept: retrain([ids[place] for place in kept]), partial(_losses, asked))
     last = LastLayer.of(asked.model, asked.train, asked.query, asked.task, damping, asked.progress)
-    return spot_checks(asked, found, last.retrain, last.losses)
+    checks = spot_checks(asked, found, last.retrain, last.losses)
+    return tuple(check._replace(whole=False) for check in checks)
 
 
 def spot_checks(

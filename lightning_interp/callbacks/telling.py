@@ -193,7 +193,8 @@ def _checked(checks: Sequence[SpotCheck], display: Display) -> Checked:
         (f"#{display.id(c.query)}", f"#{display.id(c.train_index)}", f"{c.predicted:+.2e}", f"{c.actual:+.2e}")
         for c in checks
     ]
-    return Checked(rows, spot_scatter(checks))
+    what = "" if all(check.whole for check in checks) else " the last layer alone"
+    return Checked(rows, spot_scatter(checks), f"Checked by retraining{what}")
 
 
 def _rows(
