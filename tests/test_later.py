@@ -289,7 +289,7 @@ def test_more_than_tensors_is_unpickled_only_on_request(
         ({"--data": "tests.models:Net"}, "data: expected a LightningDataModule, got the class Net"),
         ({"--data": f"{HERE}:wide"}, "or a function that returns either, got a Needs"),
         ({"--data": f"{HERE}:streams"}, "data: the training samples have no indices"),
-        ({"--query": "3,99"}, "query: expected indices of the 12 validation samples, got 99"),
+        ({"--query": "3,99"}, "query: expected dataset indices of the 12 validation samples (0, 1, 2, ...), got 99"),
         ({"--queries": "0"}, "DataInfluence(queries=...): expected a whole number from 1, got 0"),
         ({"--budget": "-1"}, "DataInfluence(budget_seconds=...): expected seconds above 0 or None, got -1.0"),
         ({"--device": "abacus"}, "device, precision: You selected an invalid accelerator name"),

@@ -85,7 +85,10 @@ def with_ids(samples: Samples, ids: Sequence[int]) -> Samples:
     places = {index: place for place, index in enumerate(samples.ids)}
     if not ids or (missing := [index for index in ids if index not in places]):
         got = ", ".join(map(str, missing[:8])) if ids else "none"
-        raise ArgumentError(f"query: expected indices of the {len(places):,} validation samples, got {got}")
+        some = ", ".join(map(str, list(places)[:3]))
+        raise ArgumentError(
+            f"query: expected dataset indices of the {len(places):,} validation samples ({some}, ...), got {got}"
+        )
     return samples.at([places[index] for index in dict.fromkeys(ids)])
 
 
