@@ -162,9 +162,9 @@ class Task:
     inputs: Callable[[Any], Any] = read_inputs
     targets: Callable[[Any], Tensor] = read_targets
     outputs: Callable[[nn.Module, Any], Tensor] = call_model
-    loss: Callable[[Tensor, Tensor], Tensor] = loss_per_sample
+    loss: Callable[[Tensor, Tensor], Any] = loss_per_sample  # LightningCLI reads unions and shapes as classes to make
     kind: Problem | None = None
-    mask: Callable[[Any], Tensor | None] = read_mask
+    mask: Callable[[Any], Any] = read_mask
     explained: Callable[[Any], Tensor] = explained_input
     step: Callable[[nn.Module, Any], Tensor] | None = None
 
