@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_interp.influence import TRAK, TracIn, chunks
+from lightning_interp.influence import TRAK, TracIn, chunks, reading
 from lightning_interp.influence.curvature import projected
 from lightning_interp.influence.ensemble import Estimator, top_of
 from lightning_interp.samples import Samples
@@ -28,6 +28,7 @@ ESTIMATORS: dict[str, Callable[[list[State]], Estimator]] = {
 @pytest.fixture(params=ESTIMATORS)
 def estimator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Estimator:
     monkeypatch.setattr(chunks, "SAMPLES_AT_ONCE", 10)
+    monkeypatch.setattr(reading, "MOST_AT_ONCE", 4)
     return ESTIMATORS[request.param]([network().state_dict() for _ in range(3)])
 
 

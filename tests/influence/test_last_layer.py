@@ -154,6 +154,33 @@ def test_a_single_number_may_lose_its_dimension(data: TensorDataset) -> None:
     assert not torch.allclose(last.retrain(range(30)), best, atol=1e-3)
 
 
+def test_half_precision_features_are_retrained_in_single(data: TensorDataset) -> None:
+    x, y = data.tensors
+    net = network().bfloat16()
+    train = TensorDataset(x.bfloat16(), y)
+    last = LastLayer.of(net, train, train, damping=0.1)
+    assert last.train.features.dtype == torch.float32
+    assert last.retrain(range(20)).isfinite().all()
+
+
+def test_a_step_that_goes_too_far_is_halved() -> None:
+    x = torch.linspace(-1, 1, 12)[:, None]
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight.data.fill_(4.0)
+    task = Task(loss=lambda out, target: torch.nn.functional.softplus(20 * (out - target))[:, 0] / 20)
+    data = TensorDataset(x, torch.zeros(12, 1))
+    last = LastLayer.of(layer, data, data, task, damping=1e-4)
+    kept = list(range(4, 12))
+    mean = torch.autograd.grad(task.loss(x.double() @ (at := last.trained.clone().requires_grad_()), 0.0).mean(), at)[0]
+
+    def objective(w: Tensor) -> Tensor:
+        moved = w - last.trained
+        return task.loss(x[kept].double() @ w.T, 0.0).mean() - (mean * moved).sum() + 1e-4 * moved.square().sum() / 2
+
+    wanted = minimum(objective, last.trained)
+    assert (last.retrain(kept) - wanted).norm() < 1e-3 * (wanted - last.trained).norm()
+
+
 def test_positions_share_the_layer() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(20, 7, 4), torch.randint(3, (20, 7))
