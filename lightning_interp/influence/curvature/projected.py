@@ -17,7 +17,7 @@ from lightning_interp.influence.projection import Projection
 from lightning_interp.influence.reading import Reader
 from lightning_interp.samples import Samples
 
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
