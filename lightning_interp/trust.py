@@ -123,7 +123,7 @@ def _confirmed(checks: Sequence[SpotCheck]) -> list[Finding]:
 
 
 def _by_last_layer(checks: Sequence[SpotCheck]) -> list[tuple[str, str]]:
-    if all(check.whole for check in checks):
+    if all(check.whole for check in checks) or len(checks) < FEWEST_CHECKS:
         return []
     said = f"predicted and actual correlate by {correlation(checks):.2f} in {len(checks)} checks"
     beyond = "what the layers in front would learn otherwise is in the scores, but not in the check"

@@ -115,9 +115,9 @@ class DataInfluence(Callback):
             that alone without each of them (see `lightning_interp.influence.LastLayer`), in seconds, which can confirm
             scores but not refute them; a function (dataset indices to train on) → a network trained on them is called
             for each, and once for all samples.
-        budget_seconds: about how long it may take at most, `retrain` aside; when None, as long as one training epoch,
-            or 60 if that is longer (with several ranks never over 300). What does not fit is scored on an evenly spread
-            subset, said aloud.
+        budget_seconds: about how long it may take at most; when None, as long as one training epoch, or 60 if that is
+            longer (with several ranks never over 300). What does not fit is scored on an evenly spread subset, said
+            aloud. `retrain` may take as long again; on one rank a function has all the time that it takes.
         task: how to read a batch, call the model, and its loss.
         display: how samples are shown.
         on_error: "warn" switches the callback off on its first failure; "raise" raises.
@@ -329,20 +329,21 @@ class DataInfluence(Callback):
             return
         if found.message:
             rank_zero_warn(f"DataInfluence: {found.message} {FOR_MORE}")
-        checks = self._checked(asked, found.influence, trajectory)
+        checks = self._checked(asked, found.influence, trajectory, seconds)
         notes = (*found.influence.notes, *([trajectory.why_not] if trajectory.why_not else []))
         influence = dataclasses.replace(found.influence, notes=notes, doubts=run.doubts)
         shown = (module, run.task, influence, run.train, query, self.top, run.display)
         publish(trainer, run.folder, influence, tell(*shown, found.suspects, influence.duplicates, checks))
 
-    def _checked(self, asked: Asked, found: Influence, trajectory: Trajectory) -> tuple[SpotCheck, ...]:
+    def _checked(self, asked: Asked, found: Influence, trajectory: Trajectory, seconds: float) -> tuple[SpotCheck, ...]:
         """Check the scores by retraining, if it was asked for; should that fail, they are not lost with it."""
         if self.retrain is None:
             return ()
         estimator = self._asked_for(trajectory)
         damping = estimator.damping if isinstance(estimator, InfluenceFunction) else trajectory
         try:
-            return checked(asked, found, self.retrain, damping)
+            alone = asked.ranks.count == 1 and self.retrain != LAST_LAYER
+            return checked(asked, found, self.retrain, damping, math.inf if alone else seconds)
         except Exception:
             if self._shell.on_error == "raise":
                 raise

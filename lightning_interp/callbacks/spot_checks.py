@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, Literal, TypeVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_interp.callbacks.influence_answers import Asked
@@ -14,6 +16,7 @@ from lightning_interp.capture import undisturbed
 from lightning_interp.errors import ArgumentError
 from lightning_interp.influence import Damping, LastLayer, Trajectory, leave_one_out
 from lightning_interp.influence.last_layer import last_linear
+from lightning_interp.progress import Within
 from lightning_interp.records import Influence, SpotCheck
 from lightning_interp.task import Task
 
@@ -40,7 +43,7 @@ def check_last_layer(owner: str, model: nn.Module, task: Task, batch: Any) -> No
 
 
 def checked(
-    asked: Asked, found: Influence, retrain: Retrain, damping: float | Damping | Trajectory | None
+    asked: Asked, found: Influence, retrain: Retrain, damping: float | Damping | Trajectory | None, seconds: float
 ) -> tuple[SpotCheck, ...]:
     """Check the strongest scores of each query.
 
@@ -49,17 +52,23 @@ def checked(
         found: the scores.
         retrain: dataset indices → a network trained on them; or "last_layer".
         damping: how far training could move that layer.
+        seconds: after which no other retraining is begun.
     """
     if not isinstance(retrain, str):
         ids = asked.train.ids
-        return spot_checks(asked, found, lambda kept: retrain([ids[place] for place in kept]), partial(_losses, asked))
+        again = partial(_retrained, retrain, ids)
+        return spot_checks(asked, found, again, partial(_losses, asked), seconds)
     last = LastLayer.of(asked.model, asked.train, asked.query, asked.task, damping, asked.progress)
-    checks = spot_checks(asked, found, last.retrain, last.losses)
+    checks = spot_checks(asked, found, last.retrain, last.losses, seconds)
     return tuple(check._replace(whole=False) for check in checks)
 
 
 def spot_checks(
-    asked: Asked, found: Influence, retrain: Callable[[Sequence[int]], M], losses: Callable[[M], Tensor]
+    asked: Asked,
+    found: Influence,
+    retrain: Callable[[Sequence[int]], M],
+    losses: Callable[[M], Tensor],
+    seconds: float = math.inf,
 ) -> tuple[SpotCheck, ...]:
     """Retrain without the most helpful and the most harmful sample of each query, and compare.
 
@@ -69,6 +78,7 @@ def spot_checks(
         retrain: places among the training samples → what was trained on them; called for all of them first: what
             differs is then the sample alone.
         losses: what was trained → each query's loss.
+        seconds: after which no other retraining is begun; what does not fit is left out, said aloud.
     """
     pairs = [
         (query, int(column))
@@ -77,17 +87,25 @@ def spot_checks(
     ]
     left_out = list(dict.fromkeys(column for _, column in pairs))
     places = found.columns[left_out].tolist()
-    moved = leave_one_out(retrain, losses, len(asked.train), places, asked.progress)
+    moved = leave_one_out(retrain, losses, len(asked.train), places, Within(seconds, asked.progress))
+    done = left_out[: moved.shape[1]]
+    if len(done) < len(left_out):
+        rank_zero_warn(f"DataInfluence: {len(done)} of {len(left_out)} retrainings fit into {seconds:.0f} s.")
     centred = found.centred()
     return tuple(
         SpotCheck(
             asked.query.ids[query],
             int(found.train_ids[column]),
             float(centred[query, column]),
-            float(moved[query, left_out.index(column)]),
+            float(moved[query, done.index(column)]),
         )
         for query, column in pairs
+        if column in done
     )
+
+
+def _retrained(retrain: Callable[[Sequence[int]], nn.Module], ids: Sequence[int], kept: Sequence[int]) -> nn.Module:
+    return retrain([ids[place] for place in kept])
 
 
 def _losses(asked: Asked, model: nn.Module) -> Tensor:

@@ -27,6 +27,7 @@ ROUNDING = 1e-15
 STEP_CLOSE = 1e-2
 MOST_STEPS = 30
 AT_ONCE = 8192
+MOST_HELD = 2**28
 
 
 class Head(NamedTuple):
@@ -95,7 +96,7 @@ class LastLayer:
         damping: float | Damping | Trajectory | None = None,
         progress: Progress = quiet,
     ) -> LastLayer:
-        """Read the features, in one forward of all samples; they are held in the CPU's memory.
+        """Read the features, in one forward of all samples; they are held in the CPU's memory: 1 GB at most.
 
         Args:
             model: whose output is that of its last `nn.Linear`; it runs in eval mode, and is left as it was.
@@ -106,7 +107,7 @@ class LastLayer:
             progress: shows how far it got.
 
         Raises:
-            ValueError: a dataset is empty, or the model has no such layer.
+            ValueError: a dataset is empty, the model has no such layer, or there are too many features to hold.
         """
         samples, asked = both(train, query)
         name = last_linear(model, task, next(iter(samples.at([0]))))
@@ -251,6 +252,11 @@ def _head(model: nn.Module, name: str, task: Task, samples: Samples, progress: P
             batch = to_device(batch, device)
             shape = tuple(task.outputs(model, task.inputs(batch)).shape[1:])
             targets.append(task.targets(batch).cpu())
+            held = features[0].numel() // len(features[0]) * len(samples)
+            if held > MOST_HELD:
+                raise ValueError(
+                    f"train, query: expected at most {MOST_HELD:,} features of the last layer to hold, got {held:,}"
+                )
     found = torch.cat(features)
     if model.get_submodule(name).bias is not None:
         found = torch.cat([found, torch.ones_like(found[..., :1])], dim=-1)

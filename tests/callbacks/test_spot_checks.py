@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def asked() -> Asked:
 
 def by(asked: Asked, retrain: Retrain, top_k: int | None = None) -> tuple[SpotCheck, ...]:
     fitted = InfluenceFunction(GaussNewton(), DAMPING).fit(asked.model, asked.train, asked.task)
-    return checked(asked, fitted(asked.query, top_k=top_k), retrain, DAMPING)
+    return checked(asked, fitted(asked.query, top_k=top_k), retrain, DAMPING, math.inf)
 
 
 def test_the_users_function_gets_dataset_indices(asked: Asked) -> None:
@@ -81,11 +82,23 @@ def test_the_callback_hands_its_damping_on(
 ) -> None:
     given: list[Any] = []
 
-    def noted(asked: Asked, found: Any, retrain: Retrain, damping: Any) -> tuple[SpotCheck, ...]:
-        given.append(damping)
-        return checked(asked, found, retrain, damping)
+    def noted(asked: Asked, found: Any, retrain: Retrain, damping: Any, seconds: float) -> tuple[SpotCheck, ...]:
+        given.append((damping, seconds))
+        return checked(asked, found, retrain, damping, seconds)
 
     monkeypatch.setattr(callback_of, "checked", noted)
-    callback = DataInfluence(queries=1, retrain="last_layer", estimator=estimator, on_error="raise")
-    trainer(tmp_path, max_epochs=1, callbacks=[callback]).fit(Net(), *loaders())
-    assert isinstance(given[0], kind)
+    options = {"queries": 1, "estimator": estimator, "on_error": "raise", "budget_seconds": 40}
+    for retrain in ("last_layer", lambda _: Net()):
+        callback = DataInfluence(retrain=retrain, **options)  # type: ignore[arg-type]
+        trainer(tmp_path, max_epochs=1, callbacks=[callback]).fit(Net(), *loaders())
+    assert all(isinstance(damping, kind) for damping, _ in given)
+    assert [seconds for _, seconds in given] == [40, math.inf]
+
+
+def test_what_does_not_fit_is_left_out_and_said(asked: Asked) -> None:
+    scores = InfluenceFunction(GaussNewton(), DAMPING)(asked.model, asked.train, asked.query)
+    whole = checked(asked, scores, "last_layer", DAMPING, math.inf)
+    first = [check for check in whole if check.train_index == whole[0].train_index]
+    with pytest.warns(UserWarning, match="1 of 3 retrainings fit into 0 s"):
+        found = checked(asked, scores, "last_layer", DAMPING, 0.0)
+    assert list(found) == first

@@ -17,6 +17,7 @@ from lightning_interp.influence import (
     InfluenceFunction,
     LastLayer,
     Retrained,
+    last_layer,
     leave_k_out,
     leave_one_out,
 )
@@ -218,6 +219,14 @@ def test_what_cannot_be_retrained_alone_is_named(data: TensorDataset) -> None:
     with pytest.raises(ValueError, match="got training steps"):
         last_linear(network(), Task.from_training_step(), batch)
     assert last_linear(network(), Task(), batch) == "3"
+
+
+def test_features_that_do_not_fit_are_refused(data: TensorDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(last_layer, "MOST_HELD", N * 6)
+    LastLayer.of(network(), data, data, damping=0.1)
+    monkeypatch.setattr(last_layer, "MOST_HELD", N * 6 - 1)
+    with pytest.raises(ValueError, match="at most 359 features of the last layer to hold, got 360"):
+        LastLayer.of(network(), data, data, damping=0.1)
 
 
 def test_a_loss_that_is_not_convex_is_said(data: TensorDataset) -> None:
