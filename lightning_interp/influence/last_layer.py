@@ -208,7 +208,8 @@ def last_linear(model: nn.Module, task: Task, batch: Any) -> str:
         batch: of one sample or more.
 
     Raises:
-        ValueError: there is none, its weights are no parameters of its own, or the loss is that of training steps.
+        ValueError: there is none, its weight is no parameter of its own or frozen, or the loss is that of training
+            steps.
     """
     if task.step is not None:
         raise ValueError(
@@ -239,6 +240,8 @@ def _check_own(model: nn.Module, name: str) -> None:
             f"model: expected a last layer with a weight of its own, got {name!r}, whose weight is"
             f" {' and '.join(owners) or 'made of other parameters'}"
         )
+    if not layer.get_parameter("weight").requires_grad:
+        raise ValueError(f"model: expected a last layer that is trained, got {name!r}, which is frozen")
 
 
 def _head(model: nn.Module, name: str, task: Task, samples: Samples, progress: Progress) -> Head:

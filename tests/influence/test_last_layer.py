@@ -207,7 +207,10 @@ def test_what_cannot_be_retrained_alone_is_named(data: TensorDataset) -> None:
     tied.out.weight = tied.inner.weight
     again = Shaped(4, lambda out: out)
     again.change = lambda out: again.out(again.inner(out))
+    frozen = Shaped(3, lambda out: out)
+    frozen.out.requires_grad_(False)
     cases: Sequence[tuple[nn.Module, str]] = [
+        (frozen, "'out', which is frozen"),
         (Shaped(3, lambda out: out.log_softmax(-1)), "Shaped changes those of 'out'"),
         (nn.Sequential(nn.Flatten()), "Sequential calls no nn.Linear"),
         (again, "'out', which is called again"),
