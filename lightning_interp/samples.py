@@ -79,7 +79,7 @@ class Samples:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield batches. Reading draws from no global generator, and those that the dataset carries are put back."""
-        if self.resizable and (found := self._rows_of_tensors()) is not None:
+        if self.collate is default_collate and (found := self._rows_of_tensors()) is not None:
             yield from map(self.move, found)
             return
         chosen = self.dataset if self.indices is None else Subset(self.dataset, self.indices)
@@ -101,16 +101,21 @@ class Samples:
         dataset: Any = self.dataset
         rows = torch.arange(len(dataset)) if self.indices is None else torch.tensor(self.indices, dtype=torch.long)
         while type(dataset) is Subset:
-            dataset, rows = dataset.dataset, torch.tensor(dataset.indices, dtype=torch.long)[rows]
+            indices = np.ascontiguousarray(dataset.indices, dtype=np.int64)
+            dataset, rows = dataset.dataset, torch.from_numpy(indices)[rows]
         if type(dataset) is not TensorDataset:
             return None
-        parts = rows.split(self.batch_size)
+        rows = torch.where(rows < 0, rows + len(dataset), rows)
+        parts = rows.split(self.batch_size) if len(rows) else ()
         return ([held.index_select(0, part.to(held.device)) for held in dataset.tensors] for part in parts)
 
     @property
     def resizable(self) -> bool:
-        """Whether batches of another size hold the same samples alike: the default collate only stacks them."""
-        return self.collate is default_collate
+        """Whether batches of another size hold the same samples alike.
+
+        The default collate only stacks them; but where each is a batch of its own, they may be of different sizes.
+        """
+        return self.collate is default_collate and self.batch_size > 1
 
     @property
     def ids(self) -> list[int]:

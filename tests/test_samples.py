@@ -67,6 +67,19 @@ def test_order_and_ids_through_subsets() -> None:
     assert Samples(data).spread(3).ids == [0, 10, 19]
 
 
+@pytest.mark.parametrize("indices", [np.array([3, 1, 2])[::-1], [-2, 1], torch.tensor([2, 0]), range(2, 4), []])
+def test_subsets_are_sliced_as_they_are_read(indices: Any) -> None:
+    data = Subset(TensorDataset(torch.arange(5)), indices)
+    read = [data[place][0].item() for place in range(len(data))]
+    assert [value for batch in Samples(data, batch_size=2) for value in batch[0].tolist()] == read
+    assert len(list(Samples(data, batch_size=2))) == -(-len(read) // 2)
+
+
+def test_batches_of_one_may_be_of_different_sizes() -> None:
+    assert Samples(TensorDataset(torch.arange(4))).resizable
+    assert not Samples.of(DataLoader([torch.zeros(2), torch.zeros(3)], batch_size=1)).resizable
+
+
 class Doubled(Subset[Any]):
     def __getitem__(self, index: Any) -> Any:
         return tuple(2 * part for part in super().__getitem__(index))

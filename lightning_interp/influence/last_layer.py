@@ -20,10 +20,13 @@ from lightning_interp.influence.estimator import InfluenceFunction
 from lightning_interp.influence.trajectory import Trajectory
 from lightning_interp.progress import Progress, quiet
 from lightning_interp.samples import Samples, both
-from lightning_interp.task import Task
+from lightning_interp.task import SETTLED_BY, Task, settled
 
 CLOSE = 1e-4
 ROUNDING = 1e-15
+ROUNDED = 1e-6
+PROBED = 4
+FAR = 9.0
 STEP_CLOSE = 1e-2
 MOST_STEPS = 30
 AT_ONCE = 8192
@@ -110,11 +113,15 @@ class LastLayer:
             ValueError: a dataset is empty, the model has no such layer, or there are too many features to hold.
         """
         samples, asked = both(train, query)
-        name = last_linear(model, task, next(iter(samples.at([0]))))
+        few = to_device(next(iter(samples.at(range(min(PROBED, len(samples)))))), device_of(model))
+        name = last_linear(model, task, few)
+        with undisturbed(model):
+            task = settled(task, model, few, samples.spread(SETTLED_BY))
         layer = model.get_submodule(name)
         known = InfluenceFunction(damping=damping).known_damping()
         if known is None:
-            known = InfluenceFunction(KFAC(), layers=[name]).fit(model, samples, task, progress).damping
+            own = InfluenceFunction(KFAC(), layers=[name] if name else None)
+            known = own.fit(model, samples, task, progress).damping
         with undisturbed(model), torch.no_grad():
             heads = [_head(model, name, task, held, progress) for held in (samples, asked)]
         return cls(name, _trained(layer), _spread(layer, name, known), task, *heads)
@@ -162,9 +169,9 @@ class LastLayer:
 
     def _shares(self, kept: Sequence[int]) -> Float[Tensor, " n"]:
         """Return 1/|S| for each sample that is kept, 0 for the others."""
-        shares = self.trained.new_zeros(self.n)
-        shares[list(kept)] = 1 / len(kept)
-        return shares
+        if not len(kept):
+            raise ValueError("kept: expected places of training samples, got none")
+        return torch.bincount(torch.tensor(list(kept)), minlength=self.n).double() / len(kept)
 
     def _gradient(self, shares: Float[Tensor, " n"], at: Float[Tensor, "c d"]) -> Float[Tensor, "c d"]:
         total = torch.zeros_like(at)
@@ -180,7 +187,7 @@ class LastLayer:
         def product(flat: Any) -> Any:
             vector = torch.from_numpy(flat).reshape(at.shape)
             found = self._curved(shares, at, vector) + self.damping * vector
-            if not bool((found * vector).sum() >= 0):
+            if not bool((found * vector).sum() >= -ROUNDED * found.norm() * vector.norm()):
                 raise FloatingPointError(f"retrain: expected a loss that is convex in {self.name}, got one that is not")
             return found.numpy().ravel()
 
@@ -204,44 +211,79 @@ def last_linear(model: nn.Module, task: Task, batch: Any) -> str:
 
     Args:
         model: it runs in eval mode, and is left as it was.
-        task: how to call it.
-        batch: of one sample or more.
+        task: how to call it, and its loss per sample.
+        batch: of a few samples.
 
     Raises:
-        ValueError: there is none, its weight is no parameter of its own or frozen, or the loss is that of training
-            steps.
+        ValueError: there is none, it is no plain linear layer with trained parameters of its own, or the loss is that
+            of training steps, or cannot be taken of float64 on the CPU.
     """
     if task.step is not None:
         raise ValueError(
             "task: expected a loss of outputs and targets to retrain the last layer by, got training steps"
         )
-    calls: list[tuple[str, Tensor]] = []
+    calls: list[tuple[str, Any, Tensor]] = []
+    batch = to_device(batch, device_of(model))
     names = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
-    watched = hooked(model, names, lambda name, _, __, made: calls.append((name, made)))
-    with undisturbed(model), torch.no_grad(), watched:
-        outputs = task.outputs(model, task.inputs(to_device(batch, device_of(model))))
-    name, made = calls[-1] if calls else ("", outputs.new_zeros(0))
-    if made.numel() != outputs.numel() or not torch.equal(made.flatten(), outputs.to(made).flatten()):
+    noting = hooked(model, names, lambda name, _, given, made: calls.append((name, given, made)))
+    with undisturbed(model), torch.no_grad():
+        with noting:
+            outputs = task.outputs(model, task.inputs(batch))
+        name, given, made = next(filter(lambda call: _same(call[2], outputs), reversed(calls)), ("", (), None))
+        other = None if made is None else torch.randn_like(made) * FAR
+        with hooked(model, names, lambda called, *_: other if called == name else None):
+            replaced = task.outputs(model, task.inputs(batch))
+    if made is None or other is None or not _same(other, replaced):
         raise ValueError(
-            "model: expected outputs that are those of a last nn.Linear, to retrain it alone;"
-            f" {type(model).__name__} " + (f"changes those of {name!r}" if name else "calls no nn.Linear")
+            "model: expected outputs that are those of a last nn.Linear, to retrain it alone; those of"
+            f" {type(model).__name__} are of another shape, or changed behind it"
         )
-    if [called for called, _ in calls].count(name) > 1:
+    if [called for called, _, _ in calls].count(name) > 1:
         raise ValueError(f"model: expected a last layer that is called once, got {name!r}, which is called again")
-    _check_own(model, name)
+    _check_plain(model, name, given, made)
+    _check_loss(task, outputs, task.targets(batch))
     return name
 
 
-def _check_own(model: nn.Module, name: str) -> None:
+def _same(made: Tensor, outputs: Tensor) -> bool:
+    """Say whether outputs are those of a layer, sample by sample, in one shape or another."""
+    alike = made.numel() == outputs.numel() and len(made) == len(outputs)
+    return alike and torch.equal(made.flatten(), outputs.to(made).flatten())
+
+
+def _check_plain(model: nn.Module, name: str, given: tuple[Any, ...], made: Tensor) -> None:
     layer = model.get_submodule(name)
-    owners = [held for held, p in model.named_parameters(remove_duplicate=False) if p is layer._parameters["weight"]]
-    if owners != [f"{name}.weight" if name else "weight"]:
+    own = dict(layer.named_parameters())
+    weight, bias = own.get("weight"), own.get("bias")
+    owners = [held for held, p in model.named_parameters(remove_duplicate=False) if weight is not None and p is weight]
+    wanted = f"{name}.weight" if name else "weight"
+    if owners != [wanted] or len(own) != 1 + (bias is not None):
+        others = [held for held in owners if held != wanted]
         raise ValueError(
-            f"model: expected a last layer with a weight of its own, got {name!r}, whose weight is"
-            f" {' and '.join(owners) or 'made of other parameters'}"
+            f"model: expected a last layer with a weight of its own, got {name!r}, whose weight is "
+            + (f"also {' and '.join(others)}" if others else f"made of {', '.join(own)}")
         )
-    if not layer.get_parameter("weight").requires_grad:
-        raise ValueError(f"model: expected a last layer that is trained, got {name!r}, which is frozen")
+    if not all(p.requires_grad for p in own.values()):
+        raise ValueError(f"model: expected a last layer that is trained, got {name!r}, which is frozen, or its bias is")
+    if len(given) != 1 or not torch.allclose(nn.functional.linear(given[0], own["weight"], bias), made, rtol=1e-2):
+        raise ValueError(
+            f"model: expected a last layer that is called as layer(x) and returns W x + b, got {name!r}, a"
+            f" {type(layer).__name__} that does not"
+        )
+
+
+def _check_loss(task: Task, outputs: Tensor, targets: Tensor) -> None:
+    with torch.enable_grad():
+        free = outputs.detach().cpu().double().requires_grad_()
+        try:
+            (slope,) = torch.autograd.grad(task.per_sample(free, targets.cpu()).sum(), free, create_graph=True)
+            if slope.requires_grad:
+                torch.autograd.grad(slope.sum(), free)
+        except RuntimeError as error:
+            raise ValueError(
+                "task: expected a loss with two derivatives in outputs of float64 on the CPU (its own tensors are to"
+                f" follow the outputs), to retrain the last layer by; got: {error}"
+            ) from error
 
 
 def _head(model: nn.Module, name: str, task: Task, samples: Samples, progress: Progress) -> Head:
@@ -274,7 +316,9 @@ def _trained(layer: nn.Module) -> Float[Tensor, "c d"]:
 def _spread(layer: nn.Module, name: str, damping: Damping) -> Float[Tensor, "c d"]:
     """Return the damping of a layer's weights, and of its bias as their last column."""
     parts = [
-        torch.as_tensor(damping.on(f"{name}.{key}" if name else key)).to(p).expand(p.shape).reshape(len(p), -1)
+        torch.as_tensor(damping.on(f"{name}.{key}" if name else key), dtype=torch.float64, device=p.device)
+        .expand(p.shape)
+        .reshape(len(p), -1)
         for key, p in layer.named_parameters()
     ]
     return torch.cat(parts, dim=1).detach().cpu().double()

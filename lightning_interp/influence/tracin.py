@@ -101,7 +101,7 @@ class TracIn:
     @property
     def _rates(self) -> Sequence[float]:
         rates = self.learning_rates
-        return [rates] * len(self.checkpoints) if isinstance(rates, (int, float)) else rates
+        return rates if isinstance(rates, Sequence) else [float(rates)] * len(self.checkpoints)
 
 
 @dataclass(frozen=True, eq=False)

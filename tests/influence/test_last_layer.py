@@ -142,6 +142,16 @@ class Shaped(nn.Module):
         return self.change(self.out(self.inner(x).tanh()))
 
 
+class ByKeyword(Shaped):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(input=self.inner(x).tanh())
+
+
+class Cosine(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.normalize(x), F.normalize(self.weight))
+
+
 def test_a_single_number_may_lose_its_dimension(data: TensorDataset) -> None:
     x, _ = data.tensors
     train = TensorDataset(x, x.sum(1))
@@ -209,19 +219,64 @@ def test_what_cannot_be_retrained_alone_is_named(data: TensorDataset) -> None:
     again.change = lambda out: again.out(again.inner(out))
     frozen = Shaped(3, lambda out: out)
     frozen.out.requires_grad_(False)
+    half = Shaped(3, lambda out: out)
+    half.out.bias.requires_grad_(False)
     cases: Sequence[tuple[nn.Module, str]] = [
         (frozen, "'out', which is frozen"),
-        (Shaped(3, lambda out: out.log_softmax(-1)), "Shaped changes those of 'out'"),
-        (nn.Sequential(nn.Flatten()), "Sequential calls no nn.Linear"),
+        (half, "which is frozen, or its bias is"),
+        (Shaped(3, lambda out: out.relu() + 0 * out.sum(1, keepdim=True)), "Shaped are of another shape, or changed"),
+        (Shaped(3, lambda out: out.clamp(max=8.0)), "changed behind it"),
+        (nn.Sequential(nn.Linear(4, 5), nn.utils.parametrizations.weight_norm(nn.Linear(5, 3))), "made of bias, param"),
+        (nn.Sequential(nn.Linear(4, 5), Cosine(5, 3)), "returns W x . b, got '1', a Cosine that does not"),
+        (ByKeyword(3, lambda out: out), "called as layer.x."),
+        (Shaped(3, lambda out: out.log_softmax(-1)), "Shaped are of another shape, or changed behind it"),
+        (nn.Sequential(nn.Flatten()), "Sequential are of another shape"),
         (again, "'out', which is called again"),
-        (nn.Sequential(nn.Linear(4, 5), tied), "whose weight is 1.inner.weight and 1.out.weight"),
+        (nn.Sequential(nn.Linear(4, 5), tied), "whose weight is also 1.inner.weight"),
     ]
     for net, said in cases:
         with pytest.raises(ValueError, match=said):
             last_linear(net, Task(), batch)
     with pytest.raises(ValueError, match="got training steps"):
         last_linear(network(), Task.from_training_step(), batch)
+    single = Task(loss=lambda out, y: F.cross_entropy(out, y, weight=torch.ones(3), reduction="none"))
+    with pytest.raises(ValueError, match="loss with two derivatives in outputs of float64 on the CPU"):
+        last_linear(network(), single, batch)
     assert last_linear(network(), Task(), batch) == "3"
+
+
+def test_the_head_that_the_task_reads_is_found(data: TensorDataset) -> None:
+    net = Shaped(3, lambda out: out)
+    net.other = nn.Linear(3, 3)
+    both = Task(outputs=lambda module, x: (module(x), module.other(torch.ones(len(x), 3)))[0])
+    assert last_linear(net, both, data[:2]) == "out"
+
+
+def test_targets_that_happen_to_be_0_or_1_are_still_numbers(data: TensorDataset) -> None:
+    x, _ = data.tensors
+    net = Shaped(1, lambda out: out)
+    train, query = TensorDataset(x, x.sum(1, keepdim=True)), TensorDataset(x[:3], torch.tensor([[0.0], [1.0], [0.0]]))
+    last = LastLayer.of(net, train, query, damping=0.1)
+    wanted = (net(x[:3]) - query.tensors[1]).square()[:, 0].detach()
+    assert torch.allclose(last.losses(last.trained), wanted.double(), atol=1e-5)
+
+
+def test_a_network_that_is_the_layer_and_large_features() -> None:
+    torch.manual_seed(0)
+    x, y = 1e3 * torch.randn(30, 4), torch.arange(30) % 3
+    layer = nn.Linear(4, 3)
+    last = LastLayer.of(layer, TensorDataset(x, y), TensorDataset(x, y))
+    assert last.name == ""
+    assert last.retrain(range(1, 30)).isfinite().all()
+    assert torch.equal(last._shares([0, 0, 1])[:2], torch.tensor([2 / 3, 1 / 3], dtype=torch.float64))
+    with pytest.raises(ValueError, match="expected places of training samples, got none"):
+        last.retrain([])
+
+
+def test_a_small_damping_keeps_its_value_in_half_precision(data: TensorDataset) -> None:
+    x, y = data.tensors
+    train = TensorDataset(x.bfloat16(), y)
+    assert LastLayer.of(network().bfloat16(), train, train, damping=1.001e-7).damping.unique().tolist() == [1.001e-7]
 
 
 def test_features_that_do_not_fit_are_refused(data: TensorDataset, monkeypatch: pytest.MonkeyPatch) -> None:
