@@ -175,6 +175,13 @@ class DataInfluence(Callback):
         """Go on from there."""
         self._recorder.load_state_dict(state_dict)
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add which parameters are trained: what froze the others during training is not there later."""
+        if (held := checkpoint.get("callbacks", {}).get(self.state_key)) is not None:
+            held["trained"] = [name for name, p in pl_module.named_parameters() if p.requires_grad]
+
     def explain(
         self,
         checkpoint: str | os.PathLike[str],
@@ -216,7 +223,8 @@ class DataInfluence(Callback):
         network = restored_module(module, checkpoint, held, trusted)
         again, folder = self._again(held, query), run_of(checkpoint) if out is None else os.fspath(out)
         given = restored_data(data, network, checkpoint, held, trusted)
-        end_again(again, network, given, checkpoint, held, folder, device, precision, trusted)
+        trained = _recorded(held).get("trained")
+        end_again(again, network, given, checkpoint, held, folder, device, precision, trusted, trained)
         if not again._shell.on:
             raise ValueError(f"data: {again._shell.why_off.removeprefix('train_dataset: ')}")
         return begun(again._run).folder.file("influence/report.html")
@@ -227,10 +235,8 @@ class DataInfluence(Callback):
         again._shell, again._run = Shell("DataInfluence", "raise", True, everywhere=True), None
         again._recorder, again._query_ids = Recorder(), query
         again.budget_seconds = math.inf if self.budget_seconds is None else self.budget_seconds
-        states = [state for state in held.get("callbacks", {}).values() if isinstance(state, Mapping)]
-        recorded = [state for state in states if {"steps", "rate_sums"} <= set(state)]
-        if recorded:
-            again.load_state_dict(dict(recorded[0]))
+        if recorded := _recorded(held):
+            again.load_state_dict(dict(recorded))
         else:
             rank_zero_warn(f"DataInfluence: {UNTOLD}")
         return again
@@ -384,3 +390,9 @@ def _check_arguments(queries: Any, top: Any, estimator: Any, budget_seconds: Any
     check_retrain(owner, retrain)
     if budget_seconds is not None and not (isinstance(budget_seconds, (int, float)) and budget_seconds > 0):
         raise ValueError(f"{owner}(budget_seconds=...): expected seconds above 0 or None, got {budget_seconds!r}")
+
+
+def _recorded(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what this callback, whatever its arguments were, wrote into a checkpoint; empty if it was not there."""
+    states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, Mapping)]
+    return next((state for state in states if {"steps", "rate_sums"} <= set(state)), {})

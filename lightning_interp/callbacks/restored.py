@@ -67,8 +67,9 @@ def restored_module(given: Any, path: str | os.PathLike[str], held: Held, truste
     made = given() if callable(given) and not _is_a(type(given), "LightningModule") else given
     _expect("LightningModule", "module", given, made)
     with _fitting(type(made).__name__):
+        made.configure_model()
         made.on_load_checkpoint(held)
-        made.load_state_dict(held["state_dict"])
+        made.load_state_dict(held["state_dict"], strict=made.strict_loading)
     return made
 
 
