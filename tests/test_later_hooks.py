@@ -62,6 +62,14 @@ class Grown(Net):
         checkpoint["state_dict"]["more"] = torch.zeros(1)
 
 
+class Built(Net):
+    """Made in `configure_model`."""
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "head"):
+            self.head = nn.Linear(6, 3)
+
+
 class Backboned(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -76,6 +84,12 @@ ENDED: list[str] = []
 
 def grown() -> Grown:
     return Grown()
+
+
+def built() -> Built:
+    net = Built()
+    del net.head
+    return net
 
 
 def run(folder: Path, module: L.LightningModule, *others: L.Callback, **options: Any) -> tuple[Path, Path]:
@@ -99,6 +113,7 @@ def again(checkpoint: Path, module: str) -> int:
         (Net, "Freezing", (Freezes(),), {}),
         (Cycled, "Cycled", (), {"max_epochs": -1, "max_steps": 7}),
         (Grown, "grown", (), {}),
+        (Built, "built", (), {}),
     ],
 )
 def test_the_numbers_are_those_of_the_run(

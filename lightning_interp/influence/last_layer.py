@@ -24,7 +24,6 @@ from lightning_interp.task import SETTLED_BY, Task, settled
 
 CLOSE = 1e-4
 ROUNDING = 1e-15
-ROUNDED = 1e-6
 PROBED = 4
 FAR = 9.0
 STEP_CLOSE = 1e-2
@@ -159,7 +158,7 @@ class LastLayer:
             else:
                 step = step / 2
         raise FloatingPointError(
-            f"retrain: expected {self.name} to converge in {MOST_STEPS} steps, its gradient is {found.norm():.2g}"
+            f"retrain: expected {self.name!r} to converge in {MOST_STEPS} steps, its gradient is {found.norm():.2g}"
         )
 
     def losses(self, weights: Float[Tensor, "c d"]) -> Float[Tensor, " q"]:
@@ -182,13 +181,15 @@ class LastLayer:
         return total
 
     def _step(self, shares: Float[Tensor, " n"], at: Tensor, slope: Tensor) -> Float[Tensor, "c d"]:
-        """Return Newton's step to 1% of the slope, by products with the Hessian in the features' own precision."""
+        """Return Newton's step, to 1% of the slope."""
 
         def product(flat: Any) -> Any:
             vector = torch.from_numpy(flat).reshape(at.shape)
             found = self._curved(shares, at, vector) + self.damping * vector
-            if not bool((found * vector).sum() >= -ROUNDED * found.norm() * vector.norm()):
-                raise FloatingPointError(f"retrain: expected a loss that is convex in {self.name}, got one that is not")
+            if not bool((found * vector).sum() >= 0):
+                raise FloatingPointError(
+                    f"retrain: expected a loss that is convex in {self.name!r}, got one that is not"
+                )
             return found.numpy().ravel()
 
         operator = LinearOperator((at.numel(), at.numel()), matvec=product, dtype=np.float64)
@@ -199,10 +200,10 @@ class LastLayer:
         total = torch.zeros_like(at)
         with torch.enable_grad():
             for rows, part in self.train.parts():
-                free = at.to(part.features, copy=True).requires_grad_()
-                loss = part.losses(self.task, free) @ shares[rows].to(free)
+                free = at.clone().requires_grad_()
+                loss = part.losses(self.task, free) @ shares[rows]
                 (gradient,) = torch.autograd.grad(loss, free, create_graph=True)
-                total += torch.autograd.grad(gradient, free, vector.to(free))[0]
+                total += torch.autograd.grad(gradient, free, vector)[0]
         return total
 
 

@@ -268,6 +268,9 @@ def test_a_network_that_is_the_layer_and_large_features() -> None:
     last = LastLayer.of(layer, TensorDataset(x, y), TensorDataset(x, y))
     assert last.name == ""
     assert last.retrain(range(1, 30)).isfinite().all()
+    layer.weight.data.mul_(1e-3)
+    flat = LastLayer.of(layer, TensorDataset(x, y), TensorDataset(x, y), damping=1e-6)
+    assert flat.retrain(range(1, 30)).isfinite().all()
     assert torch.equal(last._shares([0, 0, 1])[:2], torch.tensor([2 / 3, 1 / 3], dtype=torch.float64))
     with pytest.raises(ValueError, match="expected places of training samples, got none"):
         last.retrain([])
@@ -290,5 +293,5 @@ def test_features_that_do_not_fit_are_refused(data: TensorDataset, monkeypatch: 
 def test_a_loss_that_is_not_convex_is_said(data: TensorDataset) -> None:
     task = Task(loss=lambda out, target: -1e3 * out.square().sum(1))
     last = LastLayer.of(network(), data, data, task, damping=1e-3)
-    with pytest.raises(FloatingPointError, match="expected a loss that is convex in 3"):
+    with pytest.raises(FloatingPointError, match="expected a loss that is convex in '3'"):
         last.retrain(range(10))
