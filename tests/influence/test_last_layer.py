@@ -245,6 +245,25 @@ def test_what_cannot_be_retrained_alone_is_named(data: TensorDataset) -> None:
     assert last_linear(network(), Task(), batch) == "3"
 
 
+class Autocast(Shaped):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+def test_half_precision_inside_the_network_is_no_other_layer(data: TensorDataset) -> None:
+    torch.manual_seed(0)
+    net = Autocast(3, lambda out: out)
+    assert last_linear(net, Task(), data[:4]) == "out"
+    last = LastLayer.of(net, data, data, damping=0.1)
+    assert last.train.features.dtype == torch.float32
+    assert torch.allclose(
+        last.losses(last.trained),
+        F.cross_entropy(net(data.tensors[0]).float(), data.tensors[1], reduction="none").double(),
+        atol=2e-2,
+    )
+
+
 def test_the_head_that_the_task_reads_is_found(data: TensorDataset) -> None:
     net = Shaped(3, lambda out: out)
     net.other = nn.Linear(3, 3)
