@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatch
-
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import save
@@ -21,9 +19,9 @@ SOMETIMES = ("query-*.png", "look-at-first.png", "spot-check.png", "self_influen
 
 def publish(trainer: pl.Trainer, folder: Folder, found: Influence, told: Told) -> None:
     """Log and write everything that is told of the scores; of an earlier report nothing is left."""
-    for name in folder.folder("influence").names("*"):
-        if any(fnmatch(name, pattern) for pattern in SOMETIMES):
-            folder.remove(f"influence/{name}")
+    earlier = folder.folder("influence")
+    for name in (name for pattern in SOMETIMES for name in earlier.names(pattern)):
+        earlier.remove(name)
     board, step = Board(trainer.loggers), trainer.global_step
     for name, pixels in told.galleries.items():
         board.image(f"influence/query_{name}", pixels, step)

@@ -15,7 +15,7 @@ from lightning_interp.callbacks.influence_answers import Asked
 from lightning_interp.capture import undisturbed
 from lightning_interp.errors import ArgumentError
 from lightning_interp.influence import Damping, LastLayer, Trajectory, leave_one_out
-from lightning_interp.influence.last_layer import last_linear
+from lightning_interp.influence.last_linear import last_linear
 from lightning_interp.progress import Within
 from lightning_interp.records import Influence, SpotCheck
 from lightning_interp.task import Task

@@ -21,7 +21,7 @@ from lightning_interp.influence import (
     leave_k_out,
     leave_one_out,
 )
-from lightning_interp.influence.last_layer import last_linear
+from lightning_interp.influence.last_linear import last_linear
 from lightning_interp.influence.logistic import fit
 from lightning_interp.task import Task
 
