@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_interp.capture import capture
+from lightning_interp.network.undisturbed import capture
 from lightning_interp.similarity import CCA, CKA, PWCCA, SVCCA, Procrustes, RBFKernel, StreamingCKA
 
 Batches = DataLoader[tuple[Tensor, ...]]

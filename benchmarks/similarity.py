@@ -25,12 +25,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.nets import ResNet20, digits, trained
 from benchmarks.timing import Work, cpu_seconds, peak_mb, ratios, spread
-from lightning_interp.records import Snapshot
-from lightning_interp.representation import Form, Representation
 from lightning_interp.similarity import CKA, SVCCA, AnyMeasure, Measure, Procrustes, matrix
-from lightning_interp.similarity.features import Watch, representations, watch
+from lightning_interp.similarity.activations import Activations, find_activations, representations
 from lightning_interp.similarity.history import histories
-from lightning_interp.storage import Folder, new_store
+from lightning_interp.similarity.representation import Form, Representation
+from lightning_interp.similarity.results import Snapshot
+from lightning_interp.storage.folder import Folder
+from lightning_interp.storage.snapshots import new_store
 
 BATCHES = (16, 32, 64, 128, 256)
 LAYERS = list(ResNet20.LAYERS)
@@ -46,8 +47,8 @@ def captured(net: nn.Module, images: Tensor, batch: int, form: Form, **options: 
     return representations(net, net, images.split(batch), watched(net, images), len(images), form, **options)
 
 
-def watched(net: nn.Module, images: Tensor) -> Watch:
-    return watch(net, net, [images[:3], images[:2]]).of(LAYERS)
+def watched(net: nn.Module, images: Tensor) -> Activations:
+    return find_activations(net, net, [images[:3], images[:2]]).of(LAYERS)
 
 
 def ours(net: nn.Module, images: Tensor, **options: Any) -> Tensor:

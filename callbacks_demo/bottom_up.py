@@ -30,7 +30,8 @@ from callbacks_demo.mnist import Digits
 from lightning_interp import RepresentationSimilarity, compare
 from lightning_interp.similarity import CKA
 from lightning_interp.similarity.history import histories
-from lightning_interp.storage import Folder, open_store
+from lightning_interp.storage.folder import Folder
+from lightning_interp.storage.snapshots import open_store
 
 MEASURE = CKA(debiased=True)
 SEEDS = 3

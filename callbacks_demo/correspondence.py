@@ -40,9 +40,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_interp import RepresentationSimilarity
-from lightning_interp.representation import Representation
 from lightning_interp.similarity import CCA, CKA, PWCCA, SVCCA, Measure, Procrustes, RBFKernel, matrix, prepare
-from lightning_interp.storage import Folder, open_store
+from lightning_interp.similarity.representation import Representation
+from lightning_interp.storage.folder import Folder
+from lightning_interp.storage.snapshots import open_store
 
 HELD_OUT = 512
 Loader = DataLoader[tuple[Tensor, ...]]

@@ -52,10 +52,10 @@ from lightning_interp.influence import (
     leave_one_out,
     multinomial_factors,
 )
-from lightning_interp.influence.logistic import Factors, fit
-from lightning_interp.influence_figures import Pair, Panel, factors, impact, scatter
+from lightning_interp.influence.logistic import Factors, fit_logistic_regression
 from lightning_interp.progress import bar
-from lightning_interp.records import Pixels
+from lightning_interp.views.canvas import Pixels
+from lightning_interp.views.influence import QuerySamplePair, RetrainingPanel, factors, impact, scatter
 
 Labelled = tuple[Tensor, Tensor]
 LOGISTIC_DECAY, NETWORK_DECAY = 1e-3, 1e-2
@@ -71,7 +71,7 @@ class Picked(NamedTuple):
     random: Tensor
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Panel]:
+def main(arguments: Sequence[str] | None = None) -> dict[str, RetrainingPanel]:
     """Predict, retrain, print how the two agree, and draw them."""
     parser = argparse.ArgumentParser(prog="python -m callbacks_demo leave_one_out", description=__doc__)
     parser.add_argument("--removals", type=int, default=200, help="retrainings of the logistic regression")
@@ -92,10 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Panel]:
     return panels
 
 
-def logistic_regression(removals: int) -> tuple[dict[str, Panel], dict[str, Pixels]]:
+def logistic_regression(removals: int) -> tuple[dict[str, RetrainingPanel], dict[str, Pixels]]:
     """Return what the plain and the corrected scores predict beside retraining; and the pictures of the factors."""
     train, query = digits()
-    weights = fit(*train, 10, LOGISTIC_DECAY)
+    weights = fit_logistic_regression(*train, 10, LOGISTIC_DECAY)
     plain, corrected = (multinomial_factors(weights, train, query, LOGISTIC_DECAY, lev) for lev in (False, True))
     picked = pick(plain.scores, removals)
     print(f"Retraining a logistic regression without each of {removals} samples ...")
@@ -105,7 +105,9 @@ def logistic_regression(removals: int) -> tuple[dict[str, Panel], dict[str, Pixe
 
     actual = leave_one_out(lambda kept: refit(train, kept, weights), losses, len(train[0]), picked.which, bar)
     panels = {
-        name: Panel(name, Retrained(group_scores(found.scores, [[i] for i in picked.which]), actual), picked.random)
+        name: RetrainingPanel(
+            name, Retrained(group_scores(found.scores, [[i] for i in picked.which]), actual), picked.random
+        )
         for name, found in ((PLAIN, plain), (CORRECTED, corrected))
     }
     sizes = impact(SIZES, impact_by_size(train, query, SIZES, LOGISTIC_DECAY))
@@ -129,7 +131,7 @@ def refit(train: Labelled, kept: list[int], start: Tensor) -> Tensor:
     return torch.tensor(model.coef_)
 
 
-def telling(found: Factors, train: Labelled, query: Labelled) -> list[Pair]:
+def telling(found: Factors, train: Labelled, query: Labelled) -> list[QuerySamplePair]:
     """Return pairs that show what each factor does.
 
     The most helpful and harmful for the query with the largest loss; what is near to it, yet fitted; and the most
@@ -145,7 +147,7 @@ def telling(found: Factors, train: Labelled, query: Labelled) -> list[Pair]:
         (easy, "helpful", found.scores[easy].argsort(descending=True)[:2]),
     ]
     return [
-        Pair(q, int(i), f"query {q}, a {int(query[1][q])}; {kind}: #{int(i)}, a {int(train[1][i])}")
+        QuerySamplePair(q, int(i), f"query {q}, a {int(query[1][q])}; {kind}: #{int(i)}, a {int(train[1][i])}")
         for q, kind, some in chosen
         for i in some
     ]
@@ -159,7 +161,7 @@ def pick(scores: Tensor, count: int) -> Picked:
     return Picked([*top.tolist(), *drawn.tolist()], torch.arange(count) >= count // 2)
 
 
-def network(removals: int, seed: int) -> Panel:
+def network(removals: int, seed: int) -> RetrainingPanel:
     """Return what the scores of a small network predict, beside retraining."""
     train, validation = small_digits(TRAINED_ON)
     torch.manual_seed(seed)
@@ -186,7 +188,7 @@ def network(removals: int, seed: int) -> Panel:
     norms = torch.tensor(left)
     print(f"Gradient after retraining: {norms.median():.1g} in the median, {norms.max():.1g} at most.")
     predicted = group_scores(found.scores.double(), [[i] for i in picked.which])
-    return Panel(f"{NETWORK}, seed {seed}", Retrained(predicted, actual), picked.random)
+    return RetrainingPanel(f"{NETWORK}, seed {seed}", Retrained(predicted, actual), picked.random)
 
 
 def small_digits(n: int) -> tuple[Labelled, Labelled]:
@@ -307,7 +309,7 @@ def parts(net: nn.Module, flat: Tensor) -> dict[str, Tensor]:
     return {name: piece.view_as(p) for (name, p), piece in zip(named.items(), pieces, strict=True)}
 
 
-def table(panels: dict[str, Panel]) -> list[str]:
+def table(panels: dict[str, RetrainingPanel]) -> list[str]:
     """Return the lines of the table: of all pairs, and of the two kinds of removals."""
     lines = [f"{'predicted and actual':26}{'removals':>18}{'r':>8}{'Spearman':>10}{'slope':>8}{'error':>8}"]
     for name, (_, found, random) in panels.items():
@@ -320,7 +322,7 @@ def table(panels: dict[str, Panel]) -> list[str]:
     return lines
 
 
-def remarks(panels: dict[str, Panel]) -> list[str]:
+def remarks(panels: dict[str, RetrainingPanel]) -> list[str]:
     """Return what a reader must know beside the table."""
     convex, net = panels[PLAIN].retrained, panels[NETWORK].retrained
     each = torch.tensor(

@@ -38,9 +38,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks_demo.pictures import keep
-from lightning_interp.figures import render
 from lightning_interp.influence import EKFAC, IdentityCurvature, InfluenceFunction
-from lightning_interp.records import Pixels, SelfInfluence
+from lightning_interp.influence.results import SelfInfluence
+from lightning_interp.views.canvas import Pixels, render
 
 SHARE = 0.1
 FOLDS = 5

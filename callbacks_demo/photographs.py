@@ -43,12 +43,10 @@ from lightning_interp.attribution import (
     energy_inside,
     pointing,
 )
-from lightning_interp.attribution.one_pass import Attributor
-from lightning_interp.attribution_panels import Titled, film
-from lightning_interp.display import Display
-from lightning_interp.figures import render
-from lightning_interp.records import Shown
-from lightning_interp.sheets import under
+from lightning_interp.attribution.engine.single_pass import Attributor
+from lightning_interp.views.attribution import Titled, film
+from lightning_interp.views.canvas import render, under
+from lightning_interp.views.display import Display, SampleView
 
 SIZE = 224
 MEAN, STD = torch.tensor([[[0.485]], [[0.456]], [[0.406]]]), torch.tensor([[[0.229]], [[0.224]], [[0.225]]])
@@ -202,7 +200,7 @@ def by_kernel(net: nn.Module, samples: int) -> Image.Image:
         with torch.no_grad():
             probability, label = net(inputs).softmax(1).max(1)
         named = NAMES.get(int(label), str(int(label)))
-        shown = Shown(photograph.thing, pixels, "", named, float(probability))
+        shown = SampleView(photograph.thing, pixels, "", named, float(probability))
         found = by_width(LIME(samples), net, inputs, label, WIDTHS)
         frames = [
             Titled(f"{w:g}: R² {float(one.facts['r2']):.2f}", one.maps[0]) for w, one in zip(WIDTHS, found, strict=True)

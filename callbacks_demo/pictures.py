@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_interp.records import Pixels
+from lightning_interp.views.canvas import Pixels
 
 
 def keep(pictures: Mapping[str, Pixels], folder: Path) -> None:

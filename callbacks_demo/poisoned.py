@@ -39,10 +39,9 @@ from torch.utils.data import TensorDataset
 
 from callbacks_demo.photographs import pretrained
 from callbacks_demo.pictures import keep
-from lightning_interp.figures import render
 from lightning_interp.influence import GaussNewton, InfluenceFunction
 from lightning_interp.influence.perturbation import Front, Steps, craft, input_influence
-from lightning_interp.records import Pixels
+from lightning_interp.views.canvas import Pixels, render
 
 CLASSES = (3, 5)
 TRAINED_ON, TESTED_ON = 50, 200

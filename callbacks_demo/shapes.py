@@ -54,9 +54,9 @@ from lightning_interp.attribution import (
     SmoothGrad,
     sanity_similarity,
 )
-from lightning_interp.attribution.one_pass import Attributor
-from lightning_interp.figures import render
-from lightning_interp.task import Task
+from lightning_interp.attribution.engine.single_pass import Attributor
+from lightning_interp.data.task import Task
+from lightning_interp.views.canvas import render
 
 CLASSES = ("disc", "square", "triangle", "cross", "ring")
 SIZE = 48

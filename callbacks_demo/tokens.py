@@ -51,8 +51,8 @@ from lightning_interp.attribution import (
     energy_inside,
     pointing,
 )
-from lightning_interp.attribution.one_pass import Attributor
-from lightning_interp.records import Explanation
+from lightning_interp.attribution.engine.single_pass import Attributor
+from lightning_interp.attribution.results import Explanation
 
 PLANTED = (("acquire", "release"), ("reader", "writer"))
 LABELS = tuple(" ".join(pair) for pair in itertools.product(*PLANTED))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from lightning_interp.sheets import typeface
+from lightning_interp.views.canvas import typeface
 
 WIDTH, GAP, INK = 1240, 24, (20, 20, 20)
 

@@ -2,7 +2,7 @@
 
 from lightning_interp.callbacks import DataInfluence, InputAttribution, RepresentationSimilarity
 from lightning_interp.compare import compare
-from lightning_interp.display import Display
-from lightning_interp.task import Task
+from lightning_interp.data.task import Task
+from lightning_interp.views.display import Display
 
 __all__ = ["DataInfluence", "Display", "InputAttribution", "RepresentationSimilarity", "Task", "compare"]

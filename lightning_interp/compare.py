@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_interp.board import tag
-from lightning_interp.records import SimilarityMap, Snapshot
+from lightning_interp.checks import tag
 from lightning_interp.similarity import CKA, SVCCA, AnyMeasure, matrix
-from lightning_interp.similarity.history import by_chance, cautions, is_distance, is_own_scale, with_doubt
+from lightning_interp.similarity.history import by_chance, cautions, is_distance, is_own_scale, with_reliability
 from lightning_interp.similarity.matrix import needs
-from lightning_interp.storage import Folder, SnapshotStore, open_store
+from lightning_interp.similarity.results import SimilarityMap, Snapshot
+from lightning_interp.storage.folder import Folder
+from lightning_interp.storage.snapshots import SnapshotStore, open_store
 
-Run = str | PathLike[str]
+RunPath = str | PathLike[str]
 PLACES = ("", "similarity", "interp/similarity")
 DEFAULT: tuple[AnyMeasure, ...] = (CKA(debiased=True), CKA(), SVCCA())
 
@@ -75,7 +76,7 @@ class Comparison:
 
 
 def compare(
-    *runs: Run,
+    *runs: RunPath,
     measures: Sequence[AnyMeasure] | None = None,
     epochs: int | Sequence[int] | None = None,
 ) -> Comparison:
@@ -124,14 +125,14 @@ def _table(measure: AnyMeasure, a: Snapshot, b: Snapshot, row_title: str, column
     layers = tuple(a.layers), tuple(b.layers)
     distance, own, note = is_distance(measure), is_own_scale(measure), cautions(measure, a, b)
     table = SimilarityMap(tag(measure), title, *layers, values, row_title, column_title, n, note, distance)
-    table = dataclasses.replace(with_doubt(table, measure, a, b), own_scale=own)
+    table = dataclasses.replace(with_reliability(table, measure, a, b), own_scale=own)
     shared = [layer for layer in table.rows if layer in table.columns]
     if chances := by_chance([_at(table, table.chance, layer) for layer in shared]):
         return dataclasses.replace(table, note=f"By chance layers of one name score {chances}. {note}")
     return table
 
 
-def _enough_kept(runs: Sequence[Run], snapshots: Sequence[Snapshot], measures: Sequence[AnyMeasure]) -> None:
+def _enough_kept(runs: Sequence[RunPath], snapshots: Sequence[Snapshot], measures: Sequence[AnyMeasure]) -> None:
     """Raise a ValueError where a measure asks for singular vectors, of which half precision leaves too little."""
     for measure in measures:
         if too_little := _too_little(runs, snapshots, measure):
@@ -141,7 +142,7 @@ def _enough_kept(runs: Sequence[Run], snapshots: Sequence[Snapshot], measures: S
             )
 
 
-def _too_little(runs: Sequence[Run], snapshots: Sequence[Snapshot], measure: AnyMeasure) -> list[Run]:
+def _too_little(runs: Sequence[RunPath], snapshots: Sequence[Snapshot], measure: AnyMeasure) -> list[RunPath]:
     """Return the runs that kept too little of their layers for a measure."""
     if needs([measure]) == "gram":
         return []
@@ -149,7 +150,7 @@ def _too_little(runs: Sequence[Run], snapshots: Sequence[Snapshot], measure: Any
     return [run for run, snapshot in pairs if not all(layer.factorable for layer in snapshot.layers.values())]
 
 
-def _open(run: Run) -> SnapshotStore:
+def _open(run: RunPath) -> SnapshotStore:
     root = Folder(str(run))
     if found := _places(root, PLACES):
         return open_store(found[0])
@@ -170,7 +171,7 @@ def _places(root: Folder, places: Sequence[str]) -> list[Folder]:
     return [folder for folder in folders if folder.exists("manifest.json")]
 
 
-def _same_probe(runs: Sequence[Run], stores: Sequence[SnapshotStore]) -> None:
+def _same_probe(runs: Sequence[RunPath], stores: Sequence[SnapshotStore]) -> None:
     first = stores[0].manifest["probe"]
     for run, store in zip(runs, stores, strict=True):
         probe = store.manifest["probe"]
@@ -212,7 +213,7 @@ def _snapshot(store: SnapshotStore, epoch: int | None) -> Snapshot:
     return store.read(found[-1 if epoch is None else 0])  # the first after so many epochs is nearest to their end
 
 
-def _names(runs: Sequence[Run]) -> tuple[str, ...]:
+def _names(runs: Sequence[RunPath]) -> tuple[str, ...]:
     """Return the parts of the paths that tell the runs apart; numbers where nothing does."""
     parts = [[p for p in PurePath(str(run)).parts if p not in ("interp", "similarity")] for run in runs]
     for _ in range(2):  # strip what all have in common, from the front, then from the back

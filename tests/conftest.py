@@ -8,7 +8,7 @@ import jaxtyping
 from jaxtyping import install_import_hook
 
 install_import_hook(
-    [f"lightning_interp.{room}" for room in ("similarity", "attribution", "influence", "records")], "beartype.beartype"
+    [f"lightning_interp.{room}" for room in ("similarity", "attribution", "influence")], "beartype.beartype"
 )
 
 import pytest  # noqa: E402

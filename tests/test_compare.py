@@ -14,9 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_interp import compare
 from lightning_interp.cli import MEASURES, main
 from lightning_interp.compare import table_of, told_correspondence
-from lightning_interp.records import Snapshot
 from lightning_interp.similarity import CCA, CKA, SVCCA, Procrustes, RBFKernel, prepare
-from lightning_interp.storage import Folder, new_store
+from lightning_interp.similarity.results import Snapshot
+from lightning_interp.storage.folder import Folder
+from lightning_interp.storage.snapshots import new_store
 
 LAYERS = ("conv", "hidden", "head")
 

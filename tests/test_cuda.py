@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lightning_interp import DataInfluence, InputAttribution, RepresentationSimilarity
 from lightning_interp.influence import InfluenceFunction
-from lightning_interp.representation import Representation
 from lightning_interp.similarity import CKA, PWCCA, SVCCA, Procrustes, RBFKernel, matrix
-from lightning_interp.similarity.features import representations, watch
-from lightning_interp.storage import Folder, open_store
+from lightning_interp.similarity.activations import find_activations, representations
+from lightning_interp.similarity.representation import Representation
+from lightning_interp.storage.folder import Folder
+from lightning_interp.storage.snapshots import open_store
 from tests.models import Net, Shapes, loaders, trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -34,7 +35,7 @@ def test_a_capture_equals_that_on_the_cpu_whatever_precision_is_set(precision: s
 
     def taken(device: str) -> list[Representation]:
         module, batches = net.to(device), images.to(device).split(16)
-        watched = watch(module, module, [batches[0][:3], batches[0][:2]]).of(["conv1", "conv2", "head"])
+        watched = find_activations(module, module, [batches[0][:3], batches[0][:2]]).of(["conv1", "conv2", "head"])
         return list(representations(module, module, batches, watched, 60, "gram").values())
 
     torch.set_float32_matmul_precision(precision)

@@ -1,6 +1,5 @@
 """Attribution to input features: callables `attributor(model, inputs, target, task) -> Explanation`."""
 
-from lightning_interp.attribution.baselines import Centre, Edges
 from lightning_interp.attribution.cam import (
     CAM,
     GradCAM,
@@ -10,9 +9,21 @@ from lightning_interp.attribution.cam import (
     grad_cam_plus_plus,
     last_map_layer,
 )
-from lightning_interp.attribution.coalitions import any_size, bernoulli
 from lightning_interp.attribution.deconvnet import DeconvNet, GuidedBackprop, strongest
-from lightning_interp.attribution.faithfulness import (
+from lightning_interp.attribution.engine.single_pass import explain
+from lightning_interp.attribution.engine.target import (
+    Score,
+    Target,
+    label_probability,
+    log_probability,
+    logit,
+    probability,
+    select,
+)
+from lightning_interp.attribution.integrated_gradients import IntegratedGradients
+from lightning_interp.attribution.kernel_shap import KernelSHAP
+from lightning_interp.attribution.lime import LIME, by_width
+from lightning_interp.attribution.metrics.faithfulness import (
     DeadMaps,
     DeletionArea,
     InsertionArea,
@@ -20,11 +31,7 @@ from lightning_interp.attribution.faithfulness import (
     deletion_curve,
     insertion_curve,
 )
-from lightning_interp.attribution.integrated_gradients import IntegratedGradients
-from lightning_interp.attribution.kernel_shap import KernelSHAP
-from lightning_interp.attribution.lime import LIME, by_width
-from lightning_interp.attribution.local_models import LocalModels
-from lightning_interp.attribution.localization import (
+from lightning_interp.attribution.metrics.localization import (
     BestLocalizationError,
     EnergyInside,
     LocalizationError,
@@ -35,22 +42,15 @@ from lightning_interp.attribution.localization import (
     localization_error,
     pointing,
 )
+from lightning_interp.attribution.metrics.rank_correlation import flat_map, rank_correlation
+from lightning_interp.attribution.metrics.sanity import last_weights, reinitialized, sanity_similarity
+from lightning_interp.attribution.metrics.trivial_maps import Centre, Edges
 from lightning_interp.attribution.occlusion import Occlusion
-from lightning_interp.attribution.one_pass import explain
-from lightning_interp.attribution.parts import Grid, Superpixels
-from lightning_interp.attribution.rank import flat_map, rank_correlation
+from lightning_interp.attribution.perturbed.coalitions import any_size, bernoulli
+from lightning_interp.attribution.perturbed.local_models import LocalModels
+from lightning_interp.attribution.perturbed.regions import Grid, Superpixels
 from lightning_interp.attribution.saliency import InputXGradient, Saliency
-from lightning_interp.attribution.sanity import last_weights, reinitialized, sanity_similarity
 from lightning_interp.attribution.smoothgrad import SmoothGrad
-from lightning_interp.attribution.target import (
-    Score,
-    Target,
-    label_probability,
-    log_probability,
-    logit,
-    probability,
-    select,
-)
 
 __all__ = [
     "CAM",

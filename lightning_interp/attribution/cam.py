@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_interp.attribution.explained import Explained
-from lightning_interp.attribution.layer import at_inputs_size
-from lightning_interp.attribution.one_pass import LAST_MAP, OfTarget, Pass, SinglePass, one_pass
+from lightning_interp.attribution.engine.explained_input import ExplainedInput
+from lightning_interp.attribution.engine.last_map import at_inputs_size
+from lightning_interp.attribution.engine.single_pass import LAST_MAP, OfTarget, Pass, SinglePass, single_pass
+from lightning_interp.attribution.engine.target import Score, Target, logit, per_class
 from lightning_interp.attribution.saliency import suffix
-from lightning_interp.attribution.target import Score, Target, logit, per_class
-from lightning_interp.batch import precise
-from lightning_interp.capture import explaining
-from lightning_interp.task import Task
+from lightning_interp.data.batch import at_least_float32
+from lightning_interp.data.task import Task
+from lightning_interp.network.undisturbed import explaining
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class GradientMap(SinglePass):
     def read(self, seen: Pass, layer: str) -> Tensor:
         """Return the map after its ReLU, at the input's size."""
         held = with_positions(seen.layers[layer], layer)
-        return at_inputs_size(precise(self.combined(*held)).relu(), seen.explained.raw, layer)
+        return at_inputs_size(at_least_float32(self.combined(*held)).relu(), seen.explained.raw, layer)
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class CAM(SinglePass):
                 f" layer's mean over positions, got one of which that is not so; use GradCAM()"
             )
         summed = gradients.flatten(2).sum(2)  # of such a network, the linear layer's weights for the target
-        return at_inputs_size(precise(_weighted(activations, summed)), seen.explained.raw, layer)
+        return at_inputs_size(at_least_float32(_weighted(activations, summed)), seen.explained.raw, layer)
 
 
 def grad_cam(activations: Float[Tensor, "n c *at"], gradients: Float[Tensor, "n c *at"]) -> Float[Tensor, "n *at"]:
@@ -234,4 +234,4 @@ def last_map_layer(model: nn.Module, inputs: object, target: Target, task: Task 
         ValueError: no layer gives a map or tokens.
     """
     with explaining(model):
-        return one_pass(Explained(model, inputs, task), target, layers=[LAST_MAP], of_input=False).last
+        return single_pass(ExplainedInput(model, inputs, task), target, layers=[LAST_MAP], of_input=False).last

@@ -11,14 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lightning_interp.attribution.cam import check_layer
-from lightning_interp.attribution.layer import positions_of
-from lightning_interp.attribution.one_pass import INPUT, Goal, OfTarget, Pass, SinglePass, check_layers
-from lightning_interp.attribution.relu import ReluRule, deconvnet, guided
+from lightning_interp.attribution.engine.last_map import positions_of
+from lightning_interp.attribution.engine.relu_rules import ReluRule, deconvnet, guided
+from lightning_interp.attribution.engine.single_pass import INPUT, Goal, OfTarget, Pass, SinglePass, check_layers
+from lightning_interp.attribution.engine.target import Target
 from lightning_interp.attribution.saliency import of_input
-from lightning_interp.attribution.target import Target
-from lightning_interp.batch import size, tensors
-from lightning_interp.capture import hooked, undisturbed
-from lightning_interp.task import Task
+from lightning_interp.data.batch import size, tensors
+from lightning_interp.data.task import Task
+from lightning_interp.network.undisturbed import hooked, undisturbed
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Strongest(Goal):
         return strongest_of(activations, self.channel, self.layers[0]).square() / 2
 
 
-class Ranked(NamedTuple):
+class StrongestImage(NamedTuple):
     """The samples that excite a channel most.
 
     Args:
@@ -135,7 +135,7 @@ class Ranked(NamedTuple):
 
 def strongest(
     model: nn.Module, batches: Iterable[Any], layer: str, channel: int, k: int = 9, task: Task = Task()
-) -> Ranked:
+) -> StrongestImage:
     """Return the samples in which a channel of a layer is most active somewhere, to be projected by `DeconvNet`.
 
     Args:
@@ -165,7 +165,7 @@ def strongest(
     if not found:
         raise ValueError(f"layer={layer!r}: expected a layer that forward calls, but it was not called")
     best = torch.cat(found).topk(min(k, sum(map(len, found))))
-    return Ranked(best.indices, best.values)
+    return StrongestImage(best.indices, best.values)
 
 
 def strongest_of(activations: Float[Tensor, "n c *at"], channel: int | None, layer: str) -> Float[Tensor, " n"]:

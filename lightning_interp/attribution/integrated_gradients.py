@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_interp.attribution.baseline import Baseline, baseline_like
-from lightning_interp.attribution.chunks import check_count, chunks, of_rows
-from lightning_interp.attribution.explained import Explained, gradients
+from lightning_interp.attribution.engine.batching import batches_of_variants, of_rows
+from lightning_interp.attribution.engine.explained_input import ExplainedInput, gradients
+from lightning_interp.attribution.engine.target import Score, Target, logit, recorded, select
+from lightning_interp.attribution.perturbed.baseline import Baseline, baseline_like
+from lightning_interp.attribution.results import Explanation
 from lightning_interp.attribution.saliency import suffix
-from lightning_interp.attribution.target import Score, Target, logit, recorded, select
-from lightning_interp.batch import precise
-from lightning_interp.capture import explaining
-from lightning_interp.records import Explanation
-from lightning_interp.task import Task
+from lightning_interp.checks import check_count
+from lightning_interp.data.batch import at_least_float32
+from lightning_interp.data.task import Task
+from lightning_interp.network.undisturbed import explaining
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,10 @@ class IntegratedGradients:
             ValueError: the target or the baseline does not fit, or no gradient flows.
         """
         with explaining(model):
-            explained = Explained(model, inputs, task)
+            explained = ExplainedInput(model, inputs, task)
             start = baseline_like(self.baseline, explained.values)
             way = explained.values - start
-            maps = precise(way) * self._mean_gradient(explained, start, way, target)
+            maps = at_least_float32(way) * self._mean_gradient(explained, start, way, target)
             rise = self._scores(explained, explained.values, target) - self._scores(explained, start, target)
         gap = maps.flatten(1).sum(1) - rise
         maps = maps.sum(-1) if explained.tokens else maps
@@ -77,9 +78,9 @@ class IntegratedGradients:
             self.name, maps.cpu(), recorded(target, len(maps)), facts={"completeness_gap": gap.float().cpu()}
         )
 
-    def _mean_gradient(self, explained: Explained, start: Tensor, way: Tensor, target: Target) -> Tensor:
-        total = torch.zeros_like(precise(way))
-        for rows, steps in chunks(explained.n, self.steps, self.batch_size, target, way.device):
+    def _mean_gradient(self, explained: ExplainedInput, start: Tensor, way: Tensor, target: Target) -> Tensor:
+        total = torch.zeros_like(at_least_float32(way))
+        for rows, steps in batches_of_variants(explained.n, self.steps, self.batch_size, target, way.device):
             share = ((steps + 0.5) / self.steps).to(way.dtype).reshape(-1, *[1] * (way.ndim - 1))
             point = (start[rows] + share * way[rows]).requires_grad_()
             scores = select(explained.outputs(point.clone(), rows), of_rows(target, rows), self.score)
@@ -87,6 +88,6 @@ class IntegratedGradients:
             total.index_add_(0, rows, gradient.to(total.dtype))
         return total / self.steps
 
-    def _scores(self, explained: Explained, values: Tensor, target: Target) -> Tensor:
+    def _scores(self, explained: ExplainedInput, values: Tensor, target: Target) -> Tensor:
         with torch.no_grad():
-            return precise(select(explained.outputs(values.clone()), target, self.score))
+            return at_least_float32(select(explained.outputs(values.clone()), target, self.score))

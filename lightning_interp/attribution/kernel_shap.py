@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from lightning_interp.attribution.answers import answers
-from lightning_interp.attribution.baseline import Baseline
-from lightning_interp.attribution.chunks import check_count
-from lightning_interp.attribution.coalitions import countable, shapley, shapley_kernel
-from lightning_interp.attribution.least_squares import LocalModel, with_fixed_sum
-from lightning_interp.attribution.local_models import LocalModels, local_models
-from lightning_interp.attribution.parts import Parts, parts_tag
+from lightning_interp.attribution.engine.target import Score, Target, logit, recorded
+from lightning_interp.attribution.perturbed.baseline import Baseline
+from lightning_interp.attribution.perturbed.coalitions import countable, shapley, shapley_kernel
+from lightning_interp.attribution.perturbed.linear_models import LocalModel, with_fixed_sum
+from lightning_interp.attribution.perturbed.local_models import LocalModels, local_models
+from lightning_interp.attribution.perturbed.queries import score_coalitions
+from lightning_interp.attribution.perturbed.regions import Regions, regions_tag
+from lightning_interp.attribution.results import Explanation
 from lightning_interp.attribution.saliency import suffix
-from lightning_interp.attribution.target import Score, Target, logit, recorded
-from lightning_interp.records import Explanation
-from lightning_interp.task import Task
+from lightning_interp.checks import check_count
+from lightning_interp.data.task import Task
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class KernelSHAP:
     """
 
     samples: int = 1024
-    parts: Parts | None = None
+    parts: Regions | None = None
     baseline: Baseline = 0.0
     score: Score = logit
     batch_size: int = 64
@@ -60,7 +60,7 @@ class KernelSHAP:
     @property
     def name(self) -> str:
         """Tag of the method."""
-        return "KernelSHAP" + suffix(self.score) + parts_tag(self.parts)
+        return "KernelSHAP" + suffix(self.score) + regions_tag(self.parts)
 
     def __call__(self, model: nn.Module, inputs: Any, target: Target, task: Task = Task()) -> Explanation:
         """Explain each sample of a batch by itself; the model is left as it was.
@@ -74,12 +74,12 @@ class KernelSHAP:
         Raises:
             ValueError: the target, the parts or the baseline do not fit, or the samples are too few for the parts.
         """
-        asked = answers(self, model, inputs, target, task)
+        asked = score_coalitions(self, model, inputs, target, task)
         return local_models(self, asked).of_target(recorded(target, len(asked.labels)))
 
     def all_classes(self, model: nn.Module, inputs: Any, task: Task = Task()) -> LocalModels:
         """Find every class's values from one set of forwards; `.of(target)` gives the maps of a class per sample."""
-        return local_models(self, answers(self, model, inputs, None, task))
+        return local_models(self, score_coalitions(self, model, inputs, None, task))
 
     def coalitions(self, parts: int, generator: Generator) -> Tensor:
         """Return the full and the empty coalition, and those drawn."""

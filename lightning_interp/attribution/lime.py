@@ -9,17 +9,17 @@ from typing import Any
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor, nn
 
-from lightning_interp.attribution.answers import answers
-from lightning_interp.attribution.baseline import Baseline
-from lightning_interp.attribution.chunks import check_count
-from lightning_interp.attribution.coalitions import Draw, bernoulli, distance_to_all
-from lightning_interp.attribution.least_squares import LocalModel, k_lasso, weighted_ridge
-from lightning_interp.attribution.local_models import LocalModels, local_models
-from lightning_interp.attribution.parts import Parts, parts_tag
+from lightning_interp.attribution.engine.target import Score, Target, logit, recorded
+from lightning_interp.attribution.perturbed.baseline import Baseline
+from lightning_interp.attribution.perturbed.coalitions import Draw, bernoulli, distance_to_all
+from lightning_interp.attribution.perturbed.linear_models import LocalModel, k_lasso, weighted_ridge
+from lightning_interp.attribution.perturbed.local_models import LocalModels, local_models
+from lightning_interp.attribution.perturbed.queries import score_coalitions
+from lightning_interp.attribution.perturbed.regions import Regions, regions_tag
+from lightning_interp.attribution.results import Explanation
 from lightning_interp.attribution.saliency import suffix
-from lightning_interp.attribution.target import Score, Target, logit, recorded
-from lightning_interp.records import Explanation
-from lightning_interp.task import Task
+from lightning_interp.checks import check_count
+from lightning_interp.data.task import Task
 
 WIDTH = 0.25
 
@@ -61,7 +61,7 @@ class LIME:
     """
 
     samples: int = 1000
-    parts: Parts | None = None
+    parts: Regions | None = None
     width: float = WIDTH
     baseline: Baseline = 0.0
     ridge: float = 1.0
@@ -85,7 +85,7 @@ class LIME:
         """Tag of the method."""
         sparse = "" if self.features is None else f"_{self.features}_features"
         width = "" if self.width == WIDTH else f"_width_{self.width:g}"
-        return f"LIME{sparse}{width}" + suffix(self.score) + parts_tag(self.parts)
+        return f"LIME{sparse}{width}" + suffix(self.score) + regions_tag(self.parts)
 
     def __call__(self, model: nn.Module, inputs: Any, target: Target, task: Task = Task()) -> Explanation:
         """Explain each sample of a batch by itself; the model is left as it was.
@@ -99,12 +99,12 @@ class LIME:
         Raises:
             ValueError: the target, the parts or the baseline do not fit.
         """
-        asked = answers(self, model, inputs, target, task)
+        asked = score_coalitions(self, model, inputs, target, task)
         return local_models(self, asked).of_target(recorded(target, len(asked.labels)))
 
     def all_classes(self, model: nn.Module, inputs: Any, task: Task = Task()) -> LocalModels:
         """Fit the models of every class to one set of forwards; `.of(target)` gives the maps of a class per sample."""
-        return local_models(self, answers(self, model, inputs, None, task))
+        return local_models(self, score_coalitions(self, model, inputs, None, task))
 
     def coalitions(self, parts: int, generator: Generator) -> Tensor:
         """Return which parts are on, `(samples, parts)`."""
@@ -134,5 +134,5 @@ def by_width(
         task: how to call the model.
     """
     methods = [replace(lime, width=width) for width in widths]
-    asked = answers(lime, model, inputs, target, task)
+    asked = score_coalitions(lime, model, inputs, target, task)
     return tuple(local_models(method, asked).of_target(recorded(target, len(asked.labels))) for method in methods)

@@ -11,15 +11,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lightning_interp.attribution.baseline import Baseline, baseline_like
-from lightning_interp.attribution.chunks import check_count, chunks, of_rows
-from lightning_interp.attribution.explained import Explained
+from lightning_interp.attribution.engine.batching import batches_of_variants, of_rows
+from lightning_interp.attribution.engine.explained_input import ExplainedInput
+from lightning_interp.attribution.engine.target import Score, Target, logit, recorded, select
+from lightning_interp.attribution.perturbed.baseline import Baseline, baseline_like
+from lightning_interp.attribution.results import Explanation
 from lightning_interp.attribution.saliency import suffix
-from lightning_interp.attribution.target import Score, Target, logit, recorded, select
-from lightning_interp.batch import precise
-from lightning_interp.capture import explaining
-from lightning_interp.records import Explanation
-from lightning_interp.task import Task
+from lightning_interp.checks import check_count
+from lightning_interp.data.batch import at_least_float32
+from lightning_interp.data.task import Task
+from lightning_interp.network.undisturbed import explaining
 
 
 @dataclass(frozen=True)
@@ -72,22 +73,24 @@ class Occlusion:
             ValueError: the target or the baseline does not fit.
         """
         with explaining(model), torch.no_grad():
-            explained = Explained(model, inputs, task)
+            explained = ExplainedInput(model, inputs, task)
             covers = torch.stack(list(self._covers(explained.raw)))
-            whole = precise(select(explained.outputs_of(explained.raw.clone()), target, self.score))
+            whole = at_least_float32(select(explained.outputs_of(explained.raw.clone()), target, self.score))
             falls = self._falls(explained, covers, whole, target)
         covered = covers.flatten(1).to(falls)
         maps = (falls @ covered / covered.sum(0)).unflatten(1, covers.shape[1:])
         return Explanation(self.name, maps.cpu(), recorded(target, len(maps)))
 
-    def _falls(self, explained: Explained, covers: Tensor, whole: Tensor, target: Target) -> Float[Tensor, "n windows"]:
+    def _falls(
+        self, explained: ExplainedInput, covers: Tensor, whole: Tensor, target: Target
+    ) -> Float[Tensor, "n windows"]:
         raw, empty = explained.raw, baseline_like(self.baseline, explained.raw)
         shape = (covers.shape[1:], (1, *covers.shape[1:]))[raw.ndim > covers.ndim]  # over channels, where there are
         falls = whole.new_zeros(explained.n, len(covers))
-        for rows, windows in chunks(explained.n, len(covers), self.batch_size, target, raw.device):
+        for rows, windows in batches_of_variants(explained.n, len(covers), self.batch_size, target, raw.device):
             covered = torch.where(covers[windows].reshape(-1, *shape), empty[rows], raw[rows])
             scores = select(explained.outputs_of(covered, rows), of_rows(target, rows), self.score)
-            falls[rows, windows] = whole[rows] - precise(scores)
+            falls[rows, windows] = whole[rows] - at_least_float32(scores)
         return falls
 
     def _covers(self, raw: Tensor) -> Iterator[Bool[Tensor, " *positions"]]:

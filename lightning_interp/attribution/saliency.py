@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_interp.attribution.one_pass import INPUT, OfTarget, Pass, SinglePass
-from lightning_interp.attribution.target import Score, logit
+from lightning_interp.attribution.engine.single_pass import INPUT, OfTarget, Pass, SinglePass
+from lightning_interp.attribution.engine.target import Score, logit
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_interp.attribution.chunks import check_count, chunks, of_rows
-from lightning_interp.attribution.explained import Explained, gradients
+from lightning_interp.attribution.engine.batching import batches_of_variants, of_rows
+from lightning_interp.attribution.engine.explained_input import ExplainedInput, gradients
+from lightning_interp.attribution.engine.target import Score, Target, logit, recorded, select
+from lightning_interp.attribution.results import Explanation
 from lightning_interp.attribution.saliency import suffix
-from lightning_interp.attribution.target import Score, Target, logit, recorded, select
-from lightning_interp.batch import precise
-from lightning_interp.capture import explaining
-from lightning_interp.records import Explanation
-from lightning_interp.task import Task
+from lightning_interp.checks import check_count
+from lightning_interp.data.batch import at_least_float32
+from lightning_interp.data.task import Task
+from lightning_interp.network.undisturbed import explaining
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,12 @@ class SmoothGrad:
             ValueError: the target does not fit, or no gradient flows.
         """
         with explaining(model):
-            explained = Explained(model, inputs, task)
+            explained = ExplainedInput(model, inputs, task)
             values, seeds = explained.values, explained.seeds()
             flat = values.flatten(1)
             sigma = self.noise * (flat.amax(1) - flat.amin(1))
-            total = torch.zeros_like(precise(values))
-            for rows, draws in chunks(explained.n, self.draws, self.batch_size, target, values.device):
+            total = torch.zeros_like(at_least_float32(values))
+            for rows, draws in batches_of_variants(explained.n, self.draws, self.batch_size, target, values.device):
                 pairs = zip(rows.tolist(), draws.tolist(), strict=True)
                 noise = torch.stack([_normal(seeds[row] + draw, values[row]) for row, draw in pairs])
                 scale = sigma[rows].reshape(-1, *[1] * (values.ndim - 1))

@@ -1,7 +1,7 @@
 """The three callbacks: thin shells around the rooms."""
 
-from lightning_interp.callbacks.attribution import InputAttribution
-from lightning_interp.callbacks.influence import DataInfluence
-from lightning_interp.callbacks.similarity import RepresentationSimilarity
+from lightning_interp.callbacks.attribution.callback import InputAttribution
+from lightning_interp.callbacks.influence.callback import DataInfluence
+from lightning_interp.callbacks.similarity.callback import RepresentationSimilarity
 
 __all__ = ["DataInfluence", "InputAttribution", "RepresentationSimilarity"]

@@ -11,8 +11,11 @@ from lightning_interp.influence.curvature import (
     ProjectedGaussNewton,
 )
 from lightning_interp.influence.damping import Damping
-from lightning_interp.influence.ensemble import Ensemble
-from lightning_interp.influence.estimator import InfluenceFunction
+from lightning_interp.influence.estimators.ensemble import Ensemble
+from lightning_interp.influence.estimators.gradient_store import GradientStore, stored
+from lightning_interp.influence.estimators.influence_function import InfluenceFunction
+from lightning_interp.influence.estimators.tracin import TracIn
+from lightning_interp.influence.estimators.trak import TRAK
 from lightning_interp.influence.last_layer import LastLayer
 from lightning_interp.influence.logistic import (
     Factors,
@@ -22,10 +25,7 @@ from lightning_interp.influence.logistic import (
     multinomial_factors,
 )
 from lightning_interp.influence.perturbation import Crafted, Front, Steps, craft, input_influence
-from lightning_interp.influence.store import GradientStore, stored
-from lightning_interp.influence.tracin import TracIn
 from lightning_interp.influence.trajectory import Trajectory
-from lightning_interp.influence.trak import TRAK
 from lightning_interp.influence.validation import (
     LinearDatamodelingScore,
     Retrained,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_interp.influence.coverage import Coverage
+from lightning_interp.influence.gradients.coverage import Coverage
 
 
 @dataclass(frozen=True)

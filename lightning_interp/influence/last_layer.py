@@ -13,24 +13,33 @@ from jaxtyping import Float
 from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor, nn
 
-from lightning_interp.batch import device_of, precise, to_device
-from lightning_interp.capture import hooked, undisturbed
+from lightning_interp.data.batch import at_least_float32, device_of, to_device
+from lightning_interp.data.samples import Samples, both
+from lightning_interp.data.task import SAMPLES_TO_SETTLE, Task, settle_kind
 from lightning_interp.influence.curvature import KFAC
 from lightning_interp.influence.damping import Damping
-from lightning_interp.influence.estimator import InfluenceFunction
-from lightning_interp.influence.last_linear import last_linear
+from lightning_interp.influence.estimators.influence_function import InfluenceFunction
 from lightning_interp.influence.trajectory import Trajectory
+from lightning_interp.network.undisturbed import hooked, undisturbed
 from lightning_interp.progress import Progress, quiet
-from lightning_interp.samples import Samples, both
-from lightning_interp.task import SETTLED_BY, Task, settled
 
 CLOSE = 1e-4
+
 ROUNDING = 1e-15
+
 PROBED = 4
+
 STEP_CLOSE = 1e-2
+
 MOST_STEPS = 30
+
 AT_ONCE = 8192
+
 MOST_HELD = 2**28
+
+ROUNDED = 2e-2
+
+FAR = 9.0
 
 
 class Head(NamedTuple):
@@ -116,7 +125,7 @@ class LastLayer:
         few = to_device(next(iter(samples.at(range(min(PROBED, len(samples)))))), device_of(model))
         name = last_linear(model, task, few)
         with undisturbed(model):
-            task = settled(task, model, few, samples.spread(SETTLED_BY))
+            task = settle_kind(task, model, few, samples.spread(SAMPLES_TO_SETTLE))
         layer = model.get_submodule(name)
         known = InfluenceFunction(damping=damping).known_damping()
         if known is None:
@@ -217,7 +226,7 @@ def _head(model: nn.Module, name: str, task: Task, samples: Samples, progress: P
     shape: tuple[int, ...] = ()
     features: list[Tensor] = []
     targets: list[Tensor] = []
-    with hooked(model, [name], lambda _, __, given, ___: features.append(precise(given[0]).cpu())):
+    with hooked(model, [name], lambda _, __, given, ___: features.append(at_least_float32(given[0]).cpu())):
         for batch in progress(samples, -(-len(samples) // samples.batch_size), "features of the last layer"):
             batch = to_device(batch, device)
             shape = tuple(task.outputs(model, task.inputs(batch)).shape[1:])
@@ -247,3 +256,90 @@ def _spread(layer: nn.Module, name: str, damping: Damping) -> Float[Tensor, "c d
         for key, p in layer.named_parameters()
     ]
     return torch.cat(parts, dim=1).detach().cpu().double()
+
+
+def last_linear(model: nn.Module, task: Task, batch: Any) -> str:
+    """Return the name of the linear layer whose output is the network's own.
+
+    Args:
+        model: it runs in eval mode, and is left as it was.
+        task: how to call it, and its loss per sample.
+        batch: of a few samples.
+
+    Raises:
+        ValueError: there is none, it is no plain linear layer with trained parameters of its own, or the loss is that
+            of training steps, or cannot be taken of float64 on the CPU.
+    """
+    if task.step is not None:
+        raise ValueError(
+            "task: expected a loss of outputs and targets to retrain the last layer by, got training steps"
+        )
+    calls: list[tuple[str, Any, Tensor]] = []
+    batch = to_device(batch, device_of(model))
+    names = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
+    noting = hooked(model, names, lambda name, _, given, made: calls.append((name, given, made)))
+    with undisturbed(model), torch.no_grad():
+        with noting:
+            outputs = task.outputs(model, task.inputs(batch))
+        name, given, made = next(filter(lambda call: _same(call[2], outputs), reversed(calls)), ("", (), None))
+        other = None if made is None else torch.randn_like(made) * FAR
+        with hooked(model, names, lambda called, *_: other if called == name else None):
+            replaced = task.outputs(model, task.inputs(batch))
+    if made is None or other is None or not _same(other, replaced):
+        raise ValueError(
+            "model: expected outputs that are those of a last nn.Linear, to retrain it alone; those of"
+            f" {type(model).__name__} are of another shape, or changed behind it"
+        )
+    if [called for called, _, _ in calls].count(name) > 1:
+        raise ValueError(f"model: expected a last layer that is called once, got {name!r}, which is called again")
+    _check_plain(model, name, given, made)
+    _check_loss(task, outputs, task.targets(batch))
+    return name
+
+
+def _same(made: Tensor, outputs: Tensor) -> bool:
+    """Say whether outputs are those of a layer, sample by sample, in one shape or another."""
+    alike = made.numel() == outputs.numel() and len(made) == len(outputs)
+    return alike and torch.equal(made.flatten(), outputs.to(made).flatten())
+
+
+def _check_plain(model: nn.Module, name: str, given: tuple[Any, ...], made: Tensor) -> None:
+    layer = model.get_submodule(name)
+    own = dict(layer.named_parameters())
+    weight, bias = own.get("weight"), own.get("bias")
+    owners = [held for held, p in model.named_parameters(remove_duplicate=False) if weight is not None and p is weight]
+    wanted = f"{name}.weight" if name else "weight"
+    if owners != [wanted] or len(own) != 1 + (bias is not None):
+        others = [held for held in owners if held != wanted]
+        raise ValueError(
+            f"model: expected a last layer with a weight of its own, got {name!r}, whose weight is "
+            + (f"also {' and '.join(others)}" if others else f"made of {', '.join(own)}")
+        )
+    if not all(p.requires_grad for p in own.values()):
+        raise ValueError(f"model: expected a last layer that is trained, got {name!r}, which is frozen, or its bias is")
+    if len(given) != 1 or not _plain(given[0], own["weight"], bias, made):
+        raise ValueError(
+            f"model: expected a last layer that is called as layer(x) and returns W x + b, got {name!r}, a"
+            f" {type(layer).__name__} that does not"
+        )
+
+
+def _plain(given: Tensor, weight: Tensor, bias: Tensor | None, made: Tensor) -> bool:
+    """Say whether a layer returns W x + b, as closely as half precision would."""
+    made = made.to(weight)
+    wanted = nn.functional.linear(given.to(weight), weight, bias)
+    return torch.allclose(wanted, made, rtol=ROUNDED, atol=ROUNDED * float(made.abs().max()))
+
+
+def _check_loss(task: Task, outputs: Tensor, targets: Tensor) -> None:
+    with torch.enable_grad():
+        free = outputs.detach().cpu().double().requires_grad_()
+        try:
+            (slope,) = torch.autograd.grad(task.per_sample(free, targets.cpu()).sum(), free, create_graph=True)
+            if slope.requires_grad:
+                torch.autograd.grad(slope.sum(), free)
+        except RuntimeError as error:
+            raise ValueError(
+                "task: expected a loss with two derivatives in outputs of float64 on the CPU (its own tensors are to"
+                f" follow the outputs), to retrain the last layer by; got: {error}"
+            ) from error

@@ -185,7 +185,7 @@ def leverage_corrected(
     return torch.linalg.solve(kept, residuals)
 
 
-def fit(
+def fit_logistic_regression(
     features: Float[Tensor, "n d"],
     targets: Int[Tensor, " n"],
     classes: int,
@@ -258,7 +258,7 @@ def impact_by_size(
     def impact(size: int) -> Tensor:
         chosen = torch.randperm(len(features), generator=generator)[:size]
         some = features[chosen], targets[chosen]
-        weights = fit(*some, classes, decay)
+        weights = fit_logistic_regression(*some, classes, decay)
         return multinomial_factors(weights, some, (query[0].double(), query[1]), decay).scores.abs().mean()
 
     return torch.stack([torch.stack([impact(size) for _ in range(draws)]) for size in sizes])

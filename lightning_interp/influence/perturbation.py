@@ -11,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_interp.batch import picked, size
-from lightning_interp.capture import differentiable
+from lightning_interp.data.batch import select_rows, size
+from lightning_interp.data.samples import Samples
+from lightning_interp.data.task import Task
 from lightning_interp.influence.curvature import Solver
-from lightning_interp.influence.estimator import InfluenceFunction
-from lightning_interp.influence.fitted import FittedInfluence, asked_of, finite
-from lightning_interp.samples import Samples
-from lightning_interp.task import Task
+from lightning_interp.influence.estimators.fitted import FittedInfluence, check_finite, query_gradients
+from lightning_interp.influence.estimators.influence_function import InfluenceFunction
+from lightning_interp.network.undisturbed import differentiable
 
 Retrain = Callable[[TensorDataset], nn.Module]
 
@@ -47,13 +47,13 @@ def input_influence(fitted: FittedInfluence, query: Any, places: Sequence[int]) 
         raise TypeError(f"fitted: expected a curvature whose inverse has `solve`, got {fitted.curvature!r}")
     watch, reader = fitted.coverage.watch, fitted.reader
     with differentiable(watch.model):
-        solved = fitted.inverse.solve(asked_of(reader, Samples.of(query)).rows)
+        solved = fitted.inverse.solve(query_gradients(reader, Samples.of(query)).rows)
         vectors = {
             name: v for block, s in solved.items() for name, v in fitted.coverage.blocks[block].unpack(s).items()
         }
         batches = reader.batches(fitted.train.at(places), "perturbing training samples")
         found = [_mixed(watch.model, watch.task, batch, vectors) for batch in batches]
-    return finite(-torch.cat(found, dim=1) / len(fitted.train), "input influence")
+    return check_finite(-torch.cat(found, dim=1) / len(fitted.train), "input influence")
 
 
 def _mixed(model: nn.Module, task: Task, batch: Any, vectors: dict[str, Tensor]) -> Float[Tensor, "q m *shape"]:
@@ -62,7 +62,7 @@ def _mixed(model: nn.Module, task: Task, batch: Any, vectors: dict[str, Tensor])
     if not old.is_floating_point():
         raise TypeError(f"train: expected inputs of floats to perturb, got {old.dtype}")
     x = old.detach().clone().requires_grad_()
-    batch = picked(batch, torch.arange(size(batch)), old, x)
+    batch = select_rows(batch, torch.arange(size(batch)), old, x)
     parameters = [model.get_parameter(name) for name in vectors]
     grads = torch.autograd.grad(task.losses(model, batch)[2].sum(), parameters, create_graph=True)
     found = []

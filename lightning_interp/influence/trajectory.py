@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from lightning_interp.batch import precise
+from lightning_interp.data.batch import at_least_float32
 from lightning_interp.influence.damping import Damping
 
 MEASURED = ("SGD", "Adam", "AdamW")
@@ -187,12 +187,14 @@ def _second_moment(optimizer: Optimizer, group: Mapping[str, Any], parameter: Te
     state = optimizer.state.get(parameter, {})
     if "exp_avg_sq" in state:
         beta, taken = float(group.get("betas", (0.0, 0.0))[1]), float(state.get("step", group.get("step", steps)))
-        square = precise(state.get("max_exp_avg_sq", state["exp_avg_sq"])) / (1 - beta**taken)
+        square = at_least_float32(state.get("max_exp_avg_sq", state["exp_avg_sq"])) / (1 - beta**taken)
     elif "square_avg" in state and "acc_delta" not in state:
-        square = precise(state["square_avg"])
-        square = square if "grad_avg" not in state else (square - precise(state["grad_avg"]).square()).clamp(min=0)
+        square = at_least_float32(state["square_avg"])
+        square = (
+            square if "grad_avg" not in state else (square - at_least_float32(state["grad_avg"]).square()).clamp(min=0)
+        )
     elif "sum" in state and not group.get("lr_decay"):
-        square = precise(state["sum"]) / 4
+        square = at_least_float32(state["sum"]) / 4
     elif isinstance(optimizer, SGD):
         return None
     else:

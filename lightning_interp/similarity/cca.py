@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_interp.records import Caution
-from lightning_interp.representation import Representation, centre, double, prepare, same_samples
+from lightning_interp.similarity.representation import Representation, centre, double, prepare, same_samples
+from lightning_interp.similarity.results import Caution
 
 Summary = Literal["mean", "mean_squared", "largest"]
 

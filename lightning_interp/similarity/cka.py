@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_interp.records import Caution
-from lightning_interp.representation import Form, Representation, prepare, recentred, same_samples
-from lightning_interp.similarity.kernel import Kernel, LinearKernel, RBFKernel
+from lightning_interp.similarity.kernels import Kernel, LinearKernel, RBFKernel
+from lightning_interp.similarity.representation import Form, Representation, prepare, recentred, same_samples
+from lightning_interp.similarity.results import Caution
 from lightning_interp.similarity.sketch import squared_norm
 
 

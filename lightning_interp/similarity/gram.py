@@ -6,13 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_interp.products import symmetric_product
-from lightning_interp.representation import double
+from lightning_interp.similarity.representation import double
+from lightning_interp.similarity.symmetric_product import symmetric_product
 
 ROUNDING = 8
 
 
-class Block:
+class FeatureBlock:
     """Rows of wide features, written batch by batch into memory that is reserved once, less the first batch's mean."""
 
     def __init__(self, n: int) -> None:
@@ -49,7 +49,7 @@ def check_rows(label: str, expected: int, got: int, what: str = "samples") -> No
         )
 
 
-def centred_gram(label: str, block: Block) -> Float[Tensor, "n n"]:
+def centred_gram(label: str, block: FeatureBlock) -> Float[Tensor, "n n"]:
     """Return the Gram matrix of a block's centred columns; zero where they differ by rounding alone.
 
     The block lacks the mean of its first batch. What is left of the mean is taken off the product, which costs no digit

@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_interp.progress import Progress, quiet
-from lightning_interp.records import Caution, Doubt, SimilarityMap, Snapshot
-from lightning_interp.representation import Representation
 from lightning_interp.similarity.gram import ROUNDING
 from lightning_interp.similarity.matrix import AnyMeasure, matrix, similarity
-from lightning_interp.similarity.null import chance, is_exact, standard_error
+from lightning_interp.similarity.representation import Representation
+from lightning_interp.similarity.results import Caution, Reliability, SimilarityMap, Snapshot
+from lightning_interp.similarity.significance import chance, is_exact, standard_error
 
 MOST_NAMED = 6
 STILL = 0.01
@@ -119,7 +119,7 @@ def layer_by_layer(name: str, measure: AnyMeasure, then: Snapshot, final: Snapsh
     )
 
 
-def with_doubt(table: SimilarityMap, measure: AnyMeasure, a: Snapshot, b: Snapshot) -> SimilarityMap:
+def with_reliability(table: SimilarityMap, measure: AnyMeasure, a: Snapshot, b: Snapshot) -> SimilarityMap:
     """Return the map of two snapshots' layers with what each value would be by chance, and its standard error.
 
     Where chance is known only from permutations, it is worked out for layers of the same name alone. Rows that are
@@ -136,7 +136,7 @@ def with_doubt(table: SimilarityMap, measure: AnyMeasure, a: Snapshot, b: Snapsh
     return replace(table, chance=chances, standard_error=errors)
 
 
-def doubts(measure: AnyMeasure, a: Snapshot, b: Snapshot, n: int) -> dict[str, Doubt]:
+def reliability_by_layer(measure: AnyMeasure, a: Snapshot, b: Snapshot, n: int) -> dict[str, Reliability]:
     """Return how far to trust each layer's similarity between two snapshots of the same `n` samples."""
     found, nan = {}, float("nan")
     for layer in b.layers:
@@ -144,7 +144,7 @@ def doubts(measure: AnyMeasure, a: Snapshot, b: Snapshot, n: int) -> dict[str, D
         value = float(similarity(measure, x, y))
         by_chance, error = (chance(measure, x, y), standard_error(measure, x, y)) if x.n == y.n == n else (nan, nan)
         caution = _constant(x, "at the start") or _constant(y, "at the end") or _said(measure, y) or _said(measure, x)
-        found[layer] = Doubt(value, by_chance, error, caution)
+        found[layer] = Reliability(value, by_chance, error, caution)
     return found
 
 

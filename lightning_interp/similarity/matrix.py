@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_interp.representation import FORMS, Form, Representation, prepare
+from lightning_interp.similarity.representation import FORMS, Form, Representation, prepare
 
 
 @runtime_checkable

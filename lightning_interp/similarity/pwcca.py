@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_interp.records import Caution
-from lightning_interp.representation import Form, Representation, centre, double, prepare, same_samples
 from lightning_interp.similarity.cca import too_few_samples
+from lightning_interp.similarity.representation import Form, Representation, centre, double, prepare, same_samples
+from lightning_interp.similarity.results import Caution
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_interp.representation import check_features
+from lightning_interp.checks import check_count
+from lightning_interp.similarity.representation import check_features
 
 ROUNDING = 16 * torch.finfo(torch.float64).eps
 
@@ -44,8 +45,7 @@ class StreamingCKA(Metric):
     def __init__(self, width_x: int, width_y: int, debiased: bool = False) -> None:
         super().__init__()
         for name, width in (("width_x", width_x), ("width_y", width_y)):
-            if not isinstance(width, int) or width < 1:
-                raise ValueError(f"StreamingCKA({name}=...): expected a whole number from 1, got {width!r}")
+            check_count("StreamingCKA", name, width)
         self.widths = (width_x, width_y)
         self.debiased = debiased
         size = width_x + width_y + 3

@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_interp import DataInfluence, InputAttribution, RepresentationSimilarity, Task
 from lightning_interp.similarity import CKA
-from lightning_interp.storage import Folder, open_store
+from lightning_interp.storage.folder import Folder
+from lightning_interp.storage.snapshots import open_store
 from tests.models import Net, Shapes, loaders, trainer
 
 CALLBACKS = [RepresentationSimilarity, InputAttribution, DataInfluence]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_interp import Task
-from lightning_interp.capture import differentiable
-from lightning_interp.influence.coverage import Coverage, cover
-from lightning_interp.influence.trace import Trace
+from lightning_interp.influence.gradients.coverage import Coverage, find_coverage
+from lightning_interp.influence.gradients.per_sample import PerSampleGradients
+from lightning_interp.network.undisturbed import differentiable
 
 TASK = Task(kind="classes")
 
@@ -21,8 +21,8 @@ def per_sample(net: nn.Module, batch: tuple[Tensor, Tensor], task: Task = TASK) 
     """Return what is covered, and the largest error of its gradients against autograd, one sample at a time."""
     worst = 0.0
     with differentiable(net):
-        coverage = cover(net, task, batch)
-        rows = Trace(coverage.watch, batch).loss_rows()
+        coverage = find_coverage(net, task, batch)
+        rows = PerSampleGradients(coverage.watch, batch).loss_rows()
         for sample in range(len(batch[1])):
             loss = task.losses(net, tuple(part[sample : sample + 1] for part in batch))[2].sum()
             for name, block in coverage.blocks.items():

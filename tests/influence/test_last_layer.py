@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from lightning_interp.data.task import Task
 from lightning_interp.influence import (
     KFAC,
     Damping,
@@ -21,9 +22,8 @@ from lightning_interp.influence import (
     leave_k_out,
     leave_one_out,
 )
-from lightning_interp.influence.last_linear import last_linear
-from lightning_interp.influence.logistic import fit
-from lightning_interp.task import Task
+from lightning_interp.influence.last_layer import last_linear
+from lightning_interp.influence.logistic import fit_logistic_regression
 
 N, CLASSES, DECAY = 60, 3, 1e-2
 
@@ -63,11 +63,11 @@ def minimum(objective: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
 def test_at_an_optimum_it_is_the_regression_without_the_samples(data: TensorDataset) -> None:
     x, y = data.tensors
     layer = nn.Linear(4, CLASSES).double()
-    best = fit(with_ones(x), y, CLASSES, DECAY)
+    best = fit_logistic_regression(with_ones(x), y, CLASSES, DECAY)
     layer.load_state_dict({"weight": best[:, :-1], "bias": best[:, -1]})
     last = LastLayer.of(layer, TensorDataset(x.double(), y), TensorDataset(x[:5].double(), y[:5]), damping=DECAY)
     kept = [i for i in range(N) if i not in (3, 17, 18)]
-    wanted = fit(with_ones(x[kept]), y[kept], CLASSES, DECAY)
+    wanted = fit_logistic_regression(with_ones(x[kept]), y[kept], CLASSES, DECAY)
     assert (last.retrain(kept) - wanted).norm() < 1e-3 * (wanted - best).norm()
     assert torch.equal(last.retrain(range(N)), best)
 

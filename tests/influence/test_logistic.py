@@ -22,7 +22,7 @@ from lightning_interp.influence import (
     leverage_corrected,
     multinomial_factors,
 )
-from lightning_interp.influence.logistic import Factors, fit, inverse_curvature
+from lightning_interp.influence.logistic import Factors, fit_logistic_regression, inverse_curvature
 
 DATA = Path(__file__).parents[1] / "data"
 Labelled = tuple[Tensor, Tensor]
@@ -176,25 +176,27 @@ def test_leverage_of_one_output_is_the_textbooks(small: tuple[Labelled, Labelled
 
 def test_fit_is_scikit_learns_optimum(small: tuple[Labelled, Labelled]) -> None:
     (x, y), _ = small
-    found = fit(x, y, 3, 0.01)
+    found = fit_logistic_regression(x, y, 3, 0.01)
     model = LogisticRegression(C=1 / (30 * 0.01), fit_intercept=False, tol=1e-9, max_iter=5000).fit(x, y)
     assert torch.allclose(found, torch.tensor(model.coef_), atol=1e-5)
     chances = (x @ found.T).softmax(1)
     gradient = (chances - F.one_hot(y)).T @ x / 30 + 0.01 * found
     assert float(gradient.norm()) < 1e-10
-    assert torch.allclose(fit(x, y, 3, 0.01, start=found + 1), found, atol=1e-8)
+    assert torch.allclose(fit_logistic_regression(x, y, 3, 0.01, start=found + 1), found, atol=1e-8)
 
 
 def test_fit_finds_its_way_from_afar(small: tuple[Labelled, Labelled]) -> None:
     (x, y), _ = small
     start = 30 * torch.randn(3, 5, dtype=torch.float64)
-    assert torch.allclose(fit(x, y, 3, 1e-3, start), fit(x, y, 3, 1e-3), atol=1e-7)
+    assert torch.allclose(
+        fit_logistic_regression(x, y, 3, 1e-3, start), fit_logistic_regression(x, y, 3, 1e-3), atol=1e-7
+    )
 
 
 def test_impact_of_subsets_is_their_mean_absolute_score(small: tuple[Labelled, Labelled]) -> None:
     train, query = small
     found = impact_by_size(train, query, [12, 30], 0.01, draws=2)
-    weights = fit(*train, 3, 0.01)
+    weights = fit_logistic_regression(*train, 3, 0.01)
     whole = multinomial_factors(weights, train, query, 0.01).scores.abs().mean()
     assert found.shape == (2, 2)
     assert torch.allclose(found[1], whole.expand(2))
@@ -218,7 +220,7 @@ def test_errors_are_named(small: tuple[Labelled, Labelled]) -> None:
         multinomial_factors(weights[:1], *small, 0.01)
     for decay in (0.0, float("nan")):
         with pytest.raises(ValueError, match="decay: expected a positive number"):
-            fit(*train, 3, decay)
+            fit_logistic_regression(*train, 3, decay)
     with pytest.raises(FloatingPointError, match="weights, features"):
         multinomial_factors(weights * torch.nan, *small, 0.01)
     with pytest.raises(ValueError, match=r"sizes: expected numbers from 1 to 30, got \[31\]"):
@@ -235,4 +237,4 @@ def test_a_fit_that_does_not_converge_is_an_error(
 ) -> None:
     monkeypatch.setattr("lightning_interp.influence.logistic.MOST_STEPS", 2)
     with pytest.raises(FloatingPointError, match="after 2 steps"):
-        fit(*small[0], 3, 0.01)
+        fit_logistic_regression(*small[0], 3, 0.01)

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_interp import Task
-from lightning_interp.capture import differentiable
+from lightning_interp.data.samples import Samples
 from lightning_interp.influence import EKFAC, Damping, GaussNewton, IdentityCurvature, InfluenceFunction, LiSSA
 from lightning_interp.influence.curvature import Curvature, Solver
-from lightning_interp.influence.fitted import asked_of
+from lightning_interp.influence.estimators.fitted import query_gradients
 from lightning_interp.influence.perturbation import Front, Steps, craft, input_influence
-from lightning_interp.samples import Samples
+from lightning_interp.network.undisturbed import differentiable
 
 DECAY = 0.05
 CURVATURES = [GaussNewton(), GaussNewton(columns=30), EKFAC(), IdentityCurvature()]
@@ -62,8 +62,8 @@ def test_solutions_are_those_that_scores_are_made_of(curvature: Curvature, each:
     fitted = InfluenceFunction(curvature, damping=damping).fit(net, train)
     assert isinstance(fitted.inverse, Solver)
     with differentiable(net):
-        asked = asked_of(fitted.reader, Samples.of(query)).rows
-        rows = asked_of(fitted.reader, Samples.of(train)).rows
+        asked = query_gradients(fitted.reader, Samples.of(query)).rows
+        rows = query_gradients(fitted.reader, Samples.of(train)).rows
         solved = fitted.inverse.solve(asked)
         expected = fitted.inverse.against(asked)(rows)
     found = sum(solved[block].flatten(1) @ row.gradients().flatten(1).mT for block, row in rows.items())

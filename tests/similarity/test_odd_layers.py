@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_interp.records import Snapshot
-from lightning_interp.similarity import CCA, CKA, SVCCA, Procrustes, Reading, chance, matrix, prepare
-from lightning_interp.similarity.features import representations, watch
+from lightning_interp.similarity import CCA, CKA, SVCCA, Pooling, Procrustes, chance, matrix, prepare
+from lightning_interp.similarity.activations import find_activations, representations
 from lightning_interp.similarity.history import normalised
 from lightning_interp.similarity.matrix import similarity
-from lightning_interp.storage import Folder, new_store
+from lightning_interp.similarity.results import Snapshot
+from lightning_interp.storage.folder import Folder
+from lightning_interp.storage.snapshots import new_store
 
 
 class SequenceFirst(nn.Module):
@@ -30,7 +31,7 @@ class SequenceFirst(nn.Module):
 @pytest.mark.parametrize("tokens", [2, 3, 5])
 def test_the_samples_are_the_dimension_that_changes(tokens: int) -> None:
     net, x = SequenceFirst(), torch.randn(9, tokens, 4)
-    watched = watch(net, net, [x[:3], x[:2]], Reading()).of(["up"])
+    watched = find_activations(net, net, [x[:3], x[:2]], Pooling()).of(["up"])
     (found,) = representations(net, net, x.split(3), watched, 9).values()
     assert found.features is not None
     assert torch.allclose(found.features, net.up(x).mean(1).detach(), atol=1e-5)
@@ -42,7 +43,7 @@ def test_wide_layers_of_low_rank(n: int, rank: int, width: int) -> None:
     x = torch.randn(n, rank)
     net = nn.ModuleList([nn.Linear(rank, width), nn.Linear(rank, width)])
     net.forward = lambda batch: [layer(batch) for layer in net]  # type: ignore[method-assign]
-    watched = watch(net, net, [x[:3], x[:2]], Reading()).of(["0", "1"])
+    watched = find_activations(net, net, [x[:3], x[:2]], Pooling()).of(["0", "1"])
     a, b = representations(net, net, x.split(32), watched, n).values()
     assert a.rank == b.rank == rank
     assert float(CCA().between(a, b)) == pytest.approx(1, abs=1e-4)
@@ -64,14 +65,14 @@ def test_dead_layers_wider_than_the_probe(form: str, tmp_path: Path) -> None:
 
 def test_positions_of_more_channels_than_samples() -> None:
     net, x = nn.Sequential(nn.Conv2d(1, 32, 3)), torch.randn(12, 1, 8, 8)
-    watched = watch(net, net, [x[:3], x[:2]], Reading("positions")).of(["0"])
+    watched = find_activations(net, net, [x[:3], x[:2]], Pooling("positions")).of(["0"])
     (found,) = representations(net, net, x.split(5), watched, 12, "gram").values()
     assert (found.n, found.width) == (12 * 16, 32)
 
 
 def test_a_sketch_and_itself_are_the_same() -> None:
     net, x = nn.Sequential(nn.Linear(8, 2000)), torch.randn(64, 8)
-    watched = watch(net, net, [x[:3], x[:2]], Reading()).of(["0"])
+    watched = find_activations(net, net, [x[:3], x[:2]], Pooling()).of(["0"])
 
     def taken(key: str) -> list[Tensor]:
         return list(representations(net, net, [x], watched, 64, "gram", sketch=64, key=key).values())
@@ -96,7 +97,7 @@ def test_layers_called_a_varying_number_of_times_are_named() -> None:
             return self.layer(self.layer(x)) if len(x) < 5 else self.layer(x)
 
     net, x = Varies(), torch.randn(12, 4)
-    watched = watch(net, net, [x[:3], x[:2]], Reading())
+    watched = find_activations(net, net, [x[:3], x[:2]], Pooling())
     with pytest.raises(
         ValueError, match=r"layer#1: expected 2 batches, got 1; a layer that is not called equally often"
     ):
@@ -106,7 +107,7 @@ def test_layers_called_a_varying_number_of_times_are_named() -> None:
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_layers_without_features_are_left_out() -> None:
     net, x = nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 3)), torch.randn(6, 4)
-    assert list(watch(net, net, [x[:3], x[:2]], Reading()).layouts) == ["1", ""]
+    assert list(find_activations(net, net, [x[:3], x[:2]], Pooling()).layouts) == ["1", ""]
 
 
 def test_functions_may_give_floats_and_refuse_other_widths() -> None:

@@ -8,10 +8,10 @@ import torch
 from scipy.linalg import subspace_angles
 from torch import Tensor
 
-from lightning_interp.products import symmetric_product
-from lightning_interp.representation import Form, Representation
 from lightning_interp.similarity import CCA, CKA, PWCCA, SVCCA, Procrustes, RBFKernel, matrix, prepare
 from lightning_interp.similarity.matrix import needs, similarity
+from lightning_interp.similarity.representation import Form, Representation
+from lightning_interp.similarity.symmetric_product import symmetric_product
 
 ALL = [CKA(), CKA(debiased=True), CKA(RBFKernel()), SVCCA(0.9), CCA(), Procrustes()]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_interp.similarity import CKA, SVCCA
-from lightning_interp.similarity.features import representations, watch
+from lightning_interp.similarity.activations import find_activations, representations
 from lightning_interp.similarity.sketch import Sketch
 
 
@@ -28,7 +28,7 @@ class Wide(nn.Module):
 @pytest.mark.parametrize("debiased", [False, True])
 def test_unbiased_and_better_with_size(debiased: bool) -> None:
     net, images = Wide().eval(), torch.randn(80, 12)
-    watched = watch(net, net, [images[:3], images[:2]])
+    watched = find_activations(net, net, [images[:3], images[:2]])
 
     def cka(**options: Any) -> float:
         found = representations(net, net, images.split(32), watched, 80, "gram", **options)
@@ -55,7 +55,7 @@ def test_sums_of_signed_columns() -> None:
 
 def test_a_sketch_gives_no_singular_vectors() -> None:
     net, images = Wide().eval(), torch.randn(80, 12)
-    watched = watch(net, net, [images[:3], images[:2]]).of(["second"])
+    watched = find_activations(net, net, [images[:3], images[:2]]).of(["second"])
     (found,) = representations(net, net, [images], watched, 80, "gram", sketch=128).values()
     assert found.sketch == 128
     with pytest.raises(ValueError, match="or of a sketch"):

@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_interp.influence.curvature.curvature import check_counts
+from lightning_interp.checks import check_counts
+from lightning_interp.data.samples import Samples
 from lightning_interp.influence.curvature.ekfac import EKFAC, FittedEKFAC
-from lightning_interp.influence.curvature.iterative import FittedIterative, Solution, Solver, mean_eigenvalue
+from lightning_interp.influence.curvature.iterative import FittedIterative, IterativeSolver, Solution, mean_eigenvalue
 from lightning_interp.influence.curvature.kfac import KFAC
 from lightning_interp.influence.curvature.operator import Operator
-from lightning_interp.influence.reading import Reader
-from lightning_interp.samples import Samples
+from lightning_interp.influence.gradients.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ConjugateGradient:
         fitted = self.preconditioner.fit(reader, samples)
         return FittedIterative(operator, fitted.mean_eigenvalue, partial(self._prepared, fitted))
 
-    def _prepared(self, fitted: FittedEKFAC | None, operator: Operator) -> Solver:
+    def _prepared(self, fitted: FittedEKFAC | None, operator: Operator) -> IterativeSolver:
         precondition = torch.clone if fitted is None else _inverse_of(fitted, operator)
 
         def solver(queries: Tensor) -> Solution:

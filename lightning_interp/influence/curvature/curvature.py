@@ -9,11 +9,11 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from lightning_interp.influence.reading import Reader
-from lightning_interp.influence.rows import Rows
-from lightning_interp.samples import Samples
+from lightning_interp.data.samples import Samples
+from lightning_interp.influence.gradients.factored import FactoredGradients
+from lightning_interp.influence.gradients.reader import Reader
 
-Gradients = Mapping[str, Rows]
+Gradients = Mapping[str, FactoredGradients]
 Shift = Mapping[str, float | Tensor]
 Scorer = Callable[[Gradients], Tensor]
 
@@ -71,10 +71,3 @@ class Curvature(Protocol):
 def sum_of(parts: Iterable[Tensor]) -> Tensor:
     """Return the sum of tensors."""
     return reduce(add, parts)
-
-
-def check_counts(owner: str, **counts: int | None) -> None:
-    """Raise a ValueError for a count below 1."""
-    for name, count in counts.items():
-        if count is not None and (not isinstance(count, int) or count < 1):
-            raise ValueError(f"{owner}({name}=...): expected at least 1 or None, got {count!r}")

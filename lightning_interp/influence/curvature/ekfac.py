@@ -10,15 +10,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_interp.influence.curvature.curvature import Gradients, Scorer, Shift, check_counts, sum_of
-from lightning_interp.influence.reading import Reader
-from lightning_interp.influence.rows import Lookup, Rows
-from lightning_interp.samples import Samples
+from lightning_interp.checks import check_counts
+from lightning_interp.data.samples import Samples
+from lightning_interp.influence.curvature.curvature import Gradients, Scorer, Shift, sum_of
+from lightning_interp.influence.gradients.factored import FactoredGradients, Lookup
+from lightning_interp.influence.gradients.reader import Reader
 
 WIDEST = 4096
 CACHED = 2**22
 
-Pass = Callable[[str], Iterator[dict[str, Rows]]]
+Pass = Callable[[str], Iterator[dict[str, FactoredGradients]]]
 
 
 @dataclass(frozen=True)
@@ -161,13 +162,13 @@ def passes(reader: Reader, samples: Samples, count: int | None, seed: int) -> tu
     if count is None:
         return lambda what: reader.all_columns(samples, seed, what), len(samples), ()
     columns = reader.columns(samples, count, seed)
-    held: list[dict[str, Rows]] = []
+    held: list[dict[str, FactoredGradients]] = []
 
-    def again(what: str) -> Iterator[dict[str, Rows]]:
+    def again(what: str) -> Iterator[dict[str, FactoredGradients]]:
         if held:
             yield from held
             return
-        kept: list[dict[str, Rows]] = []
+        kept: list[dict[str, FactoredGradients]] = []
         size = 0
         for rows in reader.column_rows(samples, columns, what):
             size += sum(row.held for row in rows.values())
@@ -178,7 +179,7 @@ def passes(reader: Reader, samples: Samples, count: int | None, seed: int) -> tu
     return again, columns.n, columns.notes
 
 
-def _bases(passed: Iterator[dict[str, Rows]]) -> dict[str, Basis]:
+def _bases(passed: Iterator[dict[str, FactoredGradients]]) -> dict[str, Basis]:
     sums: dict[str, list[Tensor | None]] = {}
     for rows in passed:
         for block, row in rows.items():
@@ -190,7 +191,7 @@ def _bases(passed: Iterator[dict[str, Rows]]) -> dict[str, Basis]:
     return {block: Basis(*map(_eigenvectors, pair)) for block, pair in sums.items()}
 
 
-def _modes(rows: Rows) -> tuple[Tensor | None, Tensor | None]:
+def _modes(rows: FactoredGradients) -> tuple[Tensor | None, Tensor | None]:
     """Return Σ GGᵀ and Σ GᵀG over samples; None where that side is too wide or has one dimension."""
     _, o, i = rows.shape
     wide_i = not 1 < i <= WIDEST
@@ -220,7 +221,7 @@ def _eigenvectors(factor: Tensor | None) -> Tensor | None:
     return torch.linalg.eigh(factor.cpu().double())[1].to(factor)
 
 
-def _squares(rows: Rows, basis: Basis) -> Tensor:
+def _squares(rows: FactoredGradients, basis: Basis) -> Tensor:
     """Return Σ_n (U_Bᵀ G_n U_A)² over samples, G_n a sample's gradient."""
     if isinstance(rows.inputs, Lookup):
         return rows.inputs.summed(_rotated_table(rows, basis).square())
@@ -229,13 +230,13 @@ def _squares(rows: Rows, basis: Basis) -> Tensor:
     return sum_of(basis.rotate(few.gradients()).square().sum(0) for _, few in rows.blocks())
 
 
-def _rotated_table(rows: Rows, basis: Basis) -> Float[Tensor, "n t o"]:
+def _rotated_table(rows: FactoredGradients, basis: Basis) -> Float[Tensor, "n t o"]:
     """Return U_Bᵀ g of each row that a sample took; the table's own side keeps its coordinates."""
     outputs = rows.outputs[:, 0]
     return outputs if basis.outputs is None else outputs @ basis.outputs[0]
 
 
-def _squared_factors(rows: Rows, basis: Basis) -> tuple[Tensor, Tensor] | None:
+def _squared_factors(rows: FactoredGradients, basis: Basis) -> tuple[Tensor, Tensor] | None:
     """Return the squares of rotated outputs `(n, groups, o)` and inputs `(n, groups, i)`; None at several positions."""
     if rows.positions != 1 or isinstance(rows.inputs, Lookup):
         return None
@@ -245,7 +246,7 @@ def _squared_factors(rows: Rows, basis: Basis) -> tuple[Tensor, Tensor] | None:
     return g.square(), a.square()
 
 
-def _weighted_squares(rows: Rows, basis: Basis, weights: Tensor) -> Tensor:
+def _weighted_squares(rows: FactoredGradients, basis: Basis, weights: Tensor) -> Tensor:
     """Return Σ weights ⊙ (U_Bᵀ G U_A)² of each sample, in the cheaper order."""
     if isinstance(rows.inputs, Lookup):
         return torch.einsum("ntd,dnt->n", _rotated_table(rows, basis).square(), weights[0][:, rows.inputs.index])

@@ -9,10 +9,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lightning_interp.influence.curvature.curvature import Gradients, Scorer, Shift, check_counts, sum_of
-from lightning_interp.influence.reading import Reader
-from lightning_interp.influence.rows import Rows, products, stacked
-from lightning_interp.samples import Samples
+from lightning_interp.checks import check_counts
+from lightning_interp.data.samples import Samples
+from lightning_interp.influence.curvature.curvature import Gradients, Scorer, Shift, sum_of
+from lightning_interp.influence.gradients.factored import FactoredGradients, products, stacked
+from lightning_interp.influence.gradients.reader import Reader
 
 MOST_PARAMETERS = 8192
 LARGEST_WHOLE = 2**20
@@ -213,7 +214,7 @@ class ColumnsInverse:
         whole = sum_of(row.squared_norms() for row in rows.values())
         return whole - half.square().sum(0).to(whole)
 
-    def _in_columns(self, queries: Gradients) -> tuple[dict[str, Rows], Tensor]:
+    def _in_columns(self, queries: Gradients) -> tuple[dict[str, FactoredGradients], Tensor]:
         """Return Λ^−½ ∇ℓ, laid out as the columns are, and (nI + DᵀD)⁻¹ Dᵀ Λ^−½ ∇ℓ, `(q, r)`."""
         asked = whitened(queries, self.shift)
         asked = {b: q if q.shape == self.rows[b].shape else q.whole() for b, q in asked.items()}
@@ -229,14 +230,14 @@ class ColumnsInverse:
         return by_vectors < sum((len(row) + len(columns)) * _product(row, columns) for _, row, columns in held)
 
 
-def whitened(rows: Gradients, shift: Shift) -> dict[str, Rows]:
+def whitened(rows: Gradients, shift: Shift) -> dict[str, FactoredGradients]:
     """Return Λ^−½ g, factored where Λ is one number for a block."""
     return {block: _whitened(row, shift[block]) for block, row in rows.items()}
 
 
-def gathered(passed: Iterable[dict[str, Rows]]) -> dict[str, Rows]:
+def gathered(passed: Iterable[dict[str, FactoredGradients]]) -> dict[str, FactoredGradients]:
     """Return all rows of a pass, each block as factors or as whole gradients, whichever is cheaper to multiply."""
-    parts: dict[str, list[Rows]] = {}
+    parts: dict[str, list[FactoredGradients]] = {}
     dense: dict[str, bool] = {}
     for rows in passed:
         for block, row in rows.items():
@@ -245,7 +246,7 @@ def gathered(passed: Iterable[dict[str, Rows]]) -> dict[str, Rows]:
     return {block: stacked(held) for block, held in parts.items()}
 
 
-def _product(row: Rows, columns: Rows) -> int:
+def _product(row: FactoredGradients, columns: FactoredGradients) -> int:
     """Return how many multiplications one product of two gradients takes, by factors or as vectors."""
     return min(row.positions * columns.positions * sum(row.shape[1:]) * row.shape[0], row.size)
 
@@ -273,7 +274,7 @@ def _spread(shift: float | Tensor, shape: tuple[int, int, int]) -> Tensor:
     return torch.full((prod(shape),), shift, dtype=torch.float64)
 
 
-def _summed(passed: Iterable[dict[str, Rows]]) -> Tensor:
+def _summed(passed: Iterable[dict[str, FactoredGradients]]) -> Tensor:
     matrix: Tensor | None = None
     for rows in passed:
         flat = flatten(rows)
@@ -284,9 +285,9 @@ def _summed(passed: Iterable[dict[str, Rows]]) -> Tensor:
     return matrix
 
 
-def _whitened(row: Rows, shift: float | Tensor) -> Rows:
+def _whitened(row: FactoredGradients, shift: float | Tensor) -> FactoredGradients:
     if isinstance(shift, Tensor):
-        return Rows(
+        return FactoredGradients(
             row.outputs.new_ones(len(row), 1, 1, 1), row.whole().outputs * shift.rsqrt().reshape(-1).to(row.outputs)
         )
-    return Rows(row.inputs, row.outputs * shift**-0.5)
+    return FactoredGradients(row.inputs, row.outputs * shift**-0.5)

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_interp.batch import size, take
+from lightning_interp.data.batch import size, take
+from lightning_interp.data.samples import Samples
 from lightning_interp.influence.curvature.gauss_newton import FittedMatrix
 from lightning_interp.influence.curvature.vectors import Space, pulled, twice_differentiable
-from lightning_interp.influence.reading import ELEMENTS_AT_ONCE, Reader
-from lightning_interp.influence.trace import Trace
-from lightning_interp.samples import Samples
+from lightning_interp.influence.gradients.per_sample import PerSampleGradients
+from lightning_interp.influence.gradients.reader import ELEMENTS_AT_ONCE, Reader
 
 MOST_PARAMETERS = 4096
 CONVEX = 1e-6
@@ -67,7 +67,7 @@ class Hessian:
 def _summed(reader: Reader, space: Space, batch: Any) -> Tensor:
     """Return Σ ∂²ℓ/∂θ² over a batch, some rows at a time."""
     watch, parameters = reader.coverage.watch, space.parameters
-    held = sum(row.held for row in Trace(watch, take(batch, 0, 1)).loss_rows().values())
+    held = sum(row.held for row in PerSampleGradients(watch, take(batch, 0, 1)).loss_rows().values())
     with twice_differentiable():
         loss = watch.task.total(watch.model, batch)
     slopes = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True, materialize_grads=True)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightning_interp.data.samples import Samples
 from lightning_interp.influence.curvature.curvature import Gradients, Scorer, Shift, sum_of
-from lightning_interp.influence.reading import Reader
-from lightning_interp.influence.rows import products
-from lightning_interp.samples import Samples
+from lightning_interp.influence.gradients.factored import products
+from lightning_interp.influence.gradients.reader import Reader
 
 
 @dataclass(frozen=True)

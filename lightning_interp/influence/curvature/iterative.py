@@ -9,11 +9,11 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_interp.data.samples import Samples
 from lightning_interp.influence.curvature.curvature import Gradients, Shift, sum_of
 from lightning_interp.influence.curvature.gauss_newton import flatten
 from lightning_interp.influence.curvature.operator import Operator
-from lightning_interp.influence.reading import Reader
-from lightning_interp.samples import Samples
+from lightning_interp.influence.gradients.reader import Reader
 
 COLUMNS = 256
 
@@ -32,7 +32,7 @@ class Solution(NamedTuple):
     notes: tuple[str, ...]
 
 
-Solver = Callable[[Tensor], Solution]
+IterativeSolver = Callable[[Tensor], Solution]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class FittedIterative:
 
     operator: Operator
     mean_eigenvalue: float
-    prepare: Callable[[Operator], Solver]
+    prepare: Callable[[Operator], IterativeSolver]
     notes: tuple[str, ...] = ()
 
     @property
@@ -72,7 +72,7 @@ class IterativeInverse:
     """
 
     operator: Operator
-    solver: Solver
+    solver: IterativeSolver
 
     def against(self, queries: Gradients) -> Solved:
         """Solve for all queries, and return a function: gradients of m samples → ∇ℓ_qᵀ (H + Λ)⁻¹ ∇ℓ_i, `(q, m)`."""

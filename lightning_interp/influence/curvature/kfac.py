@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_interp.influence.curvature.curvature import check_counts
+from lightning_interp.checks import check_counts
+from lightning_interp.data.samples import Samples
 from lightning_interp.influence.curvature.ekfac import WIDEST, Basis, FittedEKFAC, passes
-from lightning_interp.influence.reading import Reader
-from lightning_interp.influence.rows import Lookup, Rows
-from lightning_interp.samples import Samples
+from lightning_interp.influence.gradients.factored import FactoredGradients, Lookup
+from lightning_interp.influence.gradients.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ class _Side(NamedTuple):
     vectors: Tensor | None
 
 
-def _summed(passed: Iterable[dict[str, Rows]], factor: Callable[[Rows], Tensor]) -> dict[str, Tensor]:
+def _summed(
+    passed: Iterable[dict[str, FactoredGradients]], factor: Callable[[FactoredGradients], Tensor]
+) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     for rows in passed:
         for block, row in rows.items():
@@ -74,7 +76,7 @@ def _summed(passed: Iterable[dict[str, Rows]], factor: Callable[[Rows], Tensor])
     return sums
 
 
-def _of_inputs(rows: Rows) -> Tensor:
+def _of_inputs(rows: FactoredGradients) -> Tensor:
     """Return Σ a aᵀ over samples and positions."""
     held = rows.inputs
     if isinstance(held, Lookup):
@@ -82,7 +84,7 @@ def _of_inputs(rows: Rows) -> Tensor:
     return _products(held)
 
 
-def _of_outputs(rows: Rows) -> Tensor:
+def _of_outputs(rows: FactoredGradients) -> Tensor:
     """Return Σ g gᵀ over samples, the mean over positions."""
     return _products(rows.outputs) / rows.positions
 

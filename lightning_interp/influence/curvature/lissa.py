@@ -9,12 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_interp.influence.curvature.curvature import check_counts
-from lightning_interp.influence.curvature.iterative import FittedIterative, Solution, Solver, mean_eigenvalue
+from lightning_interp.checks import check_counts
+from lightning_interp.data.samples import Samples
+from lightning_interp.influence.curvature.iterative import FittedIterative, IterativeSolver, Solution, mean_eigenvalue
 from lightning_interp.influence.curvature.operator import Operator
-from lightning_interp.influence.reading import Reader
+from lightning_interp.influence.gradients.reader import Reader
 from lightning_interp.progress import quiet
-from lightning_interp.samples import Samples
 
 TRIED = 8
 POWERS = 10
@@ -61,7 +61,7 @@ class LiSSA:
         prepare = partial(self._prepared, reader)
         return FittedIterative(operator, mean_eigenvalue(reader, samples, self.seed), prepare)
 
-    def _prepared(self, reader: Reader, operator: Operator) -> Solver:
+    def _prepared(self, reader: Reader, operator: Operator) -> IterativeSolver:
         draws = torch.Generator().manual_seed(self.seed)
         scale = self.scale or largest_eigenvalue(operator, self.batch_size, draws)
 
@@ -86,7 +86,7 @@ class LiSSA:
         least = float(operator.space.diagonal(operator.shift, queries).min())
         most = ROUNDING * scale / least * queries.norm(dim=1)
         found = queries
-        drawn = places(len(operator.samples), self.batch_size, draws)
+        drawn = sample_places(len(operator.samples), self.batch_size, draws)
         for step, _ in enumerate(reader.progress(range(self.iterations), self.iterations, "LiSSA"), 1):
             found = queries + found - operator.on(next(drawn))(found) / scale
             if not bool((found.norm(dim=1) <= most).all()):
@@ -105,7 +105,7 @@ class LiSSA:
 
 def largest_eigenvalue(operator: Operator, batch_size: int, draws: torch.Generator) -> float:
     """Return the largest eigenvalue that 10 power iterations find in each of 8 mini-batches' matrices."""
-    drawn = places(len(operator.samples), batch_size, draws)
+    drawn = sample_places(len(operator.samples), batch_size, draws)
     start = torch.randn(1, operator.space.size, generator=draws).to(operator.space.parameters[0].device)
     found = []
     for _ in range(TRIED):
@@ -116,7 +116,7 @@ def largest_eigenvalue(operator: Operator, batch_size: int, draws: torch.Generat
     return max(found)
 
 
-def places(n: int, count: int, draws: torch.Generator) -> Iterator[list[int]]:
+def sample_places(n: int, count: int, draws: torch.Generator) -> Iterator[list[int]]:
     """Yield mini-batches of n samples without end, each sample once before any comes again."""
     while True:
         yield from (part.tolist() for part in torch.randperm(n, generator=draws).split(count))

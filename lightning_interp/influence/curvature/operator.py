@@ -11,15 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_interp.batch import size
-from lightning_interp.influence.columns import hessian_root
+from lightning_interp.data.batch import size
+from lightning_interp.data.samples import Samples
+from lightning_interp.data.task import Task, loss_per_sample
 from lightning_interp.influence.curvature.curvature import Shift, sum_of
 from lightning_interp.influence.curvature.vectors import Space, pulled, twice_differentiable
-from lightning_interp.influence.ranks import share
-from lightning_interp.influence.reading import ELEMENTS_AT_ONCE, Reader
-from lightning_interp.influence.trace import Trace
-from lightning_interp.samples import Samples
-from lightning_interp.task import Task, loss_per_sample
+from lightning_interp.influence.gradients.distributed import share_of_rank
+from lightning_interp.influence.gradients.ggn_columns import hessian_root
+from lightning_interp.influence.gradients.per_sample import PerSampleGradients
+from lightning_interp.influence.gradients.reader import ELEMENTS_AT_ONCE, Reader
 
 SAMPLES_AT_ONCE = 256
 
@@ -51,7 +51,7 @@ class Operator:
     def of(cls, reader: Reader, samples: Samples) -> Operator:
         """Measure on one sample how many samples and vectors fit in memory."""
         one = next(reader.batches(samples.at([0]), "curvature, size"))
-        held = sum(row.held for row in Trace(reader.coverage.watch, one).loss_rows().values())
+        held = sum(row.held for row in PerSampleGradients(reader.coverage.watch, one).loss_rows().values())
         batch_size = max(samples.batch_size, SAMPLES_AT_ONCE)
         at_once = max(1, min(batch_size, ELEMENTS_AT_ONCE // max(1, held)))
         samples = dataclasses.replace(samples, batch_size=batch_size)
@@ -74,7 +74,7 @@ class Operator:
         """Return (H + Λ) v of each vector."""
         spread = self.space.spread(vectors)
         sums = [torch.zeros_like(part) for part in spread]
-        mine, _ = share(self.samples, self.reader.ranks)
+        mine, _ = share_of_rank(self.samples, self.reader.ranks)
         for batch in self.reader.batches(mine, "curvature, products"):
             self._add(batch, spread, sums)
         mean = self._of_all_ranks(self.space.gathered(sums)).to(vectors) / len(self.samples)

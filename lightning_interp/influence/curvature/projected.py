@@ -10,12 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_interp.influence.curvature.curvature import Gradients, Scorer, Shift, check_counts
+from lightning_interp.checks import check_counts
+from lightning_interp.data.samples import Samples
+from lightning_interp.influence.curvature.curvature import Gradients, Scorer, Shift
 from lightning_interp.influence.curvature.ekfac import Pass, passes
 from lightning_interp.influence.curvature.gauss_newton import cholesky, whitened
-from lightning_interp.influence.projection import Projection
-from lightning_interp.influence.reading import Reader
-from lightning_interp.samples import Samples
+from lightning_interp.influence.gradients.projection import Projection
+from lightning_interp.influence.gradients.reader import Reader
 
 ROWS_AT_ONCE = 2048
 
@@ -25,7 +26,7 @@ class ProjectedGaussNewton:
     """Generalised Gauss–Newton matrix in a random projection of the gradients to `dim` numbers.
 
     ∇ℓ_qᵀ (H + λ)⁻¹ ∇ℓ_i ≈ φ_qᵀ (P H Pᵀ + λ)⁻¹ φ_i, φ = P∇ℓ: a training sample is `dim` numbers whatever the size of
-    the network, so that its gradient can be kept (`lightning_interp.influence.store`). Layers enter with one another.
+    the network, so that its gradient can be kept (see `GradientStore`). Layers enter with one another.
     The projection blurs every dot product by about 1/√dim, which shows in the order of the scores: prefer
     `GaussNewton(columns=...)` where nothing is kept. A Λ per parameter is divided out before the projection.
 

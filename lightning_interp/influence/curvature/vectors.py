@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_interp.influence.coverage import Coverage
 from lightning_interp.influence.curvature.curvature import Shift
+from lightning_interp.influence.gradients.coverage import Coverage
 
 
 @dataclass(frozen=True, eq=False)

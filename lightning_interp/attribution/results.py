@@ -1,0 +1,45 @@
+"""What attribution hands on: explanations, and a run's maps at one moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """Attribution maps of a batch of samples by one method.
+
+    Args:
+        method: tag of the attributor.
+        maps: one map per sample: `(n, ...)` in the shape of the input for gradients (signed), `(n, H, W)` for
+            class activation maps, `(n, tokens)` for token ids.
+        target: class per sample that the map explains, `(n,)`.
+        layer: the layer that the method looked at; None where it is the input.
+        facts: what the method says of each map, name → `(n,)`: `completeness_gap` of integrated gradients, `r2` of
+            LIME.
+    """
+
+    method: str
+    maps: Float[Tensor, "n *shape"]
+    target: Int[Tensor, " n"]
+    layer: str | None = None
+    facts: Mapping[str, Float[Tensor, " n"]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class MapSnapshot:
+    """Attribution maps of the same samples, for the same targets, at one moment of training.
+
+    Args:
+        epoch: number of finished epochs; 0 before the first step.
+        step: optimizer steps taken (`trainer.global_step`).
+        maps: method → maps, `(n, H, W)`, `(n, tokens)` or `(n, columns)`.
+    """
+
+    epoch: int
+    step: int
+    maps: Mapping[str, Float[Tensor, "n *shape"]]

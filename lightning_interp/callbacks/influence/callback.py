@@ -1,0 +1,396 @@
+"""Which training samples helped or hurt the predictions on a few validation samples, after training."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import os
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_interp.callbacks.guard import Guard, OnError, progress_of, run_folder, started_run
+from lightning_interp.callbacks.influence.arguments import check_arguments
+from lightning_interp.callbacks.influence.budget import Estimator
+from lightning_interp.callbacks.influence.checkpoint import named_class, read_checkpoint, restored_data, restored_module
+from lightning_interp.callbacks.influence.files import publish
+from lightning_interp.callbacks.influence.preflight import (
+    augmentation_warning,
+    averaging_warning,
+    loss_disagreement,
+    unrecorded_steps_warning,
+)
+from lightning_interp.callbacks.influence.recorder import Recorder
+from lightning_interp.callbacks.influence.replay import replay_end, run_folder_of
+from lightning_interp.callbacks.influence.report import describe_influence, strangeness
+from lightning_interp.callbacks.influence.scoring import InfluenceQuestion, score_within_budget
+from lightning_interp.callbacks.influence.spot_checks import (
+    LAST_LAYER,
+    Retrain,
+    check_last_layer,
+    checked_by_retraining,
+)
+from lightning_interp.callbacks.trainer_data import (
+    explained_weights,
+    given_samples,
+    indexed_training_set,
+    mover,
+    settled_task,
+    validation_source,
+    with_ids,
+)
+from lightning_interp.checks import ArgumentError
+from lightning_interp.data.batch import row, size
+from lightning_interp.data.probe import take_probe
+from lightning_interp.data.samples import Samples
+from lightning_interp.data.task import Task
+from lightning_interp.influence import InfluenceFunction, Trajectory
+from lightning_interp.influence.gradients.distributed import Distributed, OtherRankError, Ranks, SingleProcess
+from lightning_interp.influence.results import Influence, SpotCheck
+from lightning_interp.storage.folder import Folder
+from lightning_interp.views.describe import with_dataset_names
+from lightning_interp.views.display import Display
+
+SHORTEST_BUDGET = 60.0
+LONGEST_ON_ONE_RANK = 300.0
+MOST_SEARCHED = 4096
+MOST_OF_A_STREAM = 256
+FOR_MORE = "Pass budget_seconds= for more, or run `lightning-interp influence CHECKPOINT` later."
+UNTOLD = (
+    "the checkpoint does not tell the learning rates that led to it, since it was written without DataInfluence;"
+    " damping, unless given, is the estimator's own"
+)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What one fit goes by: its folder, its samples, how they are read and how they are shown."""
+
+    folder: Folder
+    train: Samples
+    query: Samples
+    task: Task
+    display: Display
+    doubts: tuple[str, ...]
+
+
+class DataInfluence(Callback):
+    """Find, after training, the most helpful and the most harmful training samples for a few predictions.
+
+    The queries are validation samples, the most confidently wrong first. Scores are those of influence functions:
+    positive is helpful (see `lightning_interp.influence.InfluenceFunction`). Damping follows from the learning rates,
+    weight decay and second moments of the run itself, which are recorded at each optimizer step. With several ranks
+    each scores its share. Written to `<log_dir>/interp/influence`: `report.html`, `influence.csv` (the 100 best of each
+    list and query), `self_influence.csv`, `scores.safetensors` (of the samples in any list where all would be over
+    64 MB), and the pictures.
+
+    Logged, with `Q` a query's id, after training, at `trainer.global_step`:
+        `influence/query_Q`: image: the query beside its most helpful, most harmful and surprisingly helpful samples
+            (the most helpful of another class).
+        `influence/look_at_first`: image: the training samples with the largest self-influence, mislabelled ones among
+            them, with the labels that the network suggests.
+        `influence/spot_check`: image, only with `retrain`: predicted against actual changes of loss.
+        `influence_notes/summary`: text: what the scores are, from how many samples, and how far to trust them.
+        `interp_seconds/DataInfluence`: scalar: seconds that this callback took.
+        `interp_errors/DataInfluence`: text, only where it failed and switched itself off.
+
+    Args:
+        queries: how many validation samples to explain.
+        top: how many training samples to show of each kind.
+        estimator: an `InfluenceFunction`, which takes the recorded damping if it has none of its own, or any callable
+            (model, train, query, task=, candidates=, progress=) → `Influence`; when None, an `InfluenceFunction` whose
+            curvature goes by the size of the network.
+        train_dataset: the training set without augmentation, in the order of its indices; when None, the training
+            loader's dataset.
+        query_dataset: where queries are looked for; when None, the validation set.
+        weights: which network is explained: the last one, or the best by the trainer's checkpoint callback (put back
+            afterwards; the last one, said aloud, where there is none).
+        self_influence: whether to rank the training samples by their influence on themselves.
+        retrain: for a spot check of the most helpful and the most harmful sample of each query: "last_layer" retrains
+            that alone without each of them (see `lightning_interp.influence.LastLayer`), in seconds, which can confirm
+            scores but not refute them; a function (dataset indices to train on) → a network trained on them is called
+            for each, and once for all samples.
+        budget_seconds: about how long it may take at most; when None, as long as one training epoch, or 60 if that is
+            longer (with several ranks never over 300). What does not fit is scored on an evenly spread subset, said
+            aloud. `retrain` may take as long again; on one rank a function has all the time that it takes.
+        task: how to read a batch, call the model, and its loss.
+        display: how samples are shown.
+        on_error: "warn" switches the callback off on its first failure; "raise" raises.
+
+    Raises:
+        ValueError, TypeError: an argument is off; always before the first batch.
+    """
+
+    def __init__(
+        self,
+        queries: int = 6,
+        top: int = 5,
+        estimator: Estimator | None = None,
+        train_dataset: Any = None,
+        query_dataset: Any = None,
+        weights: Literal["last", "best"] = "last",
+        self_influence: bool = True,
+        retrain: Retrain | None = None,
+        budget_seconds: float | None = None,
+        task: Task = Task(),
+        display: Display = Display(),
+        on_error: OnError = "warn",
+    ) -> None:
+        check_arguments(queries, top, estimator, budget_seconds, retrain, weights)
+        self.queries = queries
+        self.top = top
+        self.estimator = estimator
+        self.train_dataset = train_dataset
+        self.query_dataset = query_dataset
+        self.weights = weights
+        self.self_influence = self_influence
+        self.retrain = retrain
+        self.budget_seconds = budget_seconds
+        self.task = task
+        self.display = display
+        data_given = train_dataset is not None or query_dataset is not None or task != Task()
+        chosen = data_given or estimator is not None or retrain is not None
+        self._shell = Guard("DataInfluence", on_error, chosen, everywhere=True)
+        self._run: _Run | None = None
+        self._recorder = Recorder()
+        self._epoch_started = 0.0
+        self._epoch_seconds: list[float] = []
+        self._query_ids: Sequence[int] | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Key of the callback in a checkpoint; two instances with other arguments get other keys."""
+        return self._generate_state_key(queries=self.queries, top=self.top, estimator=repr(self.estimator))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far training went, for a run that is resumed."""
+        return self._recorder.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._recorder.load_state_dict(state_dict)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add which parameters are trained: what froze the others during training is not there later."""
+        if (held := checkpoint.get("callbacks", {}).get(self.state_key)) is not None:
+            held["trained"] = [name for name, p in pl_module.named_parameters() if p.requires_grad]
+
+    def explain(
+        self,
+        checkpoint: str | os.PathLike[str],
+        module: Any,
+        data: Any = None,
+        query: Sequence[int] | None = None,
+        out: str | os.PathLike[str] | None = None,
+        device: str = "auto",
+        precision: Any = "32-true",
+        trusted: bool = False,
+    ) -> str:
+        """Do after training, from a checkpoint, what this callback does at its end, and write and log it as there.
+
+        The scores are those of the callback itself where it was there in training: the checkpoint then holds what
+        damping goes by. Else damping, unless given, is the estimator's own. Without `budget_seconds` all is scored.
+
+        Args:
+            checkpoint: a Lightning checkpoint.
+            module: the network's class, made with the hyperparameters in the checkpoint; an instance, or a function
+                that returns one.
+            data: a LightningDataModule, its class, a pair (training, validation) of loaders or datasets, or a function
+                that returns one of these; None where the network has loaders of its own.
+            query: which validation samples to explain, by index; as many as `queries`, chosen, when None.
+            out: a folder to write to as if it were the run's; that of the run the checkpoint lies in when None.
+            device: "auto", "cpu", "cuda", "cuda:1", "mps", ...
+            precision: as in training, for a `Trainer`.
+            trusted: whether to unpickle whatever the checkpoint holds, which may run code.
+
+        Returns:
+            The report's path.
+
+        Raises:
+            FileNotFoundError, ValueError, TypeError: an argument is off, or the data has no indices.
+        """
+        held = read_checkpoint(checkpoint, trusted)
+        if module is None:
+            hint = f"; the checkpoint names {named_class(held)}" if named_class(held) else ""
+            raise ValueError(f"module: expected the network's class, got none{hint}")
+        network = restored_module(module, checkpoint, held, trusted)
+        again, folder = self._again(held, query), run_folder_of(checkpoint) if out is None else os.fspath(out)
+        given = restored_data(data, network, checkpoint, held, trusted)
+        trained = _recorded(held).get("trained")
+        replay_end(again, network, given, checkpoint, held, folder, device, precision, trusted, trained)
+        if not again._shell.on:
+            raise ValueError(f"data: {again._shell.why_off.removeprefix('train_dataset: ')}")
+        return started_run(again._run).folder.file("influence/report.html")
+
+    def _again(self, held: Mapping[str, Any], query: Sequence[int] | None) -> DataInfluence:
+        """Return a callback with these arguments that has seen the training that a checkpoint holds."""
+        again = copy.copy(self)
+        again._shell, again._run = Guard("DataInfluence", "raise", True, everywhere=True), None
+        again._recorder, again._query_ids = Recorder(), query
+        again.budget_seconds = math.inf if self.budget_seconds is None else self.budget_seconds
+        if recorded := _recorded(held):
+            again.load_state_dict(dict(recorded))
+        else:
+            rank_zero_warn(f"DataInfluence: {UNTOLD}")
+        return again
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the training set, and check that its samples can be scored."""
+        folder = run_folder(trainer)
+        self._shell.start(partial(self._start, folder), trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the time."""
+        self._epoch_started = time.perf_counter()
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Note the learning rates: damping goes by their sum."""
+        self._recorder.step(trainer, pl_module, optimizer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note how long the epoch took: the budget goes by it."""
+        self._epoch_seconds.append(time.perf_counter() - self._epoch_started)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Score the training samples, while the model is still on its device."""
+        self._shell.run(self._end, trainer, pl_module)
+
+    def _start(self, folder: Folder, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._run, self._epoch_seconds, self._epoch_started = None, [], time.perf_counter()
+        if self.train_dataset is not None:
+            train = given_samples(trainer, self.train_dataset)
+        else:
+            try:
+                train = indexed_training_set(trainer)
+            except ValueError as error:
+                self._shell.switch_off(str(error))
+                return
+        query = self._query_set(trainer)
+        query = query if self._query_ids is None else with_ids(query, self._query_ids)
+        for name, samples in (("train_dataset", train), ("query_dataset", query)):
+            if not len(samples):
+                raise ArgumentError(f"DataInfluence({name}=...): expected at least one sample, got none")
+        few = dataclasses.replace(train, workers=0).at(range(min(4, len(train))))
+        first, again = next(iter(few)), next(iter(few))
+        task = settled_task(trainer, module, self.task, train)
+        doubts = [
+            augmentation_warning(task, first, again),
+            averaging_warning(trainer, self),
+            unrecorded_steps_warning(trainer, self._recorder.steps),
+        ]
+        if trainer.world_size == 1:  # on one rank alone a training step with a collective would wait for ever
+            doubts.append(loss_disagreement(module, task, first))
+        if check := getattr(self._asked_for(None), "check", None):
+            check(module, train, task=task)
+        if self.retrain == LAST_LAYER:
+            check_last_layer("DataInfluence", module, task, first)
+        for doubt in filter(None, doubts):
+            rank_zero_warn(f"DataInfluence: {doubt}")
+        display = with_dataset_names(self.display, train)
+        self._run = _Run(folder, train, query, task, display, tuple(filter(None, doubts)))
+
+    def _query_set(self, trainer: pl.Trainer) -> Samples:
+        """Return the samples to choose queries from; of a stream, the first ones."""
+        if self.query_dataset is not None:
+            return given_samples(trainer, self.query_dataset)
+        found = validation_source(trainer, self._shell.owner).samples
+        if isinstance(found, Samples):
+            return found
+        batches = take_probe(found, MOST_OF_A_STREAM, "validation set", self.task).batches
+        rows = [row(batch, place) for batch in batches for place in range(size(batch))]
+        return Samples(rows, batch_size=size(batches[0]), move=mover(trainer))
+
+    def _asked_for(self, trajectory: Trajectory | None) -> Estimator:
+        """Return the estimator, which goes by the recorded trajectory where it has no damping of its own."""
+        estimator = InfluenceFunction() if self.estimator is None else self.estimator
+        if isinstance(estimator, InfluenceFunction) and estimator.damping is None:
+            return dataclasses.replace(estimator, damping=trajectory)
+        return estimator
+
+    def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        ranks = Distributed() if trainer.world_size > 1 else SingleProcess()
+        try:
+            with explained_weights(trainer, module, self.weights):
+                self._score(trainer, module, ranks)
+            ranks.gather(None)  # the others wait, so that rank zero can tell them if it could not publish
+        except OtherRankError:
+            raise
+        except Exception as error:
+            ranks.failed(f"{type(error).__name__}: {error}")
+            raise
+
+    def _score(self, trainer: pl.Trainer, module: pl.LightningModule, ranks: Ranks) -> None:
+        run = started_run(self._run)
+        trajectory = self._recorder.finish(trainer, module)
+        query = self._choose_queries(trainer, module, run.task)
+        seconds = self._budget(trainer)
+        asked = InfluenceQuestion(module, run.train, query, run.task, progress_of(trainer), ranks)
+        found = score_within_budget(asked, self._asked_for(trajectory), self.self_influence, seconds)
+        if found is None or not trainer.is_global_zero:
+            return
+        if found.message:
+            rank_zero_warn(f"DataInfluence: {found.message} {FOR_MORE}")
+        checks = self._checked(asked, found.influence, trajectory, seconds)
+        notes = (*found.influence.notes, *([trajectory.why_not] if trajectory.why_not else []))
+        influence = dataclasses.replace(found.influence, notes=notes, doubts=run.doubts)
+        shown = (module, run.task, influence, run.train, query, self.top, run.display)
+        publish(
+            trainer, run.folder, influence, describe_influence(*shown, found.suspects, influence.duplicates, checks)
+        )
+
+    def _checked(
+        self, asked: InfluenceQuestion, found: Influence, trajectory: Trajectory, seconds: float
+    ) -> tuple[SpotCheck, ...]:
+        """Check the scores by retraining, if it was asked for; should that fail, they are not lost with it."""
+        if self.retrain is None:
+            return ()
+        estimator = self._asked_for(trajectory)
+        damping = estimator.damping if isinstance(estimator, InfluenceFunction) else trajectory
+        try:
+            alone = asked.ranks.count == 1 and self.retrain != LAST_LAYER
+            return checked_by_retraining(asked, found, self.retrain, damping, math.inf if alone else seconds)
+        except Exception:
+            if self._shell.on_error == "raise":
+                raise
+            rank_zero_warn(
+                f"DataInfluence(retrain=...) failed, so the scores stand unchecked:\n{traceback.format_exc()}"
+            )
+            return ()
+
+    def _budget(self, trainer: pl.Trainer) -> float:
+        if self.budget_seconds is not None:
+            return self.budget_seconds
+        epoch = sum(self._epoch_seconds) / max(1, len(self._epoch_seconds))
+        return min(max(SHORTEST_BUDGET, epoch), math.inf if trainer.world_size == 1 else LONGEST_ON_ONE_RANK)
+
+    def _choose_queries(self, trainer: pl.Trainer, module: pl.LightningModule, task: Task) -> Samples:
+        """Return the validation samples that are most confidently wrong, then those of the highest loss."""
+        samples = started_run(self._run).query.spread(MOST_SEARCHED)
+        batches = -(-len(samples) // samples.batch_size)
+        with torch.no_grad():
+            ranks = [
+                strangeness(task, *task.losses(module, batch)).cpu()
+                for batch in progress_of(trainer)(samples, batches, "choosing queries")
+            ]
+        order = torch.cat(ranks).argsort(descending=True, stable=True)
+        count = self.queries if self._query_ids is None else len(samples)
+        return samples.at(order[:count].tolist())
+
+
+def _recorded(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what this callback, whatever its arguments were, wrote into a checkpoint; empty if it was not there."""
+    states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, Mapping)]
+    return next((state for state in states if {"steps", "rate_sums"} <= set(state)), {})

@@ -1,0 +1,354 @@
+"""How each layer's representation moves from its initial to its final state, as training goes."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_interp.callbacks.guard import Guard, OnError, progress_of, room_of, run_folder, started_run
+from lightning_interp.callbacks.loggers import Loggers
+from lightning_interp.callbacks.similarity.arguments import (
+    FEWEST,
+    OWNER,
+    check_budget,
+    check_layer_patterns,
+    check_measures,
+    check_storage,
+    checked_sketch,
+    how_often,
+    length,
+)
+from lightning_interp.callbacks.similarity.layers import check_names, chosen_layers
+from lightning_interp.callbacks.similarity.report import report_similarity
+from lightning_interp.callbacks.similarity.resume import reason_not_to_resume, restored_state, resumed
+from lightning_interp.callbacks.trainer_data import Source, given_samples, in_precision, validation_source
+from lightning_interp.checks import ArgumentError, check_count, tag
+from lightning_interp.data.batch import device_of, size, take, to_device
+from lightning_interp.data.probe import Probe, take_probe
+from lightning_interp.data.task import Task
+from lightning_interp.similarity import CKA, SVCCA, AnyMeasure, Maps, Pooling, Tokens
+from lightning_interp.similarity.activations import Activations, find_activations, representations
+from lightning_interp.similarity.history import Failed, layerwise
+from lightning_interp.similarity.matrix import needs, similarity
+from lightning_interp.similarity.results import Snapshot
+from lightning_interp.storage.folder import Folder
+from lightning_interp.storage.snapshots import SnapshotStore, new_store, snapshot_from_state, snapshot_state
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What one fit goes by: folder, probe, what to watch, history, where it began, and measures that failed."""
+
+    folder: Folder
+    probe: Probe
+    watched: Activations
+    store: SnapshotStore
+    initial: dict[str, Any]
+    failed: Failed = field(default_factory=dict)
+
+
+class RepresentationSimilarity(Callback):
+    """Compare each layer's activations on fixed samples with its initial and its final state.
+
+    A snapshot of every layer is taken before the first step, at the end of each epoch (or as often as said) and after
+    the last, and stored in `<log_dir>/interp/similarity` (a second callback of this kind: `similarity-2`), in
+    the smallest form that the measures need. For kinds of linear CKA alone it takes n (n + 1) bytes per layer (0.26 MB
+    for 512 samples), else 4 n² bytes or less.
+
+    Logged, with `M` a measure's tag and `L` a layer's name, at `trainer.global_step`:
+        `similarity_to_initial/M/L`: scalar at each snapshot: now compared with before the first step.
+        `similarity_to_final/M/L`: scalar for every snapshot, after training: then compared with the end.
+        `similarity_to_final_normalised/M/L`: scalar for every snapshot, after training: (s − s₀) / (1 − s₀) of it, s₀
+            its value before training: the share of its own way to the end that a layer has gone (NaN if that way is
+            shorter than 0.01).
+        `similarity_maps/M/layer_by_epoch_to_initial`, `similarity_maps/M/layer_by_epoch_to_final`,
+            `similarity_maps/M/layer_by_epoch_to_final_normalised`: images after training, one row per layer, one
+            column per snapshot.
+        `similarity_maps/M/layer_by_layer`: image after training, the final network's layers with each other.
+        `similarity_maps/M/layer_by_layer_to_final`: images after training, all layers of up to three earlier snapshots
+            with all layers of the last, each at its step.
+        `similarity_doubt/M`: text after training: by layer, the similarity of start and end, what it would be by
+            chance, its standard error, and why not to trust it.
+        `similarity_notes/probe`: text after training: samples, layers, and which numbers to distrust.
+        `interp_seconds/RepresentationSimilarity`: scalar: seconds that this callback took since the last one.
+        `interp_errors/RepresentationSimilarity`: text, only where a measure failed and is left out from then on, or
+            all of it did and switched itself off.
+
+    Args:
+        layers: names or glob patterns of submodules; "output" is what the network itself gives. When None, those with
+            weights of their own (norms left out), at most 24, evenly thinned, and the output where none gives it.
+        measures: those of `lightning_interp.similarity`, any object with a `name` and `between(x, y)` of two
+            representations, or any function of two `(n, d)` tensors. `PWCCA` and such functions see the neurons
+            themselves: of layers wider than the probe is large only with `store="activations"`, NaN otherwise.
+        samples: size of the probe, evenly spread over the validation set.
+        probe: a dataset or loader to take the probe from, instead of the validation set.
+        maps: how convolutional maps become features: "flatten" `(n, C · H · W)`, "pool" (the mean over positions), or
+            "positions" (each of up to 16 positions is a row). Another choice than the first is part of `M`.
+        tokens: how sequences do: "mean" over the tokens that `task.mask` keeps, "cls" (the first of them), "positions"
+            (each of up to 16 tokens is a row) or "flatten". Another choice than the first is part of `M`.
+        every_n_epochs: snapshots at the end of every so many epochs; each when neither is given.
+        every_n_steps: snapshots after every so many optimizer steps instead.
+        sketch: reduce wide layers to so many features by random signs, for linear CKA alone: an estimate that takes
+            one pass over the probe however wide the network is; with 1024 it is off by about 0.01, at most 0.05.
+        store: "compact", or "activations" for the activations themselves.
+        budget_mb: what the snapshots may take on disk, in 10⁶ bytes; beyond it those between the first and the last
+            are thinned, evenly, and that is said.
+        task: how to read a batch and call the model.
+        on_error: "warn" switches the callback off on its first failure and lets training go on; "raise" raises.
+
+    Raises:
+        ValueError, TypeError: an argument is off; always before the first batch.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[str] | None = None,
+        measures: Sequence[AnyMeasure] = (CKA(debiased=True), CKA(), SVCCA()),
+        samples: int = 512,
+        probe: Any = None,
+        maps: Maps = "flatten",
+        tokens: Tokens = "mean",
+        every_n_epochs: int | None = None,
+        every_n_steps: int | None = None,
+        sketch: int | None = None,
+        store: Literal["compact", "activations"] = "compact",
+        budget_mb: float = 1024,
+        task: Task = Task(),
+        on_error: OnError = "warn",
+    ) -> None:
+        check_layer_patterns(layers)
+        check_measures(measures)
+        check_count(OWNER, "samples", samples, FEWEST)
+        self.every_n_epochs, self.every_n_steps = how_often(every_n_epochs, every_n_steps)
+        check_storage(store, budget_mb)
+        self.sketch = checked_sketch(sketch, measures, store)
+        self.layers = None if layers is None else tuple(layers)
+        self.reading = Pooling(maps, tokens)
+        self.measures = {tag(measure) + self.reading.tag: measure for measure in measures}
+        self.samples = samples
+        self.probe = probe
+        self.form = "features" if store == "activations" else needs(measures, compact=True)
+        self.budget_mb = budget_mb
+        self.task = task
+        given = layers is not None or probe is not None or task != Task()
+        self._shell = Guard(OWNER, on_error, given)
+        self._run: _Run | None = None
+        self._last_step = 0
+        self._finished = 0
+        self._room = "similarity"
+        self._restored: dict[str, Any] = {}
+
+    @property
+    def state_key(self) -> str:
+        """Key of the state in a checkpoint; two instances with other arguments get other keys."""
+        chosen = {"layers": self.layers, "measures": list(self.measures), "samples": self.samples}
+        probe = None if self.probe is None else f"{type(self.probe).__name__} of {length(self.probe)}"
+        often = {"every_n_epochs": self.every_n_epochs, "every_n_steps": self.every_n_steps}
+        return self._generate_state_key(**chosen, probe=probe, **often, sketch=self.sketch, form=self.form)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the layers' names, now that the model is configured."""
+        if self.layers is not None:
+            check_names(pl_module, self.layers)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the probe and the initial snapshot."""
+        self._last_step, self._finished = trainer.global_step, trainer.current_epoch
+        folder = run_folder(trainer)
+        self._room = room_of(self, trainer, "similarity")
+        self._shell.start(partial(self._start, folder), trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Take a snapshot, where so many steps have gone by."""
+        every = self.every_n_steps
+        if every is not None and trainer.global_step // every > self._last_step // every:
+            self._last_step = trainer.global_step
+            self._shell.run(partial(self._look_and_tell, _finished(trainer)), trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take a snapshot and compare it with the initial one, where it is this epoch's turn."""
+        self._finished = _finished(trainer)
+        whole = self._finished > trainer.current_epoch
+        if whole and self.every_n_epochs is not None and self._finished % self.every_n_epochs == 0:
+            self._shell.run(partial(self._look_and_tell, self._finished), trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare every stored snapshot with the last one, and draw the maps."""
+        self._shell.run(self._end, trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: where the history is, and the initial snapshot itself."""
+        if self._run is None:
+            return dict(self._restored)
+        return {
+            "folder": self._run.store.folder.path,
+            "fingerprint": self._run.probe.fingerprint,
+            "initial": self._run.initial,
+            "maps": self.reading.maps,
+            "tokens": self.reading.tokens,
+        }
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Find the state of the run that is being resumed, where this callback had other arguments then."""
+        self._restored = restored_state(self, getattr(trainer, "callbacks", []), checkpoint["callbacks"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state of the run that is being resumed until training starts."""
+        self._restored = dict(state_dict)
+
+    def _start(self, folder: Folder, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        earlier = self._restored or (self.state_dict() if trainer.global_step else {})
+        self._run = None
+        source = (
+            validation_source(trainer, OWNER)
+            if self.probe is None
+            else Source(given_samples(trainer, self.probe), "given probe")
+        )
+        probe = take_probe(source.samples, self.samples, source.name, self.task)
+        if probe.n < FEWEST:
+            kind = ValueError if self.probe is None else ArgumentError
+            raise kind(f"probe: expected at least {FEWEST} samples to compare, got {probe.n} of the {source.name}")
+        watched = self._choose(trainer, module, probe)
+        if why := reason_not_to_resume(earlier, probe, watched, self.reading, self.form):
+            self._shell.switch_off(why)
+            return
+        if earlier:
+            store, initial = (
+                resumed(folder.folder(self._room), self._facts(probe), trainer.global_step, earlier),
+                earlier["initial"],
+            )
+        else:
+            if trainer.global_step:
+                rank_zero_warn(f"{OWNER}: 'initial' is step {trainer.global_step}, where this run starts")
+            before = self._look(trainer, module, probe, watched, folder, trainer.current_epoch)
+            store, initial = new_store(folder.folder(self._room), self._facts(probe)), snapshot_state(before)
+            store.append(before)
+        store.tidy()
+        check_budget(self.budget_mb, store)
+        self._try(snapshot_from_state(initial))
+        self._run, self._restored = _Run(folder, probe, watched, store, initial), {}
+
+    def _choose(self, trainer: pl.Trainer, module: pl.LightningModule, probe: Probe) -> Activations:
+        """Run a few samples, and keep those of the layers asked for that give features."""
+        most = min(3, size(probe.batches[0]))
+        few = [take(probe.batches[0], 0, count) for count in (most, max(1, most - 1))]
+        found = find_activations(module, partial(self._forward, trainer, module), few, self.reading, self.task.mask)
+        return chosen_layers(module, self.layers, found, few[0])
+
+    def _try(self, snapshot: Snapshot) -> None:
+        """Compare the narrowest layer with itself by every measure: one that fails does so before the first batch."""
+        layer = min(snapshot.layers.values(), key=lambda held: held.width)
+        for name, measure in self.measures.items():
+            try:
+                float(similarity(measure, layer, layer))
+            except Exception as error:
+                raise ArgumentError(f"{OWNER}(measures=...): {name} failed on a layer and itself: {error}") from error
+
+    def _forward(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
+        task = in_precision(trainer, self.task)
+        task.outputs(module, task.inputs(to_device(batch, device_of(module))))
+
+    def _look(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        probe: Probe,
+        watched: Activations,
+        folder: Folder,
+        epoch: int,
+    ) -> Snapshot:
+        forward = partial(self._forward, trainer, module)
+        key = f"{folder.path}/{trainer.global_step}"
+        layers = representations(
+            module, forward, probe.batches, watched, probe.n, self.form, sketch=self.sketch, key=key
+        )
+        return Snapshot(epoch, trainer.global_step, layers)
+
+    def _look_and_tell(self, epoch: int, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        run = started_run(self._run)
+        now = self._look(trainer, module, run.probe, run.watched, run.folder, epoch)
+        self._keep(run, now)
+        with self._one_by_one(run, trainer) as failed:
+            compared = layerwise(self.measures, snapshot_from_state(run.initial), now, failed)
+        values = {
+            f"similarity_to_initial/{name}/{layer}": value
+            for name, by_layer in compared.items()
+            for layer, value in by_layer.items()
+        }
+        Loggers(trainer.loggers).scalars(values, now.step)
+
+    @contextmanager
+    def _one_by_one(self, run: _Run, trainer: pl.Trainer) -> Iterator[Failed | None]:
+        """Give where to note a measure that fails, None where it shall raise; say which did, and raise if all did."""
+        before = set(run.failed)
+        yield None if self._shell.on_error == "raise" else run.failed
+        if len(run.failed) == len(self.measures):
+            raise next(reversed(run.failed.values()))
+        for name in run.failed.keys() - before:
+            told = f"{name} failed and is left out from now on.\n" + "".join(
+                traceback.format_exception(run.failed[name])
+            )
+            rank_zero_warn(f"{OWNER}: {told}")
+            Loggers(trainer.loggers).text(f"interp_errors/{OWNER}", f"```\n{told}\n```", trainer.global_step)
+
+    def _keep(self, run: _Run, snapshot: Snapshot) -> None:
+        """Store a snapshot, and thin the history where it outgrows the budget."""
+        run.store.append(snapshot)
+        before = run.store.thinned
+        if run.store.thin(self.budget_mb * 1e6) and not before:
+            rank_zero_warn(
+                f"{OWNER}: the snapshots outgrow budget_mb={self.budget_mb:g}; from now on those between the first and"
+                " the last are thinned, evenly"
+            )
+
+    def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        run = started_run(self._run)
+        if run.store.steps[-1] != trainer.global_step:
+            self._keep(run, self._look(trainer, module, run.probe, run.watched, run.folder, self._finished))
+        notes = [
+            f"Probe: {run.probe.n} samples of the {run.probe.source}, the same at every snapshot.",
+            f"Layers: {', '.join(run.store.read(run.store.steps[-1]).layers)}. {self._told()}",
+        ]
+        if self.sketch:
+            notes.append(f"Wide layers reduced to {self.sketch:,} features by random signs: CKA is an estimate.")
+        if run.store.thinned:
+            notes.append(f"{run.store.thinned} snapshots between the first and the last went, to stay in the budget.")
+        if unmasked := run.watched.unmasked(run.probe.batches[0]):
+            notes.append(f"All tokens count in {', '.join(unmasked)}: task.mask is of another length.")
+        board, progress = Loggers(trainer.loggers), progress_of(trainer)
+        with self._one_by_one(run, trainer) as failed:
+            report_similarity(self.measures, run.store, run.folder, self._room, board, notes, progress, failed)
+
+    def _told(self) -> str:
+        maps = {"flatten": "one feature per channel and position", "pool": "the mean over positions of each channel"}
+        tokens = {"mean": "the mean over tokens", "cls": "the first token", "flatten": "one per token and channel"}
+        each = "each of up to 16 positions is a row"
+        return (
+            f"Features of maps: {maps.get(self.reading.maps, each)};"
+            f" of sequences: {tokens.get(self.reading.tokens, each)}."
+        )
+
+    def _facts(self, probe: Probe) -> dict[str, Any]:
+        return {
+            "n": probe.n,
+            "source": probe.source,
+            "fingerprint": probe.fingerprint,
+            "ids": list(probe.ids),
+            "maps": self.reading.maps,
+            "tokens": self.reading.tokens,
+        }
+
+
+def _finished(trainer: pl.Trainer) -> int:
+    """Return how many epochs are over, the current one too if this was its last batch."""
+    return int(trainer.current_epoch) + bool(trainer.is_last_batch)

@@ -1,0 +1,113 @@
+"""Probe: fixed samples that a network is shown again and again, their ids and a fingerprint."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_interp.checks import ArgumentError
+from lightning_interp.data.batch import is_ragged, map_tensors, size, take, tensors
+from lightning_interp.data.samples import Samples
+from lightning_interp.data.task import Task
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Samples read once and kept on the CPU, so that every look at the network shows it the same.
+
+    Args:
+        batches: as the loader collated them.
+        ids: index of each sample in the original dataset, or its place in the stream.
+        source: where they come from, in words.
+        fingerprint: SHA-256 over the inputs' values, types and shapes; targets do not enter.
+    """
+
+    batches: tuple[Any, ...]
+    ids: tuple[int, ...]
+    source: str
+    fingerprint: str
+
+    @property
+    def n(self) -> int:
+        """Number of samples."""
+        return len(self.ids)
+
+
+def take_probe(source: Samples | Iterable[Any], count: int, name: str, task: Task) -> Probe:
+    """Read `count` samples for a probe: evenly spread over a dataset, or the first of a stream of batches.
+
+    Args:
+        source: a dataset read in order, or any iterable of collated batches.
+        count: how many samples; fewer if the source has fewer.
+        name: the source in words, for messages and captions.
+        task: tells the inputs, of which the fingerprint is taken.
+
+    Raises:
+        ArgumentError: the source has no sample.
+    """
+    if isinstance(source, Samples):
+        chosen = source.spread(count)
+        batches = _split(chosen) if len(chosen) else []
+        ids = chosen.ids
+    else:
+        batches = list(_first(source, count))
+        ids = list(range(sum(map(size, batches))))
+    if not ids:
+        raise ArgumentError(f"probe: expected at least one sample, got an empty {name}")
+    return Probe(tuple(batches), tuple(ids), name, fingerprint([task.inputs(b) for b in batches]))
+
+
+def subset_of_probe(probe: Probe, places: Sequence[int]) -> Probe:
+    """Return the samples at some places of a probe, each as a batch of its own."""
+    starts = [0]
+    for batch in probe.batches:
+        starts.append(starts[-1] + size(batch))
+    held = []
+    for place in places:
+        number = max(i for i, start in enumerate(starts) if start <= place)
+        held.append(take(probe.batches[number], place - starts[number], place - starts[number] + 1))
+    return Probe(tuple(held), tuple(probe.ids[place] for place in places), probe.source, probe.fingerprint)
+
+
+def one_by_one(probe: Probe, task: Task) -> Probe:
+    """Return a probe of single samples where a batch holds images of different sizes; else the probe itself."""
+    return subset_of_probe(probe, range(probe.n)) if any(is_ragged(task.inputs(b)) for b in probe.batches) else probe
+
+
+def fingerprint(inputs: Any) -> str:
+    """Return the SHA-256 of all tensors in a structure: their types, shapes and values."""
+    digest = hashlib.sha256()
+    for tensor in tensors(inputs):
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _split(samples: Samples) -> list[Any]:
+    """Read all samples as one batch, so that padding is the same for all, and cut it into batches of their size."""
+    (whole,) = (map_tensors(_kept, batch) for batch in dataclasses.replace(samples, batch_size=len(samples)))
+    if size(whole) != len(samples):
+        return [whole]
+    starts = range(0, len(samples), samples.batch_size)
+    return [take(whole, start, start + samples.batch_size) for start in starts]
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """Copy a tensor: some datasets hand out views of a buffer that they write again."""
+    return tensor.detach().cpu().clone()
+
+
+def _first(stream: Iterable[Any], count: int) -> Iterator[Any]:
+    missing = count
+    for batch in stream:
+        kept = map_tensors(_kept, take(batch, 0, min(missing, size(batch))))
+        missing -= size(kept)
+        yield kept
+        if missing <= 0:
+            return

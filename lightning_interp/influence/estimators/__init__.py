@@ -1,0 +1,1 @@
+"""Gradients and curvature, combined to scores."""

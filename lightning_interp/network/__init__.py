@@ -1,0 +1,1 @@
+"""A network, watched, and left as it was."""

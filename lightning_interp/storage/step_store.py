@@ -1,0 +1,152 @@
+"""Files of a run's moments, and a manifest in JSON that lists them."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+
+from lightning_interp.storage.folder import Folder
+
+FORMAT = 2
+
+
+class Moment(Protocol):
+    """What a file holds: of one moment of training."""
+
+    @property
+    def epoch(self) -> int:
+        """Number of finished epochs."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+
+
+R = TypeVar("R", bound=Moment)
+
+
+@dataclass(frozen=True)
+class StepStore(ABC, Generic[R]):
+    """One safetensors file for each moment that was kept, listed in a manifest.
+
+    Args:
+        folder: where the files are.
+        manifest: what the manifest holds: `format`, facts on the `probe`, and the list of `snapshots`.
+    """
+
+    folder: Folder
+    manifest: dict[str, Any] = field(default_factory=dict)
+    prefix: ClassVar[str]
+
+    @abstractmethod
+    def packed(self, record: R) -> tuple[bytes, dict[str, Any]]:
+        """Return a file's content, and what the manifest says of it."""
+
+    @abstractmethod
+    def unpacked(self, entry: Mapping[str, Any]) -> R:
+        """Return the record that an entry of the manifest lists."""
+
+    @property
+    def steps(self) -> list[int]:
+        """Optimizer steps at which something was kept, ascending."""
+        return [entry["step"] for entry in self.manifest["snapshots"]]
+
+    @property
+    def thinned(self) -> int:
+        """Number of moments that were deleted to stay within a budget."""
+        return int(self.manifest.get("thinned", 0))
+
+    def tidy(self) -> None:
+        """Delete files in the folder that are not listed, of an earlier run in the same place."""
+        listed = {entry["file"] for entry in self.manifest["snapshots"]}
+        for name in self.folder.names(f"{self.prefix}-*.safetensors"):
+            if name not in listed:
+                self.folder.remove(name)
+
+    def append(self, record: R) -> None:
+        """Write a moment and list it; one of the same step is replaced."""
+        name = f"{self.prefix}-{record.step:09d}.safetensors"
+        content, facts = self.packed(record)
+        self.folder.write(name, content)
+        others = [e for e in self.manifest["snapshots"] if e["step"] != record.step]
+        entry = {"file": name, "epoch": record.epoch, "step": record.step, "bytes": len(content), **facts}
+        self.manifest["snapshots"] = sorted([*others, entry], key=lambda e: e["step"])
+        self._write_manifest()
+
+    def read(self, step: int) -> R:
+        """Return what was kept of one step.
+
+        Raises:
+            KeyError: there is nothing.
+        """
+        for entry in self.manifest["snapshots"]:
+            if entry["step"] == step:
+                return self.unpacked(entry)
+        raise KeyError(f"no {self.prefix} of step {step} in {self.folder.path}; there are {self.steps}")
+
+    def adopt(self, earlier: Iterable[R]) -> None:
+        """Take over moments of the run that this one goes on with."""
+        for record in earlier:
+            self.append(record)
+
+    def forget_after(self, step: int) -> None:
+        """Delete later steps: a run that goes on from an earlier checkpoint takes them anew."""
+        entries = self.manifest["snapshots"]
+        self.manifest["snapshots"] = [entry for entry in entries if entry["step"] <= step]
+        self._write_manifest()
+        self.tidy()
+
+    def thin(self, most_bytes: float) -> list[int]:
+        """Delete moments until the rest fit, so that those left stay evenly spread; the first and the last stay.
+
+        Returns:
+            The steps that were deleted.
+        """
+        removed: list[dict[str, Any]] = []
+        entries = self.manifest["snapshots"]
+        while len(entries) > 2 and sum(e["bytes"] for e in entries) > most_bytes:
+            gaps = [after["step"] - before["step"] for before, after in zip(entries, entries[2:], strict=False)]
+            removed.append(entries.pop(1 + gaps.index(min(gaps))))
+        if removed:
+            self.manifest["thinned"] = self.thinned + len(removed)
+            self._write_manifest()
+            for entry in removed:
+                self.folder.remove(entry["file"])
+        return [entry["step"] for entry in removed]
+
+    @classmethod
+    def open(cls, folder: Folder) -> Self:
+        """Open what a folder holds.
+
+        Raises:
+            FileNotFoundError: there is no manifest.
+            ValueError: the manifest is of another format or no JSON.
+        """
+        if not folder.exists("manifest.json"):
+            raise FileNotFoundError(f"{folder.path}: expected a manifest.json with {cls.prefix}s, found none")
+        try:
+            manifest = json.loads(folder.read("manifest.json"))
+            version = manifest["format"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder.file('manifest.json')}: expected a manifest in JSON, got {error}") from error
+        if version != FORMAT:
+            raise ValueError(f"{folder.file('manifest.json')}: expected format {FORMAT}, got {version}")
+        return cls(folder, manifest)
+
+    @classmethod
+    def start(cls, folder: Folder, probe: Mapping[str, Any]) -> Self:
+        """Start an empty store.
+
+        Args:
+            folder: where to write.
+            probe: facts about the samples that all moments show: `n`, `source`, `fingerprint`, `ids`.
+        """
+        store = cls(folder, {"format": FORMAT, "probe": dict(probe), "snapshots": []})
+        store._write_manifest()
+        return store
+
+    def _write_manifest(self) -> None:
+        self.folder.write("manifest.json", json.dumps(self.manifest, indent=1))
