@@ -76,7 +76,8 @@ def publish(findings: Findings, loggers: Loggers, folder: Folder, room: str) -> 
     for curve in findings.curves:
         loggers.history(*curve)
     for picture in findings.pictures:
-        loggers.image(picture.tag, picture.pixels, picture.step)
+        if picture.tag:
+            loggers.image(picture.tag, picture.pixels, picture.step)
         own.write(f"{picture.file}.png", picture.png)
     for tag, text in findings.texts.items():
         loggers.text(tag, text, findings.step)

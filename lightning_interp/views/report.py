@@ -27,7 +27,7 @@ class Picture:
     """A picture as its data, which is drawn once, when somebody wants to see it.
 
     Args:
-        tag: where loggers show it.
+        tag: where loggers show it; empty for a picture that is only written and reported.
         file: its file's name in the callback's folder, without the ending.
         step: optimizer steps taken at the moment that it shows.
         data: what is drawn.
