@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_interp.attribution import LIME, KernelSHAP, Target, explain
+from lightning_interp.attribution import ExplainsAllClasses, Target, explain
 from lightning_interp.attribution.results import Explanation
 from lightning_interp.callbacks.attribution.arguments import Choice
 from lightning_interp.data.batch import device_of, size, to_device
@@ -122,9 +122,9 @@ def draw_panels(module: nn.Module, probe: Probe, asked: AttributionSetup, moment
 def _explanations(
     module: nn.Module, answer: AnsweredBatch, chosen: Sequence[Target], asked: AttributionSetup
 ) -> list[list[Explanation]]:
-    """Return, for each method, its explanation of each target; local models fit all classes to one set of forwards."""
+    """Return, for each method, its explanation of each target, of all targets together where it can."""
     methods = list(asked.methods.values())
-    if len(chosen) > 1 and (fitted := [method for method in methods if isinstance(method, (LIME, KernelSHAP))]):
+    if len(chosen) > 1 and (fitted := [method for method in methods if isinstance(method, ExplainsAllClasses)]):
         models = {id(method): method.all_classes(module, answer.inputs, asked.task) for method in fitted}
         others = iter(_by_target([m for m in methods if id(m) not in models], module, answer, chosen, asked.task))
         return [

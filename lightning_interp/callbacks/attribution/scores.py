@@ -13,19 +13,17 @@ from torchmetrics import Metric
 from lightning_interp.attribution import (
     BestLocalizationError,
     Centre,
-    DeconvNet,
     DeletionArea,
     Edges,
     EnergyInside,
-    GuidedBackprop,
     InsertionArea,
     LocalizationError,
     PointingGame,
-    Saliency,
-    SmoothGrad,
     Target,
     boxes_to_masks,
     dead,
+    explain,
+    importance,
     label_probability,
     logit,
     probability,
@@ -95,20 +93,17 @@ def faithfulness_scores(module: nn.Module, inputs: Any, target: Target, asked: A
     methods = {**asked.methods, **(BASELINES if images else {})}
     found: dict[str, float] = {}
     scored = SCORES.get(asked.task.kind or "", probability)
-    for method, maps in maps_of(methods, module, inputs, target, asked.task).items():
+    explanations = explain(list(methods.values()), module, inputs, target, asked.task)
+    for method, explanation in zip(methods, explanations, strict=True):
+        ranked = importance(methods[method], explanation)
         for group, area in (("deletion", DeletionArea), ("insertion", InsertionArea)):
             metric = _alone(area(score=scored))
-            metric.update(module, inputs, _importance(methods[method], maps), target, asked.task)
+            metric.update(module, inputs, ranked, target, asked.task)
             found[f"attribution_{group}/{method}"] = float(metric.compute())
     for method, attributor in asked.methods.items():
         similar = sanity_similarity(attributor, module, inputs, target, asked.task)
         found[f"attribution_sanity/{method}"] = float(similar.nanmean())
     return found
-
-
-def _importance(method: Any, maps: Tensor) -> Tensor:
-    """Return what to go by: a gradient of single numbers says how much one matters by its size, not by its sign."""
-    return maps.abs() if isinstance(method, (Saliency, SmoothGrad, DeconvNet, GuidedBackprop)) else maps
 
 
 def against_truth(
