@@ -1,5 +1,6 @@
 """Attribution to input features: callables `attributor(model, inputs, target, task) -> Explanation`."""
 
+from lightning_interp.attribution.attributor import Attributor, ExplainsAllClasses, RanksPositions, importance
 from lightning_interp.attribution.cam import (
     CAM,
     GradCAM,
@@ -55,6 +56,7 @@ from lightning_interp.attribution.smoothgrad import SmoothGrad
 __all__ = [
     "CAM",
     "LIME",
+    "Attributor",
     "BestLocalizationError",
     "Centre",
     "DeadMaps",
@@ -62,6 +64,7 @@ __all__ = [
     "DeletionArea",
     "Edges",
     "EnergyInside",
+    "ExplainsAllClasses",
     "GradCAM",
     "GradCAMPlusPlus",
     "Grid",
@@ -75,6 +78,7 @@ __all__ = [
     "LocalizationError",
     "Occlusion",
     "PointingGame",
+    "RanksPositions",
     "Saliency",
     "Score",
     "SmoothGrad",
@@ -92,6 +96,7 @@ __all__ = [
     "flat_map",
     "grad_cam",
     "grad_cam_plus_plus",
+    "importance",
     "insertion_curve",
     "label_probability",
     "last_map_layer",

@@ -15,6 +15,7 @@ from lightning_interp.attribution.engine.last_map import positions_of
 from lightning_interp.attribution.engine.relu_rules import ReluRule, deconvnet, guided
 from lightning_interp.attribution.engine.single_pass import INPUT, Goal, OfTarget, Pass, SinglePass, check_layers
 from lightning_interp.attribution.engine.target import Target
+from lightning_interp.attribution.results import Ranking
 from lightning_interp.attribution.saliency import of_input
 from lightning_interp.data.batch import size, tensors
 from lightning_interp.data.task import Task
@@ -67,6 +68,11 @@ class DeconvNet(SinglePass):
         """Where: at the input."""
         return INPUT
 
+    @property
+    def ranked_by(self) -> Ranking:
+        """A gradient of single numbers says how much one matters by its size."""
+        return "size"
+
     def read(self, seen: Pass, layer: str) -> Tensor:
         """Return what arrives at the input; of tokens its norm."""
         return _arrived(seen)
@@ -102,6 +108,11 @@ class GuidedBackprop(SinglePass):
     def at(self) -> str:
         """Where: at the input."""
         return INPUT
+
+    @property
+    def ranked_by(self) -> Ranking:
+        """A gradient of single numbers says how much one matters by its size."""
+        return "size"
 
     def read(self, seen: Pass, layer: str) -> Tensor:
         """Return what arrives at the input; of tokens its norm."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from jaxtyping import Float, Int
 from torch import Tensor
+
+Ranking = Literal["value", "size"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +24,12 @@ class Explanation:
         layer: the layer that the method looked at; None where it is the input.
         facts: what the method says of each map, name → `(n,)`: `completeness_gap` of integrated gradients, `r2` of
             LIME.
+        ranked_by: which positions count as the most important: "value", those with the largest numbers, as of maps in
+            the score's unit, whose negative numbers speak against the target; "size", those with the largest absolute
+            values, as of a gradient, whose sign says in which direction a change matters and not how much.
+
+    Raises:
+        ValueError: `ranked_by` is neither.
     """
 
     method: str
@@ -28,6 +37,11 @@ class Explanation:
     target: Int[Tensor, " n"]
     layer: str | None = None
     facts: Mapping[str, Float[Tensor, " n"]] = field(default_factory=dict)
+    ranked_by: Ranking = "value"
+
+    def __post_init__(self) -> None:
+        if self.ranked_by not in get_args(Ranking):
+            raise ValueError(f'Explanation(ranked_by=...): expected "value" or "size", got {self.ranked_by!r}')
 
 
 @dataclass(frozen=True, eq=False)

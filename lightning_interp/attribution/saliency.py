@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_interp.attribution.engine.single_pass import INPUT, OfTarget, Pass, SinglePass
 from lightning_interp.attribution.engine.target import Score, logit
+from lightning_interp.attribution.results import Ranking
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class Saliency(InputMap):
     >>> bool(torch.equal(maps[0], net.weight.detach()[1]))
     True
     """
+
+    @property
+    def ranked_by(self) -> Ranking:
+        """A gradient of single numbers says how much one matters by its size."""
+        return "size"
 
     def read(self, seen: Pass, layer: str) -> Tensor:
         """Return the gradient; of tokens its norm."""

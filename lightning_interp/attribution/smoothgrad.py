@@ -81,7 +81,7 @@ class SmoothGrad:
                 total.index_add_(0, rows, gradient.to(total.dtype))
             maps = total / self.draws
         maps = maps.norm(dim=-1) if explained.tokens else maps
-        return Explanation(self.name, maps.cpu(), recorded(target, len(maps)))
+        return Explanation(self.name, maps.cpu(), recorded(target, len(maps)), ranked_by="size")
 
 
 def _normal(seed: int, like: Tensor) -> Tensor:

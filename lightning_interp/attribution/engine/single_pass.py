@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lightning_interp.attribution.attributor import Attributor
 from lightning_interp.attribution.engine.explained_input import ExplainedInput, gradients
 from lightning_interp.attribution.engine.last_map import Candidate, LastMapFinder, positions_of
 from lightning_interp.attribution.engine.relu_rules import ReluRule, relu_rule
 from lightning_interp.attribution.engine.sites import layer_of, watch_sites
 from lightning_interp.attribution.engine.target import Score, Target, logit, recorded, select
-from lightning_interp.attribution.results import Explanation
+from lightning_interp.attribution.results import Explanation, Ranking
 from lightning_interp.data.batch import at_least_float32
 from lightning_interp.data.task import Task
 from lightning_interp.network.undisturbed import explaining
@@ -97,6 +98,11 @@ class SinglePass(ABC):
         return None
 
     @property
+    def ranked_by(self) -> Ranking:
+        """Which positions of its maps count as the most important; see `Explanation`."""
+        return "value"
+
+    @property
     @abstractmethod
     def at(self) -> str:
         """Where the gradient is taken: at the "input", the "last map", or a layer's name."""
@@ -119,9 +125,6 @@ class SinglePass(ABC):
                 map.
         """
         return explain([self], model, inputs, target, task)[0]
-
-
-Attributor = Callable[..., Explanation]
 
 
 def explain(
@@ -171,7 +174,8 @@ def _together(
 def _read(method: SinglePass, seen: Pass, target: Target) -> Explanation:
     layer = seen.last if method.at == LAST_MAP else method.at
     maps = seen.explained.kept(at_least_float32(method.read(seen, layer).detach())).cpu()
-    return Explanation(method.name, maps, recorded(target, seen.explained.n), None if layer == INPUT else layer)
+    classes = recorded(target, seen.explained.n)
+    return Explanation(method.name, maps, classes, None if layer == INPUT else layer, ranked_by=method.ranked_by)
 
 
 def single_pass(

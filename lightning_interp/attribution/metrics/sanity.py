@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lightning_interp.attribution.attributor import Attributor
 from lightning_interp.attribution.engine.explained_input import ExplainedInput
 from lightning_interp.attribution.engine.target import Target
 from lightning_interp.attribution.metrics.rank_correlation import flat_map, rank_correlation
-from lightning_interp.attribution.results import Explanation
 from lightning_interp.data.batch import select_rows
 from lightning_interp.data.task import Task
 from lightning_interp.network.undisturbed import explaining, hooked, undisturbed
-
-Attributor = Callable[[nn.Module, Any, Target, Task], Explanation]
 
 
 def sanity_similarity(

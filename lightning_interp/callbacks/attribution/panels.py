@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_interp.attribution import Target, explain
+from lightning_interp.attribution import ExplainsAllClasses, Target, explain
 from lightning_interp.attribution.engine.single_pass import explain_outputs
 from lightning_interp.attribution.results import Explanation
 from lightning_interp.callbacks.attribution.arguments import Choice
@@ -241,10 +241,10 @@ def panels_of(batches: Iterable[ExplainedBatch], setup: AttributionSetup, moment
 def _explanations(
     module: nn.Module, answer: AnsweredBatch, targets: Sequence[Target], setup: AttributionSetup
 ) -> list[list[Explanation]]:
-    """Return, for each method, its explanation of each target; local models fit all classes to one set of forwards."""
+    """Return, for each method, its explanation of each target, of all targets together where it can."""
     methods = list(setup.methods.values())
-    for_all_classes = [method for method in methods if len(targets) > 1 and hasattr(method, "all_classes")]
-    models = {id(method): method.all_classes(module, answer.inputs, setup.task) for method in for_all_classes}
+    together = [method for method in methods if len(targets) > 1 and isinstance(method, ExplainsAllClasses)]
+    models = {id(method): method.all_classes(module, answer.inputs, setup.task) for method in together}
     others = iter(_by_target([m for m in methods if id(m) not in models], module, answer, targets, setup.task))
     return [
         [models[id(method)].of(target) for target in targets if not callable(target)]

@@ -13,20 +13,17 @@ from torchmetrics import Metric
 from lightning_interp.attribution import (
     BestLocalizationError,
     Centre,
-    DeconvNet,
     DeletionArea,
     Edges,
     EnergyInside,
-    GuidedBackprop,
     InsertionArea,
     LocalizationError,
     PointingGame,
-    Saliency,
-    SmoothGrad,
     Target,
     boxes_to_masks,
     dead,
     explain,
+    importance,
     label_probability,
     logit,
     probability,
@@ -104,9 +101,10 @@ def faithfulness_scores(
     scores: dict[str, float] = {}
     score = SCORES.get(setup.task.kind or "", probability)
     for name, explanation in explained.items():
+        ranked = importance(methods[name], explanation)
         for group, area in (("deletion", DeletionArea), ("insertion", InsertionArea)):
             metric = _on_this_rank_alone(area(score=score))
-            metric.update(module, inputs, _importance(methods[name], explanation.maps), target, setup.task)
+            metric.update(module, inputs, ranked, target, setup.task)
             scores[f"attribution_{group}/{name}"] = float(metric.compute())
     for name, method in setup.methods.items():
         similarity = sanity_similarity(method, module, inputs, target, setup.task)
@@ -123,11 +121,6 @@ def _explained_by(
     methods: Mapping[str, Any], module: nn.Module, inputs: Any, target: Target, task: Task
 ) -> dict[str, Explanation]:
     return dict(zip(methods, explain(list(methods.values()), module, inputs, target, task), strict=True))
-
-
-def _importance(method: Any, maps: Tensor) -> Tensor:
-    """Return what to go by: a gradient of single numbers says how much one matters by its size, not by its sign."""
-    return maps.abs() if isinstance(method, (Saliency, SmoothGrad, DeconvNet, GuidedBackprop)) else maps
 
 
 def against_truth(
