@@ -166,8 +166,8 @@ def _notes(run: AttributionRun) -> list[str]:
     if run.localized is not None:
         notes.append(
             f"Against the given truth, of {run.localized.n} samples: pointing game, share of maps whose largest value"
-            " is inside; energy inside, share of the positive map; error at 0.2, share of boxes around what exceeds 0.2 of"
-            " the largest value that overlap the true one by half or less; best error, at the threshold that is best"
+            " is inside; energy inside, share of the positive map; error at 0.2, share of boxes around what exceeds 0.2"
+            " of the largest value that overlap the true one by half or less; best error, at the threshold that is best"
             " for these samples, and so optimistic."
         )
     return notes
