@@ -329,7 +329,7 @@ class RepresentationSimilarity(Callback):
 
     @contextmanager
     def _failures_apart(self, run: SimilarityRun, trainer: pl.Trainer) -> Iterator[Failed | None]:
-        """Yield where to note measures that fail, None where they shall raise; warn of them, raise if all have failed."""
+        """Yield where to note measures that fail, None where they shall raise; warn of them, or raise if all did."""
         failed_before = set(run.failed)
         yield None if self._guard.on_error == "raise" else run.failed
         if len(run.failed) == len(self.measures):
