@@ -11,7 +11,7 @@ from lightning_interp.attribution.cam import (
     last_map_layer,
 )
 from lightning_interp.attribution.deconvnet import DeconvNet, GuidedBackprop, strongest
-from lightning_interp.attribution.engine.single_pass import explain
+from lightning_interp.attribution.engine.single_pass import explain, explain_outputs
 from lightning_interp.attribution.engine.target import (
     Score,
     Target,
@@ -93,6 +93,7 @@ __all__ = [
     "deletion_curve",
     "energy_inside",
     "explain",
+    "explain_outputs",
     "flat_map",
     "grad_cam",
     "grad_cam_plus_plus",

@@ -11,8 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_interp.attribution.engine.explained_input import ExplainedInput
+from lightning_interp.attribution.engine.forward_backward import LAST_MAP, PassResult, forward_backward, known_target
+from lightning_interp.attribution.engine.goal import OfTarget
 from lightning_interp.attribution.engine.last_map import at_inputs_size
-from lightning_interp.attribution.engine.single_pass import LAST_MAP, OfTarget, Pass, SinglePass, single_pass
+from lightning_interp.attribution.engine.single_pass import SinglePass
 from lightning_interp.attribution.engine.target import Score, Target, logit, per_class
 from lightning_interp.attribution.saliency import suffix
 from lightning_interp.data.batch import at_least_float32
@@ -55,10 +57,10 @@ class GradientMap(SinglePass):
     def combined(self, activations: Float[Tensor, "n c *at"], gradients: Float[Tensor, "n c *at"]) -> Tensor:
         """Return the map before its ReLU, `(n, *at)`."""
 
-    def read(self, seen: Pass, layer: str) -> Tensor:
+    def read(self, result: PassResult, layer: str) -> Tensor:
         """Return the map after its ReLU, at the input's size."""
-        held = with_positions(seen.layers[layer], layer)
-        return at_inputs_size(at_least_float32(self.combined(*held)).relu(), seen.explained.raw, layer)
+        held = with_positions(result.layers[layer], layer)
+        return at_inputs_size(at_least_float32(self.combined(*held)).relu(), result.explained.raw, layer)
 
 
 @dataclass(frozen=True)
@@ -160,20 +162,20 @@ class CAM(SinglePass):
         """Where: at the layer."""
         return self.layer or LAST_MAP
 
-    def read(self, seen: Pass, layer: str) -> Tensor:
+    def read(self, result: PassResult, layer: str) -> Tensor:
         """Return the signed map at the input's size.
 
         Raises:
             ValueError: the outputs are no linear function of the map's mean over positions.
         """
-        activations, gradients = with_positions(seen.layers[layer], layer)
-        if not _pooled_and_linear(seen.explained.model, activations, seen.outputs):
+        activations, gradients = with_positions(result.layers[layer], layer)
+        if not _pooled_and_linear(result.explained.model, activations, result.outputs):
             raise ValueError(
                 f"CAM(layer={layer!r}): expected a network whose outputs are one linear layer (or nothing) of this"
                 f" layer's mean over positions, got one of which that is not so; use GradCAM()"
             )
         summed = gradients.flatten(2).sum(2)  # of such a network, the linear layer's weights for the target
-        return at_inputs_size(at_least_float32(_weighted(activations, summed)), seen.explained.raw, layer)
+        return at_inputs_size(at_least_float32(_weighted(activations, summed)), result.explained.raw, layer)
 
 
 def grad_cam(activations: Float[Tensor, "n c *at"], gradients: Float[Tensor, "n c *at"]) -> Float[Tensor, "n *at"]:
@@ -234,4 +236,5 @@ def last_map_layer(model: nn.Module, inputs: object, target: Target, task: Task 
         ValueError: no layer gives a map or tokens.
     """
     with explaining(model):
-        return single_pass(ExplainedInput(model, inputs, task), target, layers=[LAST_MAP], of_input=False).last
+        explained = ExplainedInput(model, inputs, task)
+        return forward_backward(explained, known_target(target), OfTarget(), layers=[LAST_MAP], of_input=False).last_map

@@ -11,9 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lightning_interp.attribution.cam import check_layer
+from lightning_interp.attribution.engine.forward_backward import INPUT, PassResult, check_layers
+from lightning_interp.attribution.engine.goal import Goal, OfTarget
 from lightning_interp.attribution.engine.last_map import positions_of
-from lightning_interp.attribution.engine.relu_rules import ReluRule, deconvnet, guided
-from lightning_interp.attribution.engine.single_pass import INPUT, Goal, OfTarget, Pass, SinglePass, check_layers
+from lightning_interp.attribution.engine.relu_rules import DECONVNET, GUIDED, ReluRule
+from lightning_interp.attribution.engine.single_pass import SinglePass
 from lightning_interp.attribution.engine.target import Target
 from lightning_interp.attribution.results import Ranking
 from lightning_interp.attribution.saliency import of_input
@@ -61,7 +63,7 @@ class DeconvNet(SinglePass):
     @property
     def rule(self) -> ReluRule:
         """Positive signals pass."""
-        return deconvnet
+        return DECONVNET
 
     @property
     def at(self) -> str:
@@ -73,9 +75,9 @@ class DeconvNet(SinglePass):
         """A gradient of single numbers says how much one matters by its size."""
         return "size"
 
-    def read(self, seen: Pass, layer: str) -> Tensor:
+    def read(self, result: PassResult, layer: str) -> Tensor:
         """Return what arrives at the input; of tokens its norm."""
-        return _arrived(seen)
+        return _arrived(result)
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class GuidedBackprop(SinglePass):
     @property
     def rule(self) -> ReluRule:
         """Positive gradients pass where the input did."""
-        return guided
+        return GUIDED
 
     @property
     def at(self) -> str:
@@ -114,9 +116,9 @@ class GuidedBackprop(SinglePass):
         """A gradient of single numbers says how much one matters by its size."""
         return "size"
 
-    def read(self, seen: Pass, layer: str) -> Tensor:
+    def read(self, result: PassResult, layer: str) -> Tensor:
         """Return what arrives at the input; of tokens its norm."""
-        return _arrived(seen)
+        return _arrived(result)
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,6 @@ def strongest_of(activations: Float[Tensor, "n c *at"], channel: int | None, lay
     return chosen.flatten(1).max(1).values
 
 
-def _arrived(seen: Pass) -> Tensor:
-    gradient = of_input(seen.gradient)
-    return gradient.norm(dim=-1) if seen.explained.tokens else gradient
+def _arrived(result: PassResult) -> Tensor:
+    gradient = of_input(result.gradient)
+    return gradient.norm(dim=-1) if result.explained.tokens else gradient

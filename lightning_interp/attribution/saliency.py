@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_interp.attribution.engine.single_pass import INPUT, OfTarget, Pass, SinglePass
+from lightning_interp.attribution.engine.forward_backward import INPUT, PassResult
+from lightning_interp.attribution.engine.goal import OfTarget
+from lightning_interp.attribution.engine.single_pass import SinglePass
 from lightning_interp.attribution.engine.target import Score, logit
 from lightning_interp.attribution.results import Ranking
 
@@ -64,10 +66,10 @@ class Saliency(InputMap):
         """A gradient of single numbers says how much one matters by its size."""
         return "size"
 
-    def read(self, seen: Pass, layer: str) -> Tensor:
+    def read(self, result: PassResult, layer: str) -> Tensor:
         """Return the gradient; of tokens its norm."""
-        gradient = of_input(seen.gradient)
-        return gradient.norm(dim=-1) if seen.explained.tokens else gradient
+        gradient = of_input(result.gradient)
+        return gradient.norm(dim=-1) if result.explained.tokens else gradient
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,10 @@ class InputXGradient(InputMap):
         score: what is differentiated: `logit`, `probability`, `log_probability`, or a function like them.
     """
 
-    def read(self, seen: Pass, layer: str) -> Tensor:
+    def read(self, result: PassResult, layer: str) -> Tensor:
         """Return the product; of tokens its sum over dimensions."""
-        product = of_input(seen.values) * of_input(seen.gradient)
-        return product.sum(-1) if seen.explained.tokens else product
+        product = of_input(result.values) * of_input(result.gradient)
+        return product.sum(-1) if result.explained.tokens else product
 
 
 def suffix(score: Score) -> str:

@@ -28,10 +28,13 @@ from lightning_interp.attribution import (
     Saliency,
     SmoothGrad,
     explain,
+    explain_outputs,
     importance,
 )
+from lightning_interp.attribution.engine.goal import OfTarget
 from lightning_interp.attribution.results import Explanation
 from lightning_interp.data.task import Task
+from tests.attribution.nets import Pooled, ViT
 
 
 @dataclass(frozen=True)
@@ -134,3 +137,111 @@ def test_all_classes_is_an_optional_method_of_any_class(method: Any) -> None:
     assert isinstance(method, ExplainsAllClasses)
     assert isinstance(Mine(method), ExplainsAllClasses)
     assert not isinstance(Saliency(), ExplainsAllClasses)
+
+
+def counted(net: nn.Module) -> list[int]:
+    """Return a list that grows by the number of samples with each forward."""
+    sizes: list[int] = []
+    net.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    return sizes
+
+
+def predicted_class(outputs: Tensor) -> Tensor:
+    assert not outputs.requires_grad
+    return outputs.argmax(1)
+
+
+@pytest.mark.parametrize(
+    ("methods", "forwards"),
+    [
+        ([GradCAM(), Saliency()], 1),
+        ([GradCAM()], 1),
+        ([Saliency()], 1),
+        ([GuidedBackprop(), Saliency(), GradCAM(), InputXGradient()], 2),
+        ([Occlusion(8, 8, batch_size=4)], 3),
+        ([], 1),
+    ],
+    ids=str,
+)
+def test_outputs_and_the_target_come_from_the_forward_that_is_explained(methods: Any, forwards: int) -> None:
+    net, x = Pooled().eval(), torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        expected = net(x)
+    sizes = counted(net)
+    outputs, target, explanations = explain_outputs(methods, net, x, predicted_class)
+    assert len(sizes) == forwards
+    assert torch.equal(outputs, expected)
+    assert not outputs.requires_grad
+    assert torch.equal(target, expected.argmax(1))
+    for found, alone in zip(explanations, explain(methods, net, x, expected.argmax(1)), strict=True):
+        assert torch.equal(found.maps, alone.maps)
+        assert torch.equal(found.target, alone.target)
+        assert (found.method, found.layer, found.ranked_by) == (alone.method, alone.layer, alone.ranked_by)
+
+
+def test_the_target_is_chosen_once_even_where_the_last_map_takes_a_second_forward() -> None:
+    net, x, calls = ViT(cls=True).eval(), torch.randn(2, 3, 8, 8), []
+
+    def choose(outputs: Tensor) -> Tensor:
+        calls.append(outputs)
+        return outputs.argmax(1)
+
+    outputs, _, (found,) = explain_outputs([GradCAM()], net, x, choose)
+    assert len(calls) == 1
+    assert torch.equal(found.maps, GradCAM()(net, x, outputs.argmax(1)).maps)
+
+
+def test_a_chosen_target_may_be_a_function_which_is_explained() -> None:
+    net, x = Pooled().eval(), torch.randn(4, 3, 8, 8)
+
+    def margin(outputs: Tensor) -> Tensor:
+        return outputs[:, 0] - outputs[:, 1]
+
+    _, target, (found,) = explain_outputs([Saliency()], net, x, lambda outputs: margin)
+    assert target is margin
+    assert torch.equal(found.maps, Saliency()(net, x, margin).maps)
+
+
+def test_outputs_in_inference_mode_and_in_train_mode() -> None:
+    net, x = Pooled().train(), torch.randn(4, 3, 8, 8)
+    expected, _, (map_,) = explain_outputs([GradCAM()], net, x, predicted_class)
+    assert net.training
+    with torch.inference_mode():
+        outputs, _, (found,) = explain_outputs([GradCAM()], net, x.clone(), predicted_class)
+    assert torch.equal(outputs, expected)
+    assert torch.equal(found.maps, map_.maps)
+
+
+@dataclass(frozen=True)
+class Squared:
+    """A method that reads a shared pass, without a base class."""
+
+    name: str = "Squared"
+    goal: Any = OfTarget()  # noqa: RUF009
+    at: str = "input"
+
+    def read(self, result: Any, layer: str) -> Tensor:
+        return result.gradient.square()
+
+    def __call__(self, *_: Any, **__: Any) -> Explanation:
+        raise AssertionError("shares the pass, and is not called")
+
+
+@dataclass(frozen=True)
+class Doubled(GradCAM):
+    """A method that changes the call of the one that it inherits from."""
+
+    def __call__(self, *args: Any, **options: Any) -> Explanation:
+        explanation = super().__call__(*args, **options)
+        return replace(explanation, maps=2 * explanation.maps)
+
+
+def test_a_pass_is_shared_without_a_base_class_and_a_call_of_ones_own_counts() -> None:
+    net, x, target = Pooled().eval(), torch.randn(4, 3, 8, 8), torch.arange(4)
+    sizes = counted(net)
+    squared, saliency = explain([Squared(), Saliency()], net, x, target)
+    assert len(sizes) == 1
+    assert torch.equal(squared.maps, saliency.maps.square())
+    assert squared.ranked_by == "value"
+    doubled, grad_cam = explain([Doubled(), GradCAM()], net, x, target)
+    assert torch.equal(doubled.maps, 2 * grad_cam.maps)

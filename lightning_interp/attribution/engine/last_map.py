@@ -21,7 +21,7 @@ class Candidate(NamedTuple):
     """What a site gave in a forward, of which gradients can be taken until something is written into it."""
 
     site: str
-    part: nn.Module
+    module: nn.Module
     output: Tensor
     version: int
 
@@ -148,7 +148,7 @@ def _is_function(earlier: str, site: str) -> bool:
 
 
 def _is_linear(one: Candidate) -> bool:
-    return AFTER not in one.site and isinstance(one.part, nn.Linear)
+    return AFTER not in one.site and isinstance(one.module, nn.Linear)
 
 
 def _has_positions(part: nn.Module, output: Tensor, n: int) -> bool:
@@ -164,7 +164,7 @@ def _live_positions(one: Candidate, scores: Tensor) -> int:
     gradient: Tensor | None = torch.autograd.grad(scores.sum(), one.output, retain_graph=True, allow_unused=True)[0]
     if gradient is None:
         return 0
-    live = positions_of(one.site, one.part, gradient, len(scores)).flatten(2) != 0
+    live = positions_of(one.site, one.module, gradient, len(scores)).flatten(2) != 0
     return int(live.any(dim=1).sum(dim=1).max())
 
 
