@@ -137,7 +137,8 @@ class Section(NamedTuple):
 
 def render_section(section: Section) -> str:
     """Return a section as HTML."""
-    return str(_TEMPLATES.get_template("report.html.jinja").module.section(section))  # type: ignore[attr-defined]
+    macros = _TEMPLATES.get_template("report.html.jinja").make_module({"title": "", "sections": ()})
+    return str(macros.section(section))  # type: ignore[attr-defined]
 
 
 def page(title: str, sections: Sequence[str]) -> str:

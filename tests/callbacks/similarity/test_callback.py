@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -265,18 +266,25 @@ def test_pooled_maps_are_named(tmp_path: Path) -> None:
     assert dict(curve(fit, "similarity_to_final/CKA_maps_positions/conv1"))[3] == pytest.approx(1, abs=1e-5)
 
 
-def test_two_in_one_trainer_keep_apart(tmp_path: Path) -> None:
-    both = [RepresentationSimilarity(["conv2"], [CKA()], maps=maps) for maps in ("flatten", "pool")]
-    fit = trainer(tmp_path, max_epochs=1, callbacks=both)
+def test_any_number_in_one_trainer_keep_apart(tmp_path: Path) -> None:
+    kinds = [("conv2", "flatten"), ("conv2", "pool"), ("conv1", "flatten"), ("head", "flatten")]
+    callbacks = [RepresentationSimilarity([layer], [CKA()], maps=maps) for layer, maps in kinds]
+    fit = trainer(tmp_path, max_epochs=1, callbacks=callbacks)
     fit.fit(Net(), *loaders())
-    folder = Path(fit.log_dir) / "interp"
-    widths = [
-        open_store(Folder(str(folder / room))).read(3).layers["conv2"].width for room in ("similarity", "similarity-2")
+    folder, rooms = Path(fit.log_dir) / "interp", ["similarity", *(f"similarity-{n}" for n in (2, 3, 4))]
+    widths = [layer.width for room in rooms for layer in open_store(Folder(str(folder / room))).read(3).layers.values()]
+    assert widths == [54, 6, 256, 3]
+    page = (folder / "report.html").read_text()
+    assert re.findall("<h2>(.*?)</h2>", page) == [
+        "How the layers changed",
+        *(f"How the layers changed ({room})" for room in rooms[1:]),
     ]
-    assert widths == [54, 6]
-    assert (folder / "report.html").read_text().count("How the layers changed") == 2
-    for tag in ("similarity_notes/probe", "similarity_notes/probe-2"):
-        assert events(fit).Tensors(f"{tag}/text_summary")
+    log = events(fit)
+    for room in rooms:
+        name = "CKA_maps_pool" if room == "similarity-2" else "CKA"
+        assert log.Tensors(f"{room}_notes/probe/text_summary")
+        assert len(log.Images(f"{room}_maps/{name}/layer_by_layer")) == 1
+        assert len(log.Scalars(f"interp_seconds/RepresentationSimilarity{room.removeprefix('similarity')}")) == 2
 
 
 def test_the_history_is_thinned_within_its_budget(tmp_path: Path) -> None:
