@@ -20,7 +20,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_interp.callbacks.guard import Guard, OnError, progress_of, run_folder, started_run
 from lightning_interp.callbacks.influence.arguments import check_arguments
-from lightning_interp.callbacks.influence.budget import Estimator
 from lightning_interp.callbacks.influence.checkpoint import named_class, read_checkpoint, restored_data, restored_module
 from lightning_interp.callbacks.influence.files import publish
 from lightning_interp.callbacks.influence.preflight import (
@@ -32,7 +31,7 @@ from lightning_interp.callbacks.influence.preflight import (
 from lightning_interp.callbacks.influence.recorder import Recorder
 from lightning_interp.callbacks.influence.replay import replay_end, run_folder_of
 from lightning_interp.callbacks.influence.report import describe_influence, strangeness
-from lightning_interp.callbacks.influence.scoring import InfluenceQuestion, score_within_budget
+from lightning_interp.callbacks.influence.scoring import AnyEstimator, InfluenceQuestion, score_within_budget
 from lightning_interp.callbacks.influence.spot_checks import (
     LAST_LAYER,
     Retrain,
@@ -134,7 +133,7 @@ class DataInfluence(Callback):
         self,
         queries: int = 6,
         top: int = 5,
-        estimator: Estimator | None = None,
+        estimator: AnyEstimator | None = None,
         train_dataset: Any = None,
         query_dataset: Any = None,
         weights: Literal["last", "best"] = "last",
@@ -313,7 +312,7 @@ class DataInfluence(Callback):
         rows = [row(batch, place) for batch in batches for place in range(size(batch))]
         return Samples(rows, batch_size=size(batches[0]), move=mover(trainer))
 
-    def _asked_for(self, trajectory: Trajectory | None) -> Estimator:
+    def _asked_for(self, trajectory: Trajectory | None) -> AnyEstimator:
         """Return the estimator, which goes by the recorded trajectory where it has no damping of its own."""
         estimator = InfluenceFunction() if self.estimator is None else self.estimator
         if isinstance(estimator, InfluenceFunction) and estimator.damping is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -44,6 +45,8 @@ class ConjugateGradient:
     preconditioner: EKFAC | KFAC | None = field(default_factory=EKFAC)
     samples: int | None = None
     seed: int = 0
+
+    solves_per_query: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_counts("ConjugateGradient", iterations=self.iterations, samples=self.samples)

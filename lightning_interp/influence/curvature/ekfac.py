@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +12,15 @@ from torch import Tensor
 
 from lightning_interp.checks import check_counts
 from lightning_interp.data.samples import Samples
-from lightning_interp.influence.curvature.curvature import Gradients, Scorer, Shift, sum_of
+from lightning_interp.influence.curvature.curvature import (
+    Fitted,
+    Gradients,
+    Scorer,
+    Shift,
+    share_of_mean_eigenvalue,
+    sum_of,
+)
+from lightning_interp.influence.damping import Damping
 from lightning_interp.influence.gradients.factored import FactoredGradients, Lookup
 from lightning_interp.influence.gradients.reader import Reader
 
@@ -50,6 +58,14 @@ class EKFAC:
 
     def check(self, parameters: int) -> None:
         """Accept any number of parameters: memory grows with the layers' widths, not with their product squared."""
+
+    def default_damping(self, fitted: Fitted) -> Damping:
+        """Return 0.1 × the mean eigenvalue: what Kronecker factors leave out takes more damping than training had."""
+        return share_of_mean_eigenvalue(fitted)
+
+    def decomposition_cost(self, shapes: Iterable[tuple[int, int, int]]) -> float:
+        """Return the cubes of the sides whose eigenvectors are found."""
+        return eigenvectors_cost(shapes)
 
     def fit(self, reader: Reader, samples: Samples) -> FittedEKFAC:
         """Estimate the blocks in two passes over the columns: factors first, then the eigenvalues in their basis."""
@@ -177,6 +193,15 @@ def passes(reader: Reader, samples: Samples, count: int | None, seed: int) -> tu
         held.extend(kept)
 
     return again, columns.n, columns.notes
+
+
+def eigenvectors_cost(shapes: Iterable[tuple[int, int, int]]) -> float:
+    """Return the multiplications, up to a factor, that the eigenvectors of both sides of all blocks take.
+
+    Args:
+        shapes: of the blocks' gradients, `(groups, o, i)`.
+    """
+    return float(sum(groups * side**3 for groups, *sides in shapes for side in sides if 1 < side <= WIDEST))
 
 
 def _bases(passed: Iterator[dict[str, FactoredGradients]]) -> dict[str, Basis]:

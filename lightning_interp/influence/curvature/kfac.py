@@ -12,7 +12,9 @@ from torch import Tensor
 
 from lightning_interp.checks import check_counts
 from lightning_interp.data.samples import Samples
-from lightning_interp.influence.curvature.ekfac import WIDEST, Basis, FittedEKFAC, passes
+from lightning_interp.influence.curvature.curvature import Fitted, share_of_mean_eigenvalue
+from lightning_interp.influence.curvature.ekfac import WIDEST, Basis, FittedEKFAC, eigenvectors_cost, passes
+from lightning_interp.influence.damping import Damping
 from lightning_interp.influence.gradients.factored import FactoredGradients, Lookup
 from lightning_interp.influence.gradients.reader import Reader
 
@@ -44,6 +46,14 @@ class KFAC:
 
     def check(self, parameters: int) -> None:
         """Accept any number of parameters: memory grows with the layers' widths, not with their product squared."""
+
+    def default_damping(self, fitted: Fitted) -> Damping:
+        """Return 0.1 × the mean eigenvalue: what Kronecker factors leave out takes more damping than training had."""
+        return share_of_mean_eigenvalue(fitted)
+
+    def decomposition_cost(self, shapes: Iterable[tuple[int, int, int]]) -> float:
+        """Return the cubes of the sides whose eigenvectors are found."""
+        return eigenvectors_cost(shapes)
 
     def fit(self, reader: Reader, samples: Samples) -> FittedEKFAC:
         """Estimate A in a pass over the samples, B in one over the columns."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +47,8 @@ class LiSSA:
     scale: float | None = None
     batch_size: int = 64
     seed: int = 0
+
+    solves_per_query: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_counts("LiSSA", iterations=self.iterations, repeats=self.repeats, batch_size=self.batch_size)

@@ -169,7 +169,7 @@ class GradientStore:
         if not len(query):
             raise ValueError("query: expected samples, got none")
         task = dataclasses.replace(task, kind=task.kind or self.facts["kind"])
-        reader = InfluenceFunction(IdentityCurvature(), 1.0).fit(model, query, task, progress).reader
+        reader = InfluenceFunction(IdentityCurvature(), 1.0).prepare(model, query, task, progress).reader
         blocks = self.facts["blocks"]
         if missing := set(blocks) - set(reader.coverage.blocks):
             raise ValueError(f"query: expected gradients of {', '.join(sorted(missing))}, got none")
