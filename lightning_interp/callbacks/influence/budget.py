@@ -20,6 +20,7 @@ from lightning_interp.influence.gradients.distributed import Ranks
 from lightning_interp.influence.gradients.ggn_columns import hessian_root
 from lightning_interp.influence.gradients.reader import SINGLE_PROCESS
 from lightning_interp.network.undisturbed import differentiable
+from lightning_interp.progress import quiet
 
 Item = TypeVar("Item")
 SMALLEST_TRIAL = 2  # samples: enough for one batch, and the least a cost per sample can be taken from
@@ -105,7 +106,7 @@ def afford_scores(score: Callable[[Sequence[int]], float], train: Samples, secon
 def _layer_to_cut_to(prepared: PreparedInfluence, seconds: float) -> str | None:
     """Return the last layer where decomposing the curvature of all would take too long, else None."""
     cost = _decomposition_seconds(prepared.curvature, prepared.coverage)
-    return weighted_layers(prepared.coverage.watch.model)[-1] if cost > TRIAL_SHARE * seconds else None
+    return weighted_layers(prepared.coverage.model)[-1] if cost > TRIAL_SHARE * seconds else None
 
 
 def _affordable_samples(prepared: PreparedInfluence, seconds: float) -> int | None:
@@ -134,14 +135,13 @@ def _affordable_samples(prepared: PreparedInfluence, seconds: float) -> int | No
 
 def _seconds_per_sample(prepared: PreparedInfluence) -> float:
     """Return about how long one sample takes in a fit: a backward for each column of its curvature."""
-    reader, watch = prepared.reader, prepared.coverage.watch
-    started, columns = time.perf_counter(), 1
-    with differentiable(watch.model):
-        trial = dataclasses.replace(reader, progress=Stopwatch()).traces(prepared.train.spread(SMALLEST_TRIAL), "trial")
-        for trace in trial:
-            trace.loss_rows()
+    reader, task, columns = dataclasses.replace(prepared.reader, progress=quiet), prepared.coverage.task, 1
+    started = time.perf_counter()
+    with differentiable(prepared.coverage.model):
+        for batch in reader.per_sample_gradients(prepared.train.spread(SMALLEST_TRIAL), "trial"):
+            batch.loss_gradients()
             if needs_outputs(prepared.curvature):
-                columns = hessian_root(trace.outputs, trace.targets, watch.task, torch.Generator()).norms.shape[1]
+                columns = hessian_root(batch.outputs, batch.targets, task, torch.Generator()).norms.shape[1]
     return (time.perf_counter() - started) * columns / SMALLEST_TRIAL
 
 

@@ -108,7 +108,7 @@ class InfluenceFunction:
         recorded = isinstance(self.damping, Trajectory)
         return PreparedInfluence(
             reader,
-            reader.whole(samples),
+            reader.rebatch(samples),
             first,
             curvature,
             reason,

@@ -14,7 +14,7 @@ from lightning_interp.influence.curvature.curvature import damping_for, needs_ou
 from lightning_interp.influence.damping import Damping
 from lightning_interp.influence.estimators.fitted import FittedInfluence
 from lightning_interp.influence.gradients.coverage import Coverage
-from lightning_interp.influence.gradients.ggn_columns import DRAWS, is_mixed
+from lightning_interp.influence.gradients.ggn_columns import MIXTURES, has_random_root
 from lightning_interp.influence.gradients.reader import Reader
 from lightning_interp.network.undisturbed import differentiable
 
@@ -57,7 +57,7 @@ class PreparedInfluence:
             ValueError: the curvature is zero, or cannot take the damping.
             FloatingPointError: losses are not finite, or the damped curvature is not positive definite.
         """
-        with differentiable(self.coverage.watch.model):
+        with differentiable(self.coverage.model):
             fitted = self.curvature.fit(self.reader, self.train)
             damping = damping_for(self.curvature, fitted, self.given_damping, self.recorded_damping)
             inverse = fitted.inverse(damping.shift(self.coverage))
@@ -66,19 +66,19 @@ class PreparedInfluence:
 
     def _mixture_note(self) -> str:
         """Say so if the curvature is that of random mixtures of the classes at many positions."""
-        task = self.coverage.watch.task
+        task = self.coverage.task
         if not needs_outputs(self.curvature) or task.loss is not loss_per_sample:
             return ""
         with torch.no_grad():
-            outputs = task.outputs(self.coverage.watch.model, task.inputs(self.first))
-        if not is_mixed(outputs, task.targets(self.first), task):
+            outputs = task.outputs(self.coverage.model, task.inputs(self.first))
+        if not has_random_root(outputs, task.targets(self.first), task):
             return ""
-        return f"classes at many positions: the curvature is that of {DRAWS} random mixtures of them per sample"
+        return f"classes at many positions: the curvature is that of {MIXTURES} random mixtures of them per sample"
 
     def _slow_note(self) -> str:
         """Say so if some parameters' gradients take a backward for each sample."""
-        leftover = self.coverage.watch.leftover
-        if leftover is None or leftover.vectorised:
+        fallback = self.coverage.fallback
+        if fallback is None or fallback.vectorised:
             return ""
-        names = ", ".join(block.name for block in leftover.blocks)
+        names = ", ".join(block.name for block in fallback.blocks)
         return f"{names}: torch.func cannot follow, so each sample has a backward of its own, which is slow"
