@@ -196,15 +196,13 @@ class ColumnsInverse:
 
     def solve(self, rows: Gradients) -> dict[str, Tensor]:
         """Return (H + Λ)⁻¹ ∇ℓ of each sample: block → `(q, groups, o, i)`."""
-        asked, solved = self._in_columns(rows)
-        found = {}
-        for block, row in asked.items():
+        white, solved = self._in_columns(rows)
+        vectors = {}
+        for block, row in white.items():
             along = torch.stack([self.rows[block].scale(weights).sum() for weights in solved])
-            rest = row.gradients().flatten(1) - along.flatten(1)
-            shift = self.shift[block]
-            scale = shift.rsqrt().reshape(-1).to(rest) if isinstance(shift, Tensor) else shift**-0.5
-            found[block] = (rest * scale).reshape(-1, *rows[block].shape)
-        return found
+            remaining = row.gradients().flatten(1) - along.flatten(1)
+            vectors[block] = (remaining * inverse_root(self.shift[block], remaining)).reshape(-1, *rows[block].shape)
+        return vectors
 
     def squares(self, rows: Gradients) -> Tensor:
         """Return ∇ℓ_iᵀ (H + Λ)⁻¹ ∇ℓ_i of each sample, `(n,)`."""
@@ -233,6 +231,11 @@ class ColumnsInverse:
 def whitened(rows: Gradients, shift: Shift) -> dict[str, FactoredGradients]:
     """Return Λ^−½ g, factored where Λ is one number for a block."""
     return {block: _whitened(row, shift[block]) for block, row in rows.items()}
+
+
+def inverse_root(shift: float | Tensor, like: Tensor) -> float | Tensor:
+    """Return Λ^−½ of a block: a number, or `(elements,)` in the type of `like`."""
+    return shift.rsqrt().reshape(-1).to(like) if isinstance(shift, Tensor) else shift**-0.5
 
 
 def gathered(passed: Iterable[dict[str, FactoredGradients]]) -> dict[str, FactoredGradients]:
@@ -286,9 +289,7 @@ def _summed(passed: Iterable[dict[str, FactoredGradients]]) -> Tensor:
 
 
 def _whitened(row: FactoredGradients, shift: float | Tensor) -> FactoredGradients:
-    if isinstance(shift, Tensor):
-        return FactoredGradients(
-            row.outputs.new_ones(len(row), 1, 1, 1),
-            row.as_vectors().outputs * shift.rsqrt().reshape(-1).to(row.outputs),
-        )
-    return FactoredGradients(row.inputs, row.outputs * shift**-0.5)
+    root = inverse_root(shift, row.outputs)
+    if isinstance(root, Tensor):
+        return FactoredGradients(row.outputs.new_ones(len(row), 1, 1, 1), row.as_vectors().outputs * root)
+    return FactoredGradients(row.inputs, row.outputs * root)

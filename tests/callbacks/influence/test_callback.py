@@ -446,7 +446,7 @@ def test_binary_floats_with_names_are_not_called_wrong(tmp_path: Path) -> None:
 def test_a_decomposition_that_takes_too_long_leaves_the_last_layer() -> None:
     module, train, query = Net().eval(), Samples(Shapes(96)), Samples(Shapes(2))
     prepared, message = afford_curvature(InfluenceFunction(), partial(prepare, module, train), 1e-7)
-    assert list(prepared.coverage.parameters) == ["head.weight", "head.bias"]
+    assert list(prepared.coverage.parameter_sizes) == ["head.weight", "head.bias"]
     assert "only the parameters of head" in message
     _, message = afford_curvature(InfluenceFunction(damping=0.1), partial(prepare, module, train), 1e-7)
     assert message == ""  # columns were chosen, which decompose no layer
