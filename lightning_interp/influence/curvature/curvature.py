@@ -114,14 +114,14 @@ def decomposition_cost(curvature: Curvature, shapes: Iterable[tuple[int, int, in
     return 0.0 if cost is None else float(cost(shapes))
 
 
-def damping_for(curvature: Curvature, fitted: Fitted, given: Damping | None, recorded: Damping | None) -> Damping:
-    """Return the damping that is given, else the curvature's own, else the recorded, else 0.1 × the mean eigenvalue.
+def damping_for(curvature: Curvature, fitted: Fitted, users: Damping | None, recorded: Damping | None) -> Damping:
+    """Return the user's damping, else the curvature's own, else the recorded, else 0.1 × the mean eigenvalue.
 
     Raises:
         ValueError: there is none of these, and the curvature is zero.
     """
-    if given is not None:
-        return given
+    if users is not None:
+        return users
     own: Callable[[Fitted], Damping] | None = getattr(curvature, "default_damping", None)
     if own is not None:
         return own(fitted)
@@ -138,6 +138,11 @@ def share_of_mean_eigenvalue(fitted: Fitted) -> Damping:
     if not damping > 0:
         raise ValueError("damping: the curvature to take it from is zero (is the softmax saturated?); pass damping=")
     return Damping(damping, f"{DAMPING_SHARE} × the mean eigenvalue of the curvature")
+
+
+def spread_out(samples: Samples, count: int | None) -> Samples:
+    """Return `count` samples at even distances; all when None."""
+    return samples if count is None else samples.spread(count)
 
 
 def sum_of(tensors: Iterable[Tensor]) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_interp.checks import check_counts
 from lightning_interp.data.samples import Samples
-from lightning_interp.influence.curvature.curvature import DAMPING_SHARE, Gradients, Scorer, Shift, sum_of
-from lightning_interp.influence.curvature.gauss_newton import gathered, inverse_root, whitened
+from lightning_interp.influence.curvature.curvature import DAMPING_SHARE, Gradients, Scorer, Shift, spread_out, sum_of
+from lightning_interp.influence.curvature.gauss_newton import gather, inverse_root, whiten
 from lightning_interp.influence.damping import Damping
 from lightning_interp.influence.gradients.blocks import ParameterBlock
 from lightning_interp.influence.gradients.factored import FactoredGradients, dot_products
@@ -62,9 +62,9 @@ class DataInf:
 
     def fit(self, reader: Reader, samples: Samples) -> FittedDataInf:
         """Gather the gradients of the samples' losses, in one pass."""
-        used = samples if self.samples is None else samples.spread(self.samples)
-        passed = reader.per_sample_gradients(used, "curvature, gradients")
-        return FittedDataInf(gathered(batch.loss_gradients() for batch in passed), reader.coverage.blocks, len(used))
+        subset = spread_out(samples, self.samples)
+        batches = reader.per_sample_gradients(subset, "curvature, gradients")
+        return FittedDataInf(gather(batch.loss_gradients() for batch in batches), reader.coverage.blocks, len(subset))
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +95,7 @@ class FittedDataInf:
 
     def inverse(self, shift: Shift) -> DataInfInverse:
         """Return (1/n) Σ (g gᵀ + Λ)⁻¹."""
-        gradients = whitened(self.gradients, shift)
+        gradients = whiten(self.gradients, shift)
         shares = {name: 1 / (self.n * (1 + block.squared_norms())) for name, block in gradients.items()}
         return DataInfInverse(gradients, shift, shares)
 
@@ -127,12 +127,12 @@ class DataInfInverse:
         """Return ∇ℓ_iᵀ (H + Λ)⁻¹ ∇ℓ_i of each sample, `(n,)`."""
         return sum_of(
             row.squared_norms() - self.shares[block] @ dot_products(self.gradients[block], row).square()
-            for block, row in whitened(rows, self.shift).items()
+            for block, row in whiten(rows, self.shift).items()
         )
 
     def _solve_block(self, block: str, row: FactoredGradients) -> Float[Tensor, "q groups o i"]:
         """Return I − Σ share · d dᵀ between the two Λ^−½, times each sample's gradient."""
-        white, own = whitened({block: row}, self.shift)[block], self.gradients[block]
+        white, own = whiten({block: row}, self.shift)[block], self.gradients[block]
         weights = dot_products(white, own) * self.shares[block]
         removed = torch.stack([own.scale(of_query).sum() for of_query in weights]).flatten(1)
         remaining = white.gradients().flatten(1) - removed

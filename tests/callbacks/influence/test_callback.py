@@ -456,7 +456,7 @@ def test_a_decomposition_that_takes_too_long_leaves_the_last_layer() -> None:
 def test_an_estimator_that_cannot_work_is_named_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_interp.influence.curvature.gauss_newton.MOST_PARAMETERS", 50)
+    monkeypatch.setattr("lightning_interp.influence.curvature.gauss_newton.MOST_PARAMETERS_FOR_MATRIX", 50)
     for estimator, says in (
         (InfluenceFunction(layers=["nope"]), "'nope' names no layer"),
         (InfluenceFunction(GaussNewton()), "at most 50 covered"),

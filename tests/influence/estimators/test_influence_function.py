@@ -261,7 +261,7 @@ def test_errors_are_named(small: tuple[nn.Module, TensorDataset, TensorDataset])
 def test_columns_give_the_whole_matrix_where_all_are_kept(
     small: tuple[nn.Module, TensorDataset, TensorDataset], most_solved: int, own: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_interp.influence.curvature.gauss_newton.MOST_SOLVED", most_solved)
+    monkeypatch.setattr("lightning_interp.influence.curvature.gauss_newton.LARGEST_SOLUTION", most_solved)
     net, train, query = small
     each = {name: torch.rand_like(p) * 0.01 + 0.01 for name, p in net.named_parameters()}
     damping = Damping(each, "test") if own else 0.01
