@@ -20,7 +20,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_interp.callbacks.guard import Guard, OnError, started_run
 from lightning_interp.callbacks.influence.arguments import check_arguments
-from lightning_interp.callbacks.influence.budget import Estimator
 from lightning_interp.callbacks.influence.checkpoint import named_class, read_checkpoint, restored_data, restored_module
 from lightning_interp.callbacks.influence.preflight import (
     augmentation_warning,
@@ -32,7 +31,7 @@ from lightning_interp.callbacks.influence.queries import choose_queries, query_c
 from lightning_interp.callbacks.influence.recorder import Recorder
 from lightning_interp.callbacks.influence.replay import replay_end, run_folder_of
 from lightning_interp.callbacks.influence.report import describe_influence, influence_findings
-from lightning_interp.callbacks.influence.scoring import InfluenceQuestion, score_within_budget
+from lightning_interp.callbacks.influence.scoring import AnyEstimator, InfluenceQuestion, score_within_budget
 from lightning_interp.callbacks.influence.spot_checks import (
     LAST_LAYER,
     Retrain,
@@ -139,7 +138,7 @@ class DataInfluence(Callback):
         self,
         queries: int = 6,
         top: int = 5,
-        estimator: Estimator | None = None,
+        estimator: AnyEstimator | None = None,
         train_dataset: Any = None,
         query_dataset: Any = None,
         weights: Literal["last", "best"] = "last",
@@ -317,7 +316,7 @@ class DataInfluence(Callback):
             check_last_layer(OWNER, module, task, batch)
         return tuple(filter(None, cautions))
 
-    def _estimator_with(self, trajectory: Trajectory | None) -> Estimator:
+    def _estimator_with(self, trajectory: Trajectory | None) -> AnyEstimator:
         """Return the estimator, which uses the recorded trajectory where it has no damping of its own."""
         estimator = InfluenceFunction() if self.estimator is None else self.estimator
         if isinstance(estimator, InfluenceFunction) and estimator.damping is None:
