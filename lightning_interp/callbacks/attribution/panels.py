@@ -14,9 +14,9 @@ from lightning_interp.attribution import ExplainsAllClasses, Target, explain
 from lightning_interp.attribution.engine.single_pass import explain_outputs
 from lightning_interp.attribution.results import Explanation
 from lightning_interp.callbacks.attribution.arguments import Choice
-from lightning_interp.data.batch import device_of, select_rows, size, to_device
+from lightning_interp.data.batch import count_samples, device_of, select_samples, to_device
 from lightning_interp.data.probe import Probe
-from lightning_interp.data.task import Problem, Task, predicted, probabilities
+from lightning_interp.data.task import Problem, Task, predict_classes, probabilities
 from lightning_interp.views.attribution import TitledMap, attribution_panel, trouble
 from lightning_interp.views.canvas import Pixels
 from lightning_interp.views.describe import sample_views, targets_of
@@ -146,7 +146,7 @@ def _batches_with_ids(module: nn.Module, probe: Probe) -> Iterator[tuple[Any, li
     """Yield each batch on the module's device, with its samples' dataset indices."""
     start = 0
     for batch in probe.batches:
-        stop = start + size(batch)
+        stop = start + count_samples(batch)
         yield to_device(batch, device_of(module)), list(probe.ids[start:stop])
         start = stop
 
@@ -170,7 +170,7 @@ def targets_to_explain(answer: AnsweredBatch, choice: Choice, classes: int) -> l
     if classes > 1 and answer.kind in ("classes", "binary", "multilabel"):
         ranked = probabilities(answer.outputs, answer.kind).argsort(dim=1, descending=True)
         return [ranked[:, rank] for rank in range(min(classes, ranked.shape[1]))]
-    return [predicted(answer.outputs, answer.kind)[0]]
+    return [predict_classes(answer.outputs, answer.kind)[0]]
 
 
 def fixed_target(answer: AnsweredBatch, choice: Choice) -> Target:
@@ -206,7 +206,7 @@ def explanations_of(
         rows = (target.cpu() != explained.cpu()).nonzero()[:, 0]
     if not len(rows):
         return first
-    inputs = batch.inputs if len(rows) == len(batch.outputs) else select_rows(batch.inputs, rows)
+    inputs = batch.inputs if len(rows) == len(batch.outputs) else select_samples(batch.inputs, rows)
     own_target = target if callable(target) else target[rows.to(target.device)]
     again = explain(list(setup.methods.values()), module, inputs, own_target, setup.task)
     return {

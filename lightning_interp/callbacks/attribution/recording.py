@@ -33,9 +33,9 @@ from lightning_interp.callbacks.attribution.scores import (
     faithfulness_scores,
     scores_table,
 )
-from lightning_interp.data.batch import row, take
+from lightning_interp.data.batch import single_sample, slice_samples
 from lightning_interp.data.probe import Probe, subset_of_probe
-from lightning_interp.data.task import Task, predicted
+from lightning_interp.data.task import Task, predict_classes
 from lightning_interp.storage.attribution_maps import MapStore
 from lightning_interp.storage.folder import Folder
 from lightning_interp.views.display import kind_of
@@ -168,7 +168,7 @@ def _score(
     for batch, target, by_method in zip(batches, run.targets, explained, strict=True):
         count = min(missing, len(batch.outputs))
         if count:
-            inputs = batch.inputs if count == len(batch.outputs) else take(batch.inputs, 0, count)
+            inputs = batch.inputs if count == len(batch.outputs) else slice_samples(batch.inputs, 0, count)
             first = {
                 name: dataclasses.replace(one, maps=one.maps[:count], target=one.target[:count])
                 for name, one in by_method.items()
@@ -203,7 +203,7 @@ def _confidence_where_wrong(answer: AnsweredBatch) -> Tensor:
     """Return the probability of the predicted class where it is wrong, 0 elsewhere, `(n,)`."""
     if answer.kind not in ("classes", "binary"):
         return torch.zeros(len(answer.views))
-    probability = predicted(answer.outputs, answer.kind)[1].cpu()
+    probability = predict_classes(answer.outputs, answer.kind)[1].cpu()
     wrong = torch.tensor([view.wrong for view in answer.views])
     return torch.where(wrong, probability, torch.zeros_like(probability))
 
@@ -223,7 +223,7 @@ def open_store(folder: Folder, probe: Probe, step: int, earlier: dict[str, Any])
 def default_methods(module: nn.Module, inputs: Any, task: Task) -> dict[str, Attributor]:
     """Return the default methods that work on one sample: Grad-CAM only where images pass a map or tokens."""
     methods: dict[str, Attributor] = {"Saliency": Saliency()}
-    if kind_of(row(task.explained(inputs), 0)) == "image":
+    if kind_of(single_sample(task.explained(inputs), 0)) == "image":
         methods = {"GradCAM": GradCAM(), **methods}
     working, reasons = {}, []
     for name, method in methods.items():

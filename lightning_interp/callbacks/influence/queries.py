@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_interp.callbacks.trainer_data import given_samples, mover, progress_of, validation_source, with_ids
-from lightning_interp.data.batch import row, size
+from lightning_interp.data.batch import count_samples, single_sample
 from lightning_interp.data.probe import take_probe
 from lightning_interp.data.samples import Samples
-from lightning_interp.data.task import Task, predicted
+from lightning_interp.data.task import Task, predict_classes
 
 MOST_SEARCHED = 4096  # one forward each; more would cost as much as scoring a small training set
 MOST_OF_A_STREAM = 256  # samples of an iterable dataset are kept in memory
@@ -45,8 +45,8 @@ def _candidates(trainer: pl.Trainer, dataset: Any, task: Task, owner: str) -> Sa
     if isinstance(samples, Samples):
         return samples
     batches = take_probe(samples, MOST_OF_A_STREAM, "validation set", task).batches
-    rows = [row(batch, index) for batch in batches for index in range(size(batch))]
-    return Samples(rows, batch_size=size(batches[0]), move=mover(trainer))
+    rows = [single_sample(batch, index) for batch in batches for index in range(count_samples(batch))]
+    return Samples(rows, batch_size=count_samples(batches[0]), move=mover(trainer))
 
 
 def choose_queries(trainer: pl.Trainer, module: nn.Module, task: Task, candidates: Samples, count: int) -> Samples:
@@ -67,6 +67,6 @@ def strangeness(task: Task, outputs: Tensor, targets: Tensor, losses: Tensor) ->
     kind = task.problem(outputs, targets)
     if kind not in ("classes", "binary") or targets.numel() != len(outputs):
         return losses.detach()
-    predicted_class, probability = predicted(outputs, kind)
+    predicted_class, probability = predict_classes(outputs, kind)
     wrong = predicted_class != targets.reshape(-1).to(predicted_class)
     return torch.where(wrong, 1 + probability, -torch.expm1(-losses.detach()).to(probability))

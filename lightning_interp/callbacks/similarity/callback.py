@@ -31,7 +31,7 @@ from lightning_interp.callbacks.similarity.report import similarity_findings
 from lightning_interp.callbacks.similarity.resume import reason_not_to_resume, restored_state
 from lightning_interp.callbacks.trainer_data import Source, given_samples, in_precision, progress_of, validation_source
 from lightning_interp.checks import ArgumentError, check_count, tag
-from lightning_interp.data.batch import device_of, size, take, to_device
+from lightning_interp.data.batch import count_samples, device_of, slice_samples, to_device
 from lightning_interp.data.probe import Probe, take_probe
 from lightning_interp.data.task import Task
 from lightning_interp.similarity import CKA, SVCCA, AnyMeasure, Maps, Pooling, Tokens
@@ -250,9 +250,9 @@ class RepresentationSimilarity(Callback):
 
     def _choose_layers(self, trainer: pl.Trainer, module: pl.LightningModule, probe: Probe) -> Activations:
         """Run a few samples, and keep those of the requested layers that give features."""
-        count = min(3, size(probe.batches[0]))
+        count = min(3, count_samples(probe.batches[0]))
         # Two numbers of samples: the dimension of an output that differs between them is that of the samples.
-        batches = [take(probe.batches[0], 0, n) for n in (count, max(1, count - 1))]
+        batches = [slice_samples(probe.batches[0], 0, n) for n in (count, max(1, count - 1))]
         forward = partial(self._forward, trainer, module)
         called = find_activations(module, forward, batches, self.pooling, self.task.mask)
         return chosen_layers(module, self.layers, called, batches[0])
