@@ -16,7 +16,7 @@ from lightning_interp.attribution.engine.relu_rules import ReluRule, deconvnet, 
 from lightning_interp.attribution.engine.single_pass import INPUT, Goal, OfTarget, Pass, SinglePass, check_layers
 from lightning_interp.attribution.engine.target import Target
 from lightning_interp.attribution.saliency import of_input
-from lightning_interp.data.batch import size, tensors
+from lightning_interp.data.batch import count_samples, tensors
 from lightning_interp.data.task import Task
 from lightning_interp.network.undisturbed import hooked, undisturbed
 
@@ -160,7 +160,7 @@ def strongest(
     with undisturbed(model), torch.no_grad(), hooked(model, [layer], hook):
         for batch in batches:
             inputs = task.inputs(batch)
-            n = size(inputs)
+            n = count_samples(inputs)
             task.outputs(model, inputs)
     if not found:
         raise ValueError(f"layer={layer!r}: expected a layer that forward calls, but it was not called")

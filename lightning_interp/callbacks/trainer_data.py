@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_interp.checks import ArgumentError
-from lightning_interp.data.batch import at_least_float32, take
+from lightning_interp.data.batch import at_least_float32, slice_samples
 from lightning_interp.data.dataset_rng import dataset_rng_kept
 from lightning_interp.data.samples import Samples
 from lightning_interp.data.task import SAMPLES_TO_SETTLE, Task, settle_kind
@@ -143,7 +143,7 @@ def settled_task(trainer: pl.Trainer, module: nn.Module, task: Task, samples: Sa
     task = in_precision(trainer, task)
     first = next(iter(dataclasses.replace(samples, workers=0).spread(2) if isinstance(samples, Samples) else samples))
     more = samples.spread(SAMPLES_TO_SETTLE) if isinstance(samples, Samples) else [first]
-    return settle_kind(task, module, take(first, 0, 2), more)
+    return settle_kind(task, module, slice_samples(first, 0, 2), more)
 
 
 def _validation_loaders(trainer: pl.Trainer) -> list[Any]:

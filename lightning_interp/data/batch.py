@@ -58,7 +58,7 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
     return _rebuilt(batch, lambda part: map_tensors(function, part))
 
 
-def size(batch: Any) -> int:
+def count_samples(batch: Any) -> int:
     """Return the number of samples: the leading dimension of the first tensor that has one.
 
     Raises:
@@ -97,14 +97,14 @@ def _rows(part: Any) -> Iterator[int]:
             yield from _rows(getattr(part, field.name))
 
 
-def take(batch: Any, start: int, stop: int) -> Any:
+def slice_samples(batch: Any, start: int, stop: int) -> Any:
     """Return samples `start` to `stop` of a batch; what is not one row per sample stays whole.
 
-    >>> take((torch.arange(5), "name"), 1, 3)
+    >>> slice_samples((torch.arange(5), "name"), 1, 3)
     (tensor([1, 2]), 'name')
     """
     marked = _lists_marked(batch)
-    return _take(marked, size(marked), start, stop)
+    return _take(marked, count_samples(marked), start, stop)
 
 
 def _lists_marked(batch: Any) -> Any:
@@ -132,7 +132,7 @@ def _take(part: Any, n: int, start: int, stop: int) -> Any:
     return _rebuilt(part, lambda inner: _take(inner, n, start, stop))
 
 
-def select_rows(batch: Any, rows: Int[Tensor, " m"], old: Tensor | None = None, new: Tensor | None = None) -> Any:
+def select_samples(batch: Any, rows: Int[Tensor, " m"], old: Tensor | None = None, new: Tensor | None = None) -> Any:
     """Return a copy of the given samples of a batch, in that order; one tensor may be replaced by another.
 
     Args:
@@ -141,11 +141,11 @@ def select_rows(batch: Any, rows: Int[Tensor, " m"], old: Tensor | None = None, 
         old: a tensor of the batch.
         new: what stands in its place.
 
-    >>> select_rows({"x": torch.arange(3), "name": ["a", "b", "c"]}, torch.tensor([2, 2]))
+    >>> select_samples({"x": torch.arange(3), "name": ["a", "b", "c"]}, torch.tensor([2, 2]))
     {'x': tensor([2, 2]), 'name': ['c', 'c']}
     """
     batch = _lists_marked(batch)
-    n = size(batch)
+    n = count_samples(batch)
 
     def pick(part: Any) -> Any:
         if isinstance(part, Tensor):
@@ -194,10 +194,10 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def row(batch: Any, place: int) -> Any:
+def single_sample(batch: Any, place: int) -> Any:
     """Return one sample of a batch, without its leading dimension.
 
-    >>> row({"x": torch.arange(3), "scale": torch.tensor(2.0)}, 1)
+    >>> single_sample({"x": torch.arange(3), "scale": torch.tensor(2.0)}, 1)
     {'x': tensor(1), 'scale': tensor(2.)}
     """
 
@@ -206,7 +206,7 @@ def row(batch: Any, place: int) -> Any:
             return part[0] if part.ndim else part
         return part[0] if is_ragged(part) else _rebuilt(part, first)
 
-    return first(take(batch, place, place + 1))
+    return first(slice_samples(batch, place, place + 1))
 
 
 def main_tensor(value: Any, lead: int = 0) -> Tensor:

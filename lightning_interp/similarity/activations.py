@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_interp.data.batch import at_least_float32, size
+from lightning_interp.data.batch import at_least_float32, count_samples
 from lightning_interp.network.layers import layer_names, plain_name
-from lightning_interp.network.layout import Layout, agreed_layout, layout_of, unpacked
+from lightning_interp.network.layout import Layout, agreed_layout, layout_of, unpack
 from lightning_interp.network.undisturbed import hooked
 from lightning_interp.similarity.gram import FeatureBlock, centred_gram, check_rows
 from lightning_interp.similarity.pooling import Pooling, fitted, many_rows, rows, width
@@ -122,9 +122,11 @@ def find_activations(
     for batch in batches:
         found: dict[str, list[Layout | None]] = {}
 
-        def hook(layer: str, part: nn.Module, _: Any, output: Any, n: int = size(batch), found: Any = found) -> None:
+        def hook(
+            layer: str, part: nn.Module, _: Any, output: Any, n: int = count_samples(batch), found: Any = found
+        ) -> None:
             found.setdefault(layer, []).append(layout_of(part, output, n))
-            tensor = unpacked(output)[0]
+            tensor = unpack(output)[0]
             given[layer] = None if tensor is None or tensor.is_nested else tensor.clone()
 
         with torch.no_grad(), hooked(module, names, hook):

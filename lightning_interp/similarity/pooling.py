@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lightning_interp.data.batch import at_least_float32
-from lightning_interp.network.layout import Kind, Layout, unpacked
+from lightning_interp.network.layout import Layout, LayoutKind, unpack
 
 Maps = Literal["flatten", "pool", "positions"]
 Tokens = Literal["mean", "cls", "positions", "flatten"]
@@ -66,7 +66,7 @@ def rows(output: Any, layout: Layout, reading: Pooling, mask: Bool[Tensor, "n to
         reading: what to make of maps and sequences.
         mask: True for tokens that count; taken where a sequence is as long, or up to 8 tokens longer at its front.
     """
-    tensor, own = unpacked(output)
+    tensor, own = unpack(output)
     assert tensor is not None
     tensor = tensor if layout.batch_first else tensor.transpose(0, 1)
     if layout.kind == "vector":
@@ -119,5 +119,5 @@ def _spread(length: int, count: int) -> Int[Tensor, " k"]:
     return ((torch.arange(count) + 0.5) * length / max(1, count)).long()
 
 
-def _argument(kind: Kind) -> str:
+def _argument(kind: LayoutKind) -> str:
     return "maps" if kind == "map" else "tokens"

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_interp.data.batch import size, take
+from lightning_interp.data.batch import count_samples, slice_samples
 from lightning_interp.data.normalization import normalization_of
 from lightning_interp.data.samples import Samples, class_names
-from lightning_interp.data.task import Problem, Task, predicted, probabilities
+from lightning_interp.data.task import Problem, Task, predict_classes, probabilities
 from lightning_interp.views.display import Display, SampleView
 
 SHOWN_CLASSES = 3
@@ -25,8 +25,8 @@ def view_samples(model: nn.Module, task: Task, samples: Samples, display: Displa
     with torch.no_grad():
         for batch in samples:
             outputs = task.outputs(model, task.inputs(batch))
-            for place in range(size(batch)):  # one by one: images of a list each have their own size
-                one = take(batch, place, place + 1)
+            for place in range(count_samples(batch)):  # one by one: images of a list each have their own size
+                one = slice_samples(batch, place, place + 1)
                 held = sample_views(one, outputs[place : place + 1], task, [ids[len(shown)]], display)[0]
                 shown.append(_without_padding(held, one, task))
     return shown
@@ -69,7 +69,7 @@ def sample_views(batch: Any, outputs: Tensor, task: Task, ids: Sequence[int], di
     explained = task.explained(task.inputs(batch)).detach().cpu()
     outputs, targets = outputs.detach().cpu(), targets_of(batch, task)
     kind = task.problem(outputs, targets)
-    chosen, chance = predicted(outputs, kind)
+    chosen, chance = predict_classes(outputs, kind)
     said = {"multilabel": (outputs > 0).long(), "regression": outputs}.get(kind or "", chosen)
     true = None if targets is None else targets.cpu() if kind in (None, "regression") else targets.cpu().long()
     judged = true is not None and kind in ("classes", "binary", "multilabel") and true.numel() == said.numel()
@@ -83,7 +83,7 @@ def sample_views(batch: Any, outputs: Tensor, task: Task, ids: Sequence[int], di
             wrong=judged and not torch.equal(said[place].flatten(), _flat(true, place)),
             likeliest=_likeliest_classes(outputs[place : place + 1], kind, display),
         )
-        for place, index in zip(range(size(batch)), ids, strict=True)
+        for place, index in zip(range(count_samples(batch)), ids, strict=True)
     ]
 
 

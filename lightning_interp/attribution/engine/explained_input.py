@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_interp.data.batch import is_ragged, select_rows
+from lightning_interp.data.batch import is_ragged, select_samples
 from lightning_interp.data.task import Task
 
 NO_GRADIENT = "model: expected outputs with a gradient, got none (is part of forward under no_grad?)"
@@ -96,7 +96,7 @@ class ExplainedInput:
     def outputs_of(self, raw: Tensor, rows: Int[Tensor, " m"] | None = None) -> Tensor:
         """Return the model's outputs where `raw`, floats or token ids, stand for the samples `rows`."""
         rows = self.everything if rows is None else rows
-        return self.task.outputs(self.model, select_rows(self.inputs, rows, self.raw, raw))
+        return self.task.outputs(self.model, select_samples(self.inputs, rows, self.raw, raw))
 
     def with_leaf(self) -> tuple[Tensor, Tensor]:
         """Return the values as a leaf that gradients flow to, and the outputs computed from it."""

@@ -14,7 +14,7 @@ from lightning_interp.attribution.engine.explained_input import ExplainedInput
 from lightning_interp.attribution.engine.target import Target
 from lightning_interp.attribution.metrics.rank_correlation import flat_map, rank_correlation
 from lightning_interp.attribution.results import Explanation
-from lightning_interp.data.batch import select_rows
+from lightning_interp.data.batch import select_samples
 from lightning_interp.data.task import Task
 from lightning_interp.network.undisturbed import explaining, hooked, undisturbed
 
@@ -103,7 +103,7 @@ def last_weights(model: nn.Module, inputs: Any, task: Task = Task()) -> str:
     named = [name for name, part in model.named_modules() if _owns(part)]
     with explaining(model), torch.no_grad():
         explained = ExplainedInput(model, inputs, task)
-        one = select_rows(inputs, explained.everything[:1])
+        one = select_samples(inputs, explained.everything[:1])
         with hooked(model, named, lambda name, *_: called.append(name)):
             task.outputs(model, one)
     inner = [name for name in called if not any(_inside(other, name) for other in called)]

@@ -49,8 +49,8 @@ from lightning_interp.callbacks.trainer_data import (
     validation_source,
 )
 from lightning_interp.checks import check_count, tag
-from lightning_interp.data.batch import device_of, take, to_device
-from lightning_interp.data.probe import Probe, one_by_one, take_probe
+from lightning_interp.data.batch import device_of, slice_samples, to_device
+from lightning_interp.data.probe import Probe, split_ragged, take_probe
 from lightning_interp.data.task import Task
 from lightning_interp.network.layers import match_layers
 from lightning_interp.storage.folder import Folder
@@ -269,12 +269,12 @@ class InputAttribution(Callback):
         return validation_source(trainer, OWNER)
 
     def _more(self, source: Source, count: int, task: Task) -> Probe:
-        return one_by_one(take_probe(source.samples, count, source.name, task), task)
+        return split_ragged(take_probe(source.samples, count, source.name, task), task)
 
     def _ask(self, trainer: pl.Trainer, module: pl.LightningModule, source: Source) -> tuple[Probe, AttributionSetup]:
-        probe = one_by_one(take_probe(source.samples, self.samples, source.name, self.task), self.task)
+        probe = split_ragged(take_probe(source.samples, self.samples, source.name, self.task), self.task)
         task = settled_task(trainer, module, self.task, source.samples)
-        inputs = task.inputs(to_device(take(probe.batches[0], 0, 1), device_of(module)))
+        inputs = task.inputs(to_device(slice_samples(probe.batches[0], 0, 1), device_of(module)))
         methods = self.methods or default_methods(module, inputs, task)
         display = with_dataset_names(
             self.display, source.samples, [task.explained(task.inputs(b)) for b in probe.batches]

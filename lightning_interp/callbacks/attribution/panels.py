@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lightning_interp.attribution import LIME, KernelSHAP, Target, explain
 from lightning_interp.attribution.results import Explanation
 from lightning_interp.callbacks.attribution.arguments import Choice
-from lightning_interp.data.batch import device_of, size, to_device
+from lightning_interp.data.batch import count_samples, device_of, to_device
 from lightning_interp.data.probe import Probe
-from lightning_interp.data.task import Problem, Task, predicted, probabilities
+from lightning_interp.data.task import Problem, Task, predict_classes, probabilities
 from lightning_interp.views.attribution import Titled, attribution_panel, trouble
 from lightning_interp.views.canvas import Pixels
 from lightning_interp.views.describe import sample_views, targets_of
@@ -73,7 +73,7 @@ def answer_batches(module: nn.Module, probe: Probe, asked: AttributionSetup) -> 
         inputs, labels = asked.task.inputs(held), targets_of(held, asked.task)
         with torch.no_grad():
             outputs = asked.task.outputs(module, inputs)
-        shown = sample_views(held, outputs, asked.task, [ids.pop(0) for _ in range(size(held))], asked.display)
+        shown = sample_views(held, outputs, asked.task, [ids.pop(0) for _ in range(count_samples(held))], asked.display)
         yield AnsweredBatch(inputs, outputs, labels, asked.task.problem(outputs, labels), shown)
 
 
@@ -90,7 +90,7 @@ def targets(answer: AnsweredBatch, choice: Choice, classes: int) -> list[Target]
     if classes > 1 and answer.kind in ("classes", "binary", "multilabel"):
         ranked = probabilities(answer.outputs, answer.kind).argsort(dim=1, descending=True)
         return [ranked[:, place] for place in range(min(classes, ranked.shape[1]))]
-    return [predicted(answer.outputs, answer.kind)[0]]
+    return [predict_classes(answer.outputs, answer.kind)[0]]
 
 
 def fixed_targets(answer: AnsweredBatch, choice: Choice) -> Target:

@@ -31,9 +31,9 @@ from lightning_interp.callbacks.attribution.scores import (
     faithfulness_scores,
     scores_table,
 )
-from lightning_interp.data.batch import device_of, row, size, take, to_device
+from lightning_interp.data.batch import count_samples, device_of, single_sample, slice_samples, to_device
 from lightning_interp.data.probe import Probe, subset_of_probe
-from lightning_interp.data.task import Task, predicted
+from lightning_interp.data.task import Task, predict_classes
 from lightning_interp.storage.attribution_maps import MapStore
 from lightning_interp.storage.folder import Folder
 from lightning_interp.views.canvas import Pixels
@@ -143,9 +143,9 @@ def _trust(run: AttributionRun, module: nn.Module) -> dict[str, float]:
     totals: dict[str, float] = {}
     missing = min(run.scored, run.probe.n)
     for batch, target in zip(run.probe.batches, run.targets, strict=True):
-        count = min(missing, size(batch))
+        count = min(missing, count_samples(batch))
         if count:
-            inputs = run.asked.task.inputs(to_device(take(batch, 0, count), device_of(module)))
+            inputs = run.asked.task.inputs(to_device(slice_samples(batch, 0, count), device_of(module)))
             found = faithfulness_scores(module, inputs, target if callable(target) else target[:count], run.asked)
             for name, value in found.items():
                 totals[name] = totals.get(name, 0.0) + value * count
@@ -164,7 +164,7 @@ def _mistaken(answer: AnsweredBatch) -> Tensor:
     """Return the probability of the predicted class where it is wrong, 0 elsewhere, `(n,)`."""
     if answer.kind not in ("classes", "binary"):
         return torch.zeros(len(answer.shown))
-    chance = predicted(answer.outputs, answer.kind)[1].cpu()
+    chance = predict_classes(answer.outputs, answer.kind)[1].cpu()
     return torch.where(torch.tensor([sample.wrong for sample in answer.shown]), chance, torch.zeros_like(chance))
 
 
@@ -186,7 +186,7 @@ def history(folder: Folder, probe: Probe, step: int, earlier: dict[str, Any]) ->
 def default_methods(module: nn.Module, inputs: Any, task: Task) -> dict[str, Attributor]:
     """Return the default methods that work on one sample: Grad-CAM only where images pass a map or tokens."""
     methods: dict[str, Attributor] = {"Saliency": Saliency()}
-    if kind_of(row(task.explained(inputs), 0)) == "image":
+    if kind_of(single_sample(task.explained(inputs), 0)) == "image":
         methods = {"GradCAM": GradCAM(), **methods}
     working, reasons = {}, []
     for name, method in methods.items():

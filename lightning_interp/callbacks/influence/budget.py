@@ -110,10 +110,10 @@ def afford_scores(score: Callable[[Sequence[int]], float], train: Samples, secon
     if n <= MOST or math.isinf(seconds):
         return None
     started = time.perf_counter()
-    few = _few(seconds, lambda count: score(train.places(count)))
-    per_sample = max(1e-9, (score(train.places(2 * few)) - score(train.places(few))) / few)
+    few = _few(seconds, lambda count: score(train.spread_indices(count)))
+    per_sample = max(1e-9, (score(train.spread_indices(2 * few)) - score(train.spread_indices(few))) / few)
     count = min(n, max(MOST, int((seconds - (time.perf_counter() - started)) / per_sample)))
-    return None if count == n else train.places(count)
+    return None if count == n else train.spread_indices(count)
 
 
 def _few(seconds: float, run: Callable[[int], Any]) -> int:

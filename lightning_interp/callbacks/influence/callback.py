@@ -49,7 +49,7 @@ from lightning_interp.callbacks.trainer_data import (
     with_ids,
 )
 from lightning_interp.checks import ArgumentError
-from lightning_interp.data.batch import row, size
+from lightning_interp.data.batch import count_samples, single_sample
 from lightning_interp.data.probe import take_probe
 from lightning_interp.data.samples import Samples
 from lightning_interp.data.task import Task
@@ -310,8 +310,8 @@ class DataInfluence(Callback):
         if isinstance(found, Samples):
             return found
         batches = take_probe(found, MOST_OF_A_STREAM, "validation set", self.task).batches
-        rows = [row(batch, place) for batch in batches for place in range(size(batch))]
-        return Samples(rows, batch_size=size(batches[0]), move=mover(trainer))
+        rows = [single_sample(batch, place) for batch in batches for place in range(count_samples(batch))]
+        return Samples(rows, batch_size=count_samples(batches[0]), move=mover(trainer))
 
     def _asked_for(self, trajectory: Trajectory | None) -> Estimator:
         """Return the estimator, which goes by the recorded trajectory where it has no damping of its own."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_interp.callbacks.influence.suspects import SHOWN, SuspectRow, suspect_rows, suspects_of, suspects_picture
 from lightning_interp.checks import markdown
 from lightning_interp.data.samples import Samples
-from lightning_interp.data.task import Problem, Task, predicted
+from lightning_interp.data.task import Problem, Task, predict_classes
 from lightning_interp.influence.results import Influence, SelfInfluence, SpotCheck
 from lightning_interp.influence.trust import Duplicate, Trust, meaning, trust
 from lightning_interp.views import report
@@ -131,7 +131,7 @@ def strangeness(task: Task, outputs: Tensor, targets: Tensor, losses: Tensor) ->
     kind = task.problem(outputs, targets)
     if kind not in ("classes", "binary") or targets.numel() != len(outputs):
         return losses.detach()
-    chosen, chance = predicted(outputs, kind)
+    chosen, chance = predict_classes(outputs, kind)
     wrong = chosen != targets.reshape(-1).to(chosen)
     return torch.where(wrong, 1 + chance, -torch.expm1(-losses.detach()).to(chance))
 

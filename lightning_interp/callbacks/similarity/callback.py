@@ -31,7 +31,7 @@ from lightning_interp.callbacks.similarity.report import report_similarity
 from lightning_interp.callbacks.similarity.resume import reason_not_to_resume, restored_state, resumed
 from lightning_interp.callbacks.trainer_data import Source, given_samples, in_precision, validation_source
 from lightning_interp.checks import ArgumentError, check_count, tag
-from lightning_interp.data.batch import device_of, size, take, to_device
+from lightning_interp.data.batch import count_samples, device_of, slice_samples, to_device
 from lightning_interp.data.probe import Probe, take_probe
 from lightning_interp.data.task import Task
 from lightning_interp.similarity import CKA, SVCCA, AnyMeasure, Maps, Pooling, Tokens
@@ -240,8 +240,8 @@ class RepresentationSimilarity(Callback):
 
     def _choose(self, trainer: pl.Trainer, module: pl.LightningModule, probe: Probe) -> Activations:
         """Run a few samples, and keep those of the layers asked for that give features."""
-        most = min(3, size(probe.batches[0]))
-        few = [take(probe.batches[0], 0, count) for count in (most, max(1, most - 1))]
+        most = min(3, count_samples(probe.batches[0]))
+        few = [slice_samples(probe.batches[0], 0, count) for count in (most, max(1, most - 1))]
         found = find_activations(module, partial(self._forward, trainer, module), few, self.reading, self.task.mask)
         return chosen_layers(module, self.layers, found, few[0])
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_interp.data.batch import size, take
+from lightning_interp.data.batch import count_samples, slice_samples
 from lightning_interp.data.samples import Samples
 from lightning_interp.influence.curvature.gauss_newton import FittedMatrix
 from lightning_interp.influence.curvature.vectors import Space, pulled, twice_differentiable
@@ -67,10 +67,10 @@ class Hessian:
 def _summed(reader: Reader, space: Space, batch: Any) -> Tensor:
     """Return Σ ∂²ℓ/∂θ² over a batch, some rows at a time."""
     watch, parameters = reader.coverage.watch, space.parameters
-    held = sum(row.held for row in PerSampleGradients(watch, take(batch, 0, 1)).loss_rows().values())
+    held = sum(row.held for row in PerSampleGradients(watch, slice_samples(batch, 0, 1)).loss_rows().values())
     with twice_differentiable():
         loss = watch.task.total(watch.model, batch)
     slopes = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
     one_each = torch.eye(space.size, dtype=loss.dtype, device=loss.device)
-    rows = one_each.split(max(1, ELEMENTS_AT_ONCE // (space.size + held * size(batch))))
+    rows = one_each.split(max(1, ELEMENTS_AT_ONCE // (space.size + held * count_samples(batch))))
     return torch.cat([space.gathered(pulled(slopes, parameters, space.spread(some))) for some in rows])

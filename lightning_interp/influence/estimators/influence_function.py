@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_interp.data.batch import device_of, to_device
-from lightning_interp.data.samples import Samples, both
+from lightning_interp.data.samples import Samples, train_and_query_samples
 from lightning_interp.data.task import SAMPLES_TO_SETTLE, Task, loss_per_sample, settle_kind
 from lightning_interp.influence.curvature import EKFAC, KFAC, Curvature, IdentityCurvature
 from lightning_interp.influence.damping import Damping
@@ -164,7 +164,7 @@ class InfluenceFunction:
             ValueError: a dataset is empty, no parameter is covered, or the curvature is zero.
             FloatingPointError: gradients or scores are not finite.
         """
-        samples, asked = both(train, query)
+        samples, asked = train_and_query_samples(train, query)
         return self.fit(model, samples, task, progress)(asked, candidates, top_k)
 
 

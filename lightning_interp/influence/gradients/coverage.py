@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_interp.data.batch import size, take
+from lightning_interp.data.batch import count_samples, slice_samples
 from lightning_interp.data.task import Task
 from lightning_interp.influence.gradients.blocks import ParameterBlock
 from lightning_interp.influence.gradients.factored import FactoredGradients, Lookup
@@ -74,9 +74,9 @@ def find_coverage(model: nn.Module, task: Task, batch: Any, layers: Sequence[str
     Raises:
         FloatingPointError: the first samples' losses are not finite.
     """
-    few = take(batch, 0, min(3, size(batch)))
+    few = slice_samples(batch, 0, min(3, count_samples(batch)))
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad and _asked(name, layers)}
-    few = take(batch, 0, min(3, size(batch)))
+    few = slice_samples(batch, 0, min(3, count_samples(batch)))
     search = _Search(model, task, few, names, _by_autograd(model, task, few, names))
     sites = [
         WatchedLayer(name, rule, 0) for name, part in model.named_modules() if (rule := _rule_of(part)) is not None
@@ -121,7 +121,7 @@ class _Search:
 
     def right(self, block: ParameterBlock, rows: FactoredGradients) -> bool:
         """Say whether a block's per-sample gradients are those of autograd."""
-        if len(rows) != size(self.few):
+        if len(rows) != count_samples(self.few):
             return False
         found = block.unpack(rows.gradients()[: len(self.expected)])
         return all(
@@ -207,8 +207,8 @@ def _by_autograd(model: nn.Module, task: Task, few: Any, names: Mapping[int, str
     """Return the gradients of the first samples' losses, one sample at a time, of parameters that reach them."""
     parameters = [p for p in model.parameters() if id(p) in names]
     found = []
-    for sample in range(min(CHECKED, size(few))):
-        loss = task.total(model, take(few, sample, sample + 1))
+    for sample in range(min(CHECKED, count_samples(few))):
+        loss = task.total(model, slice_samples(few, sample, sample + 1))
         if not bool(loss.isfinite()):
             raise FloatingPointError("influence: losses of the first training samples hold NaN or infinity")
         grads = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else []

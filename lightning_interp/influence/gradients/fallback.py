@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_interp.data.batch import at_least_float32, map_tensors, size, take, tensors
+from lightning_interp.data.batch import at_least_float32, count_samples, map_tensors, slice_samples, tensors
 from lightning_interp.data.task import Task
 from lightning_interp.influence.gradients.blocks import ParameterBlock
 from lightning_interp.influence.gradients.factored import FactoredGradients
@@ -49,19 +49,19 @@ class FallbackGradients:
 
     def _rows(self, batch: Any, more: list[Tensor], value: Callable[..., Tensor]) -> dict[str, FactoredGradients]:
         found = (self._at_once if self.vectorised else self._one_by_one)(batch, more, value)
-        return {block.name: _vector(block, found, size(batch)) for block in self.blocks}
+        return {block.name: _vector(block, found, count_samples(batch)) for block in self.blocks}
 
     def _one_by_one(self, batch: Any, more: list[Tensor], value: Callable[..., Tensor]) -> dict[str, Tensor]:
         held = dict(self._called.named_parameters())
         asked = [held[name] for name in self._values]
         rows = []
-        for i in range(size(batch)):
-            of_one = value(self._called.model, take(batch, i, i + 1), *(held[i] for held in more))
+        for i in range(count_samples(batch)):
+            of_one = value(self._called.model, slice_samples(batch, i, i + 1), *(held[i] for held in more))
             rows.append(torch.autograd.grad(of_one, asked, materialize_grads=True))
         return dict(zip(self._values, map(torch.stack, zip(*rows, strict=True)), strict=True))
 
     def _at_once(self, batch: Any, more: list[Tensor], value: Callable[..., Tensor]) -> dict[str, Tensor]:
-        n = size(batch)
+        n = count_samples(batch)
         own = [tensor for tensor in tensors(batch) if _per_sample(tensor, n)]
 
         def of_one(values: dict[str, Tensor], *held: Tensor) -> Tensor:

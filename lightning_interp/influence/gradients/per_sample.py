@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_interp.data.batch import size
+from lightning_interp.data.batch import count_samples
 from lightning_interp.data.task import Task
 from lightning_interp.influence.gradients.blocks import ParameterBlock
 from lightning_interp.influence.gradients.factored import FactoredGradients, Lookup, distinct, joined
@@ -82,7 +82,7 @@ class PerSampleGradients:
     """
 
     def __init__(self, watch: WatchedModel, batch: Any) -> None:
-        self._watch, self.batch, self._n = watch, batch, size(batch)
+        self._watch, self.batch, self._n = watch, batch, count_samples(batch)
         self.uses: list[tuple[str, ParameterUse]] = []
         self._plain: tuple[Tensor, Tensor, Tensor] | None = None
         with _hooked(watch, self._note):

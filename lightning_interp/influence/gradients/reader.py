@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_interp.data.batch import device_of, select_rows, size, take, tensors, to_device
+from lightning_interp.data.batch import count_samples, device_of, select_samples, slice_samples, tensors, to_device
 from lightning_interp.data.samples import Samples
 from lightning_interp.influence.gradients.coverage import Coverage
 from lightning_interp.influence.gradients.distributed import Ranks, SingleProcess, share_of_rank
@@ -57,7 +57,7 @@ class Reader:
             progress: shows how far it got.
             ranks: the processes that share passes over all samples.
         """
-        model, one = coverage.watch.model, take(batch, 0, 1)
+        model, one = coverage.watch.model, slice_samples(batch, 0, 1)
         names = [name for name, _ in model.named_modules()]
         with capture(model, names, lambda _, __, output: output.numel()) as made:
             rows = PerSampleGradients(coverage.watch, one).loss_rows()
@@ -75,11 +75,11 @@ class Reader:
         """Yield the samples in parts, on the network's device."""
         device = device_of(self.coverage.watch.model)
         for batch in self.progress(samples, -(-len(samples) // samples.batch_size), what):
-            batch, n = to_device(batch, device), size(batch)
+            batch, n = to_device(batch, device), count_samples(batch)
             if n <= self.at_once:
                 yield batch
             else:
-                yield from (take(batch, start, start + self.at_once) for start in range(0, n, self.at_once))
+                yield from (slice_samples(batch, start, start + self.at_once) for start in range(0, n, self.at_once))
 
     def traces(self, samples: Samples, what: str) -> Iterator[PerSampleGradients]:
         """Yield one forward of each part."""
@@ -118,12 +118,12 @@ class Reader:
         start, device = 0, device_of(self.coverage.watch.model)
         chosen = samples.at(places.tolist())
         for batch in self.progress(chosen, -(-len(chosen) // samples.batch_size), what):
-            mine = ((where >= start) & (where < start + size(batch))).nonzero()[:, 0]
+            mine = ((where >= start) & (where < start + count_samples(batch))).nonzero()[:, 0]
             for some in mine.split(self.at_once):
-                part = to_device(select_rows(batch, where[some] - start), device)
+                part = to_device(select_samples(batch, where[some] - start), device)
                 trace = PerSampleGradients(self.coverage.watch, part)
                 yield trace.output_rows(columns.vectors[some].reshape(trace.outputs.shape))
-            start += size(batch)
+            start += count_samples(batch)
 
     def _roots(self, samples: Samples, draws: torch.Generator) -> Iterator[Root]:
         watch = self.coverage.watch
