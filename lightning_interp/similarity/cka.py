@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_interp.similarity.kernels import Kernel, LinearKernel, RBFKernel
+from lightning_interp.similarity.kernels import Kernel, LinearKernel
 from lightning_interp.similarity.representation import Form, Representation, prepare, recentred, same_samples
 from lightning_interp.similarity.results import Caution
+from lightning_interp.similarity.significance import jackknife_standard_error
 from lightning_interp.similarity.sketch import squared_norm
+
+FEWEST_FOR_JACKKNIFE = 8  # the error of an error from n values is about 1/√(2(n − 1)) of it: a quarter at 8
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,15 @@ class CKA:
     @property
     def needs(self) -> Form:
         """What a layer must keep: the linear kernel is content with half precision, others see its rounding."""
-        return "gram" if self.kernel == LinearKernel() else "scores"
+        form: Form = getattr(self.kernel, "needs", "scores")
+        return form
 
     symmetric: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
         """Tag of the measure."""
-        return f"CKA{_kernel_name(self.kernel)}{'_debiased' if self.debiased else ''}"
+        return f"CKA{_kernel_suffix(self.kernel)}{'_debiased' if self.debiased else ''}"
 
     def __call__(self, x: Float[Tensor, "n d1"], y: Float[Tensor, "n d2"]) -> Float[Tensor, ""]:
         """Compare two sets of features of the same samples; NaN if one is constant."""
@@ -76,6 +80,19 @@ class CKA:
             return None
         return Caution("width ≥ n, biased upwards, compare with the debiased values", f"d = {x.width:,}")
 
+    def chance(self, x: Representation, y: Representation) -> Float[Tensor, ""]:
+        """Return the exact mean over all permutations of y's samples: `cka_null`."""
+        return cka_null(self, x, y)
+
+    def standard_error(self, x: Representation, y: Representation) -> Float[Tensor, ""]:
+        """Return the jackknife standard error over samples: `cka_standard_error`.
+
+        NaN for sketches, whose own error comes on top, and for fewer than 8 samples.
+        """
+        if x.n < FEWEST_FOR_JACKKNIFE or x.sketch or y.sketch:
+            return torch.tensor(torch.nan)
+        return cka_standard_error(self, x, y)
+
     def kernel_of(self, x: Representation) -> Float[Tensor, "n n"]:
         """Return the kernel's matrix of a layer, made once and shared by all measures with this kernel."""
         return x.derived(("kernel", self.kernel), self.kernel)
@@ -98,6 +115,79 @@ class CKA:
 
     def _centred(self, x: Representation) -> Float[Tensor, "n n"]:
         return _u_centred(self.kernel_of(x)) if self.debiased else recentred(self.kernel_of(x))
+
+
+def cka_null(measure: CKA, x: Representation, y: Representation) -> Float[Tensor, ""]:
+    """Return the exact mean of CKA over all permutations of y's samples.
+
+    tr K tr L / ((n − 1) ‖K‖_F ‖L‖_F) for centred Gram matrices; 0 for the debiased measure, whose numerator is 0 in the
+    mean.
+
+    Reference: Kazi-Aoual et al., Refined Approximations to Permutation Tests for Multivariate Inference, 1995.
+    """
+    same_samples(x, y)
+    if measure.debiased:
+        return torch.zeros((), dtype=torch.float64)
+    (total_x, size_x), (total_y, size_y) = (measure.spread(r) for r in (x, y))
+    return total_x * total_y / ((x.n - 1) * size_x * size_y)
+
+
+def cka_standard_error(measure: CKA, x: Representation, y: Representation) -> Float[Tensor, ""]:
+    """Return the jackknife standard error of CKA: how much it varies with the choice of samples.
+
+    √((n − 1)/n Σ_i (θ_i − θ̄)²), θ_i the value without sample i, all n of them from two n × n Gram matrices; a kernel's
+    width stays that of all samples.
+
+    Reference: Efron & Stein, The Jackknife Estimate of Variance, 1981.
+    """
+    return jackknife_standard_error(cka_without_each(measure, x, y))
+
+
+def cka_without_each(measure: CKA, x: Representation, y: Representation) -> Float[Tensor, " n"]:
+    """Return CKA with each of the n samples left out in turn."""
+    same_samples(x, y)
+    a, b = (_summed(measure, r) for r in (x, y))
+    norms = _own_without_each(measure, x) * _own_without_each(measure, y)
+    return _hsic_without_each(measure, a, b) / norms.clamp(min=0).sqrt()
+
+
+def _own_without_each(measure: CKA, x: Representation) -> Float[Tensor, " n"]:
+    kept = _summed(measure, x)
+    return x.derived((measure, "own without each"), lambda _: _hsic_without_each(measure, kept, kept))
+
+
+class _Summed(NamedTuple):
+    """A kernel's matrix K, for the debiased measure without its diagonal, and what is needed of it again and again."""
+
+    matrix: Float[Tensor, "n n"]
+    rows: Float[Tensor, " n"]
+    diagonal: Float[Tensor, " n"]
+
+
+def _summed(measure: CKA, x: Representation) -> _Summed:
+    return x.derived((measure, "summed"), lambda layer: _sums(measure, measure.kernel_of(layer)))
+
+
+def _sums(measure: CKA, kernel: Float[Tensor, "n n"]) -> _Summed:
+    if measure.debiased:
+        kernel = kernel - torch.diag(kernel.diagonal())
+    return _Summed(kernel, kernel.sum(1), kernel.diagonal())
+
+
+def _hsic_without_each(measure: CKA, k: _Summed, m: _Summed) -> Float[Tensor, " n"]:
+    """Return tr(K H L H), or n(n − 3) HSIC₁, of the remaining n samples, for each sample left out.
+
+    From tr(K L), 1ᵀK L 1 and 1ᵀK 1 · 1ᵀL 1 without row and column i, for each i.
+    """
+    n = len(k.rows) - 1
+    product, diagonal = torch.linalg.vecdot(k.matrix, m.matrix), k.diagonal * m.diagonal
+    trace = product.sum() - 2 * product + diagonal
+    totals = (k.rows.sum() - 2 * k.rows + k.diagonal) * (m.rows.sum() - 2 * m.rows + m.diagonal)
+    cross = k.rows @ m.rows - m.matrix @ k.rows - k.matrix @ m.rows + product
+    cross = cross - (k.rows - k.diagonal) * (m.rows - m.diagonal)
+    if measure.debiased:
+        return trace + totals / ((n - 1) * (n - 2)) - 2 / (n - 2) * cross
+    return trace - 2 / n * cross + totals / n**2
 
 
 def _hsic(x: Representation, y: Representation) -> Float[Tensor, ""]:
@@ -141,7 +231,6 @@ def _u_centred(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     return centred - torch.diag(centred.diagonal())
 
 
-def _kernel_name(kernel: Kernel) -> str:
-    if isinstance(kernel, LinearKernel):
-        return ""
-    return f"_RBF_{kernel.median_fraction}" if isinstance(kernel, RBFKernel) else f"_{type(kernel).__name__}"
+def _kernel_suffix(kernel: Kernel) -> str:
+    name = getattr(kernel, "name", type(kernel).__name__)
+    return f"_{name}" if name else ""

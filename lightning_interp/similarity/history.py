@@ -16,7 +16,7 @@ from lightning_interp.similarity.gram import ROUNDING
 from lightning_interp.similarity.matrix import AnyMeasure, matrix, similarity
 from lightning_interp.similarity.representation import Representation
 from lightning_interp.similarity.results import Caution, Reliability, SimilarityMap, Snapshot
-from lightning_interp.similarity.significance import chance, is_exact, standard_error
+from lightning_interp.similarity.significance import chance, chance_in_closed_form, standard_error
 
 MOST_NAMED = 6
 STILL = 0.01
@@ -122,8 +122,8 @@ def layer_by_layer(name: str, measure: AnyMeasure, then: Snapshot, final: Snapsh
 def with_reliability(table: SimilarityMap, measure: AnyMeasure, a: Snapshot, b: Snapshot) -> SimilarityMap:
     """Return the map of two snapshots' layers with what each value would be by chance, and its standard error.
 
-    Where chance is known only from permutations, it is worked out for layers of the same name alone. Rows that are
-    several to a sample are not independent of each other: both are NaN.
+    Where a measure has no `chance` of its own, permutations give it, for layers of the same name alone: several values
+    for every pair would take too long. Both are NaN where a sample has several rows, which are not independent.
     """
     rows, columns = dict(a.layers), dict(b.layers)
     chances = torch.full_like(table.values, torch.nan)
@@ -132,7 +132,8 @@ def with_reliability(table: SimilarityMap, measure: AnyMeasure, a: Snapshot, b: 
         for j, (column, y) in enumerate(columns.items()):
             if x.n == y.n == table.n:
                 errors[i, j] = standard_error(measure, x, y)
-                chances[i, j] = chance(measure, x, y) if row == column or is_exact(measure) else torch.nan
+                value = chance(measure, x, y) if row == column else chance_in_closed_form(measure, x, y)
+                chances[i, j] = torch.nan if value is None else value
     return replace(table, chance=chances, standard_error=errors)
 
 

@@ -16,9 +16,16 @@ from lightning_interp.similarity.representation import FORMS, Form, Representati
 class Measure(Protocol):
     """A similarity of two prepared layers; `CKA` and `SVCCA` are such.
 
-    It may say what a layer must keep (`needs`: "gram", "scores" or "features"; "scores" where it does not), that both
-    orders give the same (`symmetric`), that 0 means the same (`distance`), and when not to trust it
-    (`caution(layer)`).
+    A measure may have more members. Those that it lacks have a default, so that a `name` and a `between` are enough:
+
+    - `needs`: the form that layers must be kept in, "gram", "scores" or "features" (see `Representation`); "scores".
+    - `symmetric`: True where `between(x, y)` equals `between(y, x)`, so that half of a table is enough; False.
+    - `distance`: True where 0 means the same, as for an angle; False.
+    - `caution(x)`: a `Caution` where comparisons with this layer should not be trusted, else None; never one.
+    - `chance(x, y)`: the mean over permutations of y's samples, a number, where a formula gives it; None where none
+      does for these options. It is then known for every pair of layers; else a few permutations estimate it for layers
+      of the same name.
+    - `standard_error(x, y)`: how much a value varies with the choice of samples, a number; NaN, "not known".
     """
 
     @property

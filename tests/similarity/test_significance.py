@@ -26,8 +26,8 @@ from lightning_interp.similarity import (
     r_squared_null,
     standard_error,
 )
+from lightning_interp.similarity.cka import cka_without_each
 from lightning_interp.similarity.pooling import fitted
-from lightning_interp.similarity.significance import cka_without_each
 
 
 def test_the_null_of_linear_cka_is_golden(pair: tuple[Tensor, Tensor]) -> None:
