@@ -4,6 +4,7 @@ from lightning_interp.similarity.cca import CCA, SVCCA, CanonicalDirections, r_s
 from lightning_interp.similarity.cka import CKA, cka_null, cka_standard_error
 from lightning_interp.similarity.kernels import LinearKernel, RBFKernel
 from lightning_interp.similarity.matrix import AnyMeasure, Measure, matrix
+from lightning_interp.similarity.mutual_knn import MutualKNN
 from lightning_interp.similarity.pooling import Maps, Pooling, Tokens
 from lightning_interp.similarity.procrustes import Procrustes
 from lightning_interp.similarity.pwcca import PWCCA
@@ -23,6 +24,7 @@ __all__ = [
     "LinearKernel",
     "Maps",
     "Measure",
+    "MutualKNN",
     "Pooling",
     "Procrustes",
     "RBFKernel",

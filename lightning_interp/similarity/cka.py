@@ -12,10 +12,8 @@ from torch import Tensor
 from lightning_interp.similarity.kernels import Kernel, LinearKernel
 from lightning_interp.similarity.representation import Form, Representation, prepare, recentred, same_samples
 from lightning_interp.similarity.results import Caution
-from lightning_interp.similarity.significance import jackknife_standard_error
+from lightning_interp.similarity.significance import FEWEST_FOR_JACKKNIFE, jackknife_standard_error
 from lightning_interp.similarity.sketch import squared_norm
-
-FEWEST_FOR_JACKKNIFE = 8  # the error of an error from n values is about 1/√(2(n − 1)) of it: a quarter at 8
 
 
 @dataclass(frozen=True)

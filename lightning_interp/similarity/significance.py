@@ -9,6 +9,8 @@ from torch import Tensor
 from lightning_interp.similarity.matrix import AnyMeasure, similarity
 from lightning_interp.similarity.representation import Representation, same_samples
 
+FEWEST_FOR_JACKKNIFE = 8  # the error of an error from n values is about 1/√(2(n − 1)) of it: a quarter at 8
+
 
 def chance(measure: AnyMeasure, x: Representation, y: Representation, draws: int = 3) -> float:
     """Return what a measure would give by chance: its mean over permutations of one layer's samples.
