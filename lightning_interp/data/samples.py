@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
-from lightning_interp.data.dataset_rng import dataset_rng_kept
+from lightning_interp.data.dataset_rng import preserve_dataset_rng
 
 
 def identity(batch: Any) -> Any:
@@ -92,7 +92,7 @@ class Samples:
             multiprocessing_context=self.context if self.workers else None,
             generator=torch.Generator(),
         )
-        with dataset_rng_kept(self.dataset):
+        with preserve_dataset_rng(self.dataset):
             for batch in loader:
                 yield self.move(batch)
 

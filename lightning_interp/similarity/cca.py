@@ -69,7 +69,7 @@ class CCA:
 
     def between(self, x: Representation, y: Representation) -> Float[Tensor, ""]:
         """Compare two prepared layers."""
-        return _summarised(self.summary, canonical_correlations(x, y, x.rank, y.rank))
+        return _summarise(self.summary, canonical_correlations(x, y, x.rank, y.rank))
 
     def directions(self, x: Float[Tensor, "n d1"], y: Float[Tensor, "n d2"]) -> CanonicalDirections:
         """Return the canonical directions of two sets of features; with rank ≥ n − 1 they say nothing."""
@@ -128,7 +128,7 @@ class SVCCA:
 
     def between(self, x: Representation, y: Representation) -> Float[Tensor, ""]:
         """Compare two prepared layers."""
-        return _summarised(self.summary, canonical_correlations(x, y, self.kept(x), self.kept(y)))
+        return _summarise(self.summary, canonical_correlations(x, y, self.kept(x), self.kept(y)))
 
     def directions(self, x: Float[Tensor, "n d1"], y: Float[Tensor, "n d2"]) -> CanonicalDirections:
         """Return the canonical directions within what each side keeps."""
@@ -191,7 +191,7 @@ def _directions(
     return CanonicalDirections(correlations.clamp(max=1), weights_x, weights_y, variates_x, variates_y)
 
 
-def _summarised(summary: Summary, correlations: Float[Tensor, " k"]) -> Float[Tensor, ""]:
+def _summarise(summary: Summary, correlations: Float[Tensor, " k"]) -> Float[Tensor, ""]:
     if summary == "largest":
         return correlations[0]
     return (correlations.square() if summary == "mean_squared" else correlations).mean()

@@ -18,7 +18,7 @@ from lightning_interp.similarity.sketch import squared_norm
 
 @dataclass(frozen=True)
 class CKA:
-    """Centred kernel alignment, linear unless told otherwise.
+    """Centred kernel alignment, linear by default.
 
     CKA = HSIC(K, L) / √(HSIC(K, K) HSIC(L, L)), HSIC(K, L) = tr(K H L H); for the linear kernel
     ‖YᵀX‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F) of centred X, Y. With `debiased`, each of the three terms is the U-statistic HSIC₁ of
@@ -65,9 +65,10 @@ class CKA:
         same_samples(x, y)
         if self.debiased and x.n < 4:
             raise ValueError(f"CKA(debiased=True): expected at least 4 samples, got {x.n}")
-        same_signs = x.sketch and (x.sketch, x.signs) == (y.sketch, y.signs)  # one snapshot: the noise is one, too
-        norms = self._own(x) * self._own(y)
-        product = self._own(x) if same_signs else self._hsic(x, y)
+        # With the same random signs, a sketch compared with itself, the product has the same noise as the norms.
+        same_signs = x.sketch and (x.sketch, x.signs) == (y.sketch, y.signs)
+        norms = self._self_hsic(x) * self._self_hsic(y)
+        product = self._self_hsic(x) if same_signs else self._hsic(x, y)
         return product / torch.where(norms > 0, norms, torch.nan).sqrt()
 
     def caution(self, x: Representation) -> Caution | None:
@@ -95,15 +96,14 @@ class CKA:
         """Return the kernel's matrix of a layer, made once and shared by all measures with this kernel."""
         return x.derived(("kernel", self.kernel), self.kernel)
 
-    def spread(self, x: Representation) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    def trace_and_norm(self, x: Representation) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Return the trace and the Frobenius norm of a layer's centred kernel matrix."""
         if self.kernel == LinearKernel():
-            total = _squares(x).sum()
-            return total, _without_noise(x, _hsic(x, x)).sqrt()
-        return x.derived((self, "spread"), lambda layer: _spread(recentred(self.kernel_of(layer))))
+            return _squared_lengths(x).sum(), _without_noise(x, _hsic(x, x)).sqrt()
+        return x.derived((self, "trace and norm"), lambda layer: _trace_and_norm(recentred(self.kernel_of(layer))))
 
-    def _own(self, x: Representation) -> Float[Tensor, ""]:
-        return x.derived((self, "own"), lambda layer: _without_noise(layer, self._hsic(layer, layer)))
+    def _self_hsic(self, x: Representation) -> Float[Tensor, ""]:
+        return x.derived((self, "self HSIC"), lambda layer: _without_noise(layer, self._hsic(layer, layer)))
 
     def _hsic(self, x: Representation, y: Representation) -> Float[Tensor, ""]:
         """Return tr(K H L H), or n(n−3) HSIC₁."""
@@ -126,8 +126,8 @@ def cka_null(measure: CKA, x: Representation, y: Representation) -> Float[Tensor
     same_samples(x, y)
     if measure.debiased:
         return torch.zeros((), dtype=torch.float64)
-    (total_x, size_x), (total_y, size_y) = (measure.spread(r) for r in (x, y))
-    return total_x * total_y / ((x.n - 1) * size_x * size_y)
+    (trace_x, norm_x), (trace_y, norm_y) = (measure.trace_and_norm(r) for r in (x, y))
+    return trace_x * trace_y / ((x.n - 1) * norm_x * norm_y)
 
 
 def cka_standard_error(measure: CKA, x: Representation, y: Representation) -> Float[Tensor, ""]:
@@ -144,35 +144,35 @@ def cka_standard_error(measure: CKA, x: Representation, y: Representation) -> Fl
 def cka_without_each(measure: CKA, x: Representation, y: Representation) -> Float[Tensor, " n"]:
     """Return CKA with each of the n samples left out in turn."""
     same_samples(x, y)
-    a, b = (_summed(measure, r) for r in (x, y))
-    norms = _own_without_each(measure, x) * _own_without_each(measure, y)
+    a, b = (_kernel_sums(measure, r) for r in (x, y))
+    norms = _self_without_each(measure, x) * _self_without_each(measure, y)
     return _hsic_without_each(measure, a, b) / norms.clamp(min=0).sqrt()
 
 
-def _own_without_each(measure: CKA, x: Representation) -> Float[Tensor, " n"]:
-    kept = _summed(measure, x)
-    return x.derived((measure, "own without each"), lambda _: _hsic_without_each(measure, kept, kept))
+def _self_without_each(measure: CKA, x: Representation) -> Float[Tensor, " n"]:
+    sums = _kernel_sums(measure, x)
+    return x.derived((measure, "self HSIC without each"), lambda _: _hsic_without_each(measure, sums, sums))
 
 
-class _Summed(NamedTuple):
-    """A kernel's matrix K, for the debiased measure without its diagonal, and what is needed of it again and again."""
+class _KernelSums(NamedTuple):
+    """A kernel's matrix K, without its diagonal for the debiased measure, and its sums for leaving samples out."""
 
     matrix: Float[Tensor, "n n"]
     rows: Float[Tensor, " n"]
     diagonal: Float[Tensor, " n"]
 
 
-def _summed(measure: CKA, x: Representation) -> _Summed:
-    return x.derived((measure, "summed"), lambda layer: _sums(measure, measure.kernel_of(layer)))
+def _kernel_sums(measure: CKA, x: Representation) -> _KernelSums:
+    return x.derived((measure, "kernel sums"), lambda layer: _sum_kernel(measure, measure.kernel_of(layer)))
 
 
-def _sums(measure: CKA, kernel: Float[Tensor, "n n"]) -> _Summed:
+def _sum_kernel(measure: CKA, kernel: Float[Tensor, "n n"]) -> _KernelSums:
     if measure.debiased:
         kernel = kernel - torch.diag(kernel.diagonal())
-    return _Summed(kernel, kernel.sum(1), kernel.diagonal())
+    return _KernelSums(kernel, kernel.sum(1), kernel.diagonal())
 
 
-def _hsic_without_each(measure: CKA, k: _Summed, m: _Summed) -> Float[Tensor, " n"]:
+def _hsic_without_each(measure: CKA, k: _KernelSums, m: _KernelSums) -> Float[Tensor, " n"]:
     """Return tr(K H L H), or n(n − 3) HSIC₁, of the remaining n samples, for each sample left out.
 
     From tr(K L), 1ᵀK L 1 and 1ᵀK 1 · 1ᵀL 1 without row and column i, for each i.
@@ -201,21 +201,21 @@ def _hsic_unbiased(x: Representation, y: Representation) -> Float[Tensor, ""]:
     With a, b the diagonals of the centred Grams K, L: K̃ = K − diag a has row sums −a, so every term of the
     estimator follows from tr(K L), a and b.
     """
-    n, a, b = x.n, _squares(x), _squares(y)
+    n, a, b = x.n, _squared_lengths(x), _squared_lengths(y)
     totals = a.sum() * b.sum() / ((n - 1) * (n - 2))
     return _hsic(x, y) - a @ b + totals - 2 / (n - 2) * (a @ b)
 
 
-def _without_noise(x: Representation, own: Float[Tensor, ""]) -> Float[Tensor, ""]:
+def _without_noise(x: Representation, self_hsic: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """Take off what a sketch adds to a layer's product with itself."""
-    return squared_norm(own, _squares(x).sum(), x.width, x.sketch) if x.sketch else own
+    return squared_norm(self_hsic, _squared_lengths(x).sum(), x.width, x.sketch) if x.sketch else self_hsic
 
 
-def _spread(centred: Float[Tensor, "n n"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+def _trace_and_norm(centred: Float[Tensor, "n n"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     return centred.trace(), centred.norm()
 
 
-def _squares(x: Representation) -> Float[Tensor, " n"]:
+def _squared_lengths(x: Representation) -> Float[Tensor, " n"]:
     """Return each sample's squared length after centring."""
     return x.gram.diagonal() if x.slim is None else x.slim.square().sum(1)
 

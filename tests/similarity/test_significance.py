@@ -28,7 +28,7 @@ from lightning_interp.similarity import (
 )
 from lightning_interp.similarity.cka import cka_without_each
 from lightning_interp.similarity.history import with_reliability
-from lightning_interp.similarity.pooling import fitted
+from lightning_interp.similarity.pooling import fit_mask
 from lightning_interp.similarity.representation import Representation
 from lightning_interp.similarity.results import SimilarityMap, Snapshot
 
@@ -233,11 +233,11 @@ def test_wide_layers_look_alike_to_procrustes(measure: Procrustes) -> None:
 def test_masks_and_class_tokens() -> None:
 
     mask = torch.tensor([[False, True, True], [True, True, False]])
-    found = fitted(mask, 5)
+    found = fit_mask(mask, 5)
     assert found is not None
     assert found.tolist() == [[True, True, False, True, True], [True, True, True, True, False]]
-    assert fitted(mask, 2) is None
-    assert fitted(mask, 12) is None
+    assert fit_mask(mask, 2) is None
+    assert fit_mask(mask, 12) is None
 
 
 class Signs:
