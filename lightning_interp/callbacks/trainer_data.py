@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_interp.checks import ArgumentError
 from lightning_interp.data.batch import at_least_float32, slice_samples
-from lightning_interp.data.dataset_rng import dataset_rng_kept
+from lightning_interp.data.dataset_rng import preserve_dataset_rng
 from lightning_interp.data.samples import Samples
 from lightning_interp.data.task import SAMPLES_TO_SETTLE, Task, settle_kind
 from lightning_interp.network.weights import loaded
@@ -191,7 +191,7 @@ class _Moved:
     move: Any
 
     def __iter__(self) -> Iterator[Any]:
-        with dataset_rng_kept(getattr(self.batches, "dataset", self.batches)):
+        with preserve_dataset_rng(getattr(self.batches, "dataset", self.batches)):
             for batch in self.batches:
                 yield self.move(batch)
 

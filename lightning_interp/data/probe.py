@@ -53,10 +53,10 @@ def take_probe(source: Samples | Iterable[Any], count: int, name: str, task: Tas
     """
     if isinstance(source, Samples):
         chosen = source.spread(count)
-        batches = _split(chosen) if len(chosen) else []
+        batches = _split_into_batches(chosen) if len(chosen) else []
         ids = chosen.ids
     else:
-        batches = list(_first(source, count))
+        batches = list(_first_batches(source, count))
         ids = list(range(sum(map(count_samples, batches))))
     if not ids:
         raise ArgumentError(f"probe: expected at least one sample, got an empty {name}")
@@ -89,24 +89,24 @@ def fingerprint(inputs: Any) -> str:
     return digest.hexdigest()
 
 
-def _split(samples: Samples) -> list[Any]:
+def _split_into_batches(samples: Samples) -> list[Any]:
     """Read all samples as one batch, so that padding is the same for all, and cut it into batches of their size."""
-    (whole,) = (map_tensors(_kept, batch) for batch in dataclasses.replace(samples, batch_size=len(samples)))
+    (whole,) = (map_tensors(_copy_to_cpu, batch) for batch in dataclasses.replace(samples, batch_size=len(samples)))
     if count_samples(whole) != len(samples):
         return [whole]
     starts = range(0, len(samples), samples.batch_size)
     return [slice_samples(whole, start, start + samples.batch_size) for start in starts]
 
 
-def _kept(tensor: Tensor) -> Tensor:
+def _copy_to_cpu(tensor: Tensor) -> Tensor:
     """Copy a tensor: some datasets hand out views of a buffer that they write again."""
     return tensor.detach().cpu().clone()
 
 
-def _first(stream: Iterable[Any], count: int) -> Iterator[Any]:
+def _first_batches(stream: Iterable[Any], count: int) -> Iterator[Any]:
     missing = count
     for batch in stream:
-        kept = map_tensors(_kept, slice_samples(batch, 0, min(missing, count_samples(batch))))
+        kept = map_tensors(_copy_to_cpu, slice_samples(batch, 0, min(missing, count_samples(batch))))
         missing -= count_samples(kept)
         yield kept
         if missing <= 0:

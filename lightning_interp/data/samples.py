@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
-from lightning_interp.data.dataset_rng import dataset_rng_kept
+from lightning_interp.data.dataset_rng import preserve_dataset_rng
 
 
 def identity(batch: Any) -> Any:
@@ -92,7 +92,7 @@ class Samples:
             multiprocessing_context=self.context if self.workers else None,
             generator=torch.Generator(),
         )
-        with dataset_rng_kept(self.dataset):
+        with preserve_dataset_rng(self.dataset):
             for batch in loader:
                 yield self.move(batch)
 
@@ -125,9 +125,9 @@ class Samples:
 
     def spread(self, count: int) -> Samples:
         """Return `count` samples (or all, if fewer) at even distances, so that sorted datasets are covered."""
-        return self if count >= len(self) else self.at(self.places(count))
+        return self if count >= len(self) else self.at(self.spread_indices(count))
 
-    def places(self, count: int) -> list[int]:
+    def spread_indices(self, count: int) -> list[int]:
         """Return `count` places at even distances, the first and the last among them."""
         return [int(place) for place in np.linspace(0, len(self) - 1, count).round()]
 

@@ -114,13 +114,13 @@ def loss_per_sample(outputs: Tensor, targets: Tensor, kind: Problem | None = Non
 def infer_problem(outputs: Tensor, targets: Tensor) -> Problem:
     """Say which problem the shapes and types of outputs and targets describe.
 
-    >>> problem(torch.zeros(4, 10), torch.tensor([1, 2, 3, 9]))
+    >>> infer_problem(torch.zeros(4, 10), torch.tensor([1, 2, 3, 9]))
     'classes'
-    >>> problem(torch.zeros(4, 1), torch.tensor([0, 1, 1, 0]))
+    >>> infer_problem(torch.zeros(4, 1), torch.tensor([0, 1, 1, 0]))
     'binary'
-    >>> problem(torch.zeros(4, 3), torch.eye(4)[:, :3])
+    >>> infer_problem(torch.zeros(4, 3), torch.eye(4)[:, :3])
     'multilabel'
-    >>> problem(torch.zeros(4), torch.tensor([.1, .7, 3., 2.]))
+    >>> infer_problem(torch.zeros(4), torch.tensor([.1, .7, 3., 2.]))
     'regression'
 
     Raises:
