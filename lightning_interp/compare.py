@@ -247,7 +247,7 @@ def _cell(table: SimilarityMap, layer: str, value: float) -> str:
     return (f"{value:.3f}" if value == value else "–") + (f" ± {error:.3f}" if error == error else "")
 
 
-def told_correspondence(comparison: Comparison, measure: str) -> str:
+def correspondence_in_words(comparison: Comparison, measure: str) -> str:
     """Return in words how often the most similar layer is that of the same name, and over how many layers."""
     share, same = comparison.correspondence(measure), comparison.same_layers(measure)
     defined = sum(any(value == value for value in values) for values in same.values())
