@@ -27,19 +27,34 @@ class Coverage:
     """What of a model is watched, checked against autograd on a few samples.
 
     Args:
-        watch: the layers and blocks.
+        watched_model: the model, the task, the layers that are watched and the blocks they fill.
         blocks: name → block, in the order of the forward.
         left_out: trained parameters without per-sample gradients → their number of elements.
     """
 
-    watch: WatchedModel
+    watched_model: WatchedModel
     blocks: Mapping[str, ParameterBlock]
     left_out: Mapping[str, int]
 
     @property
-    def parameters(self) -> dict[str, int]:
+    def model(self) -> nn.Module:
+        """The network."""
+        return self.watched_model.model
+
+    @property
+    def task(self) -> Task:
+        """How to call the network, and its loss."""
+        return self.watched_model.task
+
+    @property
+    def fallback(self) -> FallbackGradients | None:
+        """What differentiates the parameters that no rule covers; None where there are none."""
+        return self.watched_model.fallback
+
+    @property
+    def parameter_sizes(self) -> dict[str, int]:
         """Covered parameters → their number of elements."""
-        held = dict(self.watch.model.named_parameters())
+        held = dict(self.model.named_parameters())
         return {name: held[name].numel() for block in self.blocks.values() for name in block.parameters}
 
     @property
@@ -50,9 +65,9 @@ class Coverage:
     @property
     def size(self) -> int:
         """Number of covered elements."""
-        return sum(self.parameters.values())
+        return sum(self.parameter_sizes.values())
 
-    def of(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def pack(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return values of each parameter, `(*lead, *its shape)`, as blocks `(*lead, groups, o, i)`."""
         return {name: block.pack(values) for name, block in self.blocks.items()}
 
@@ -104,7 +119,7 @@ class _Search:
         watch = WatchedModel(self.model, self.task, careful, self.names, {})
         trace = PerSampleGradients(watch, self.few)
         blocks = {name: block for block in self._blocks(trace.uses) for name in block.parameters}
-        rows = trace.fill(blocks).loss_rows()
+        rows = trace.fill(blocks).loss_gradients()
         good = {name: block for name, block in blocks.items() if self.right(block, rows[block.name])}
         kept = [site for site in sites if not self.names_of(site).isdisjoint(good)]
         return WatchedModel(self.model, self.task, kept, self.names, good)
@@ -133,16 +148,16 @@ class _Search:
     def coverage(self, watch: WatchedModel) -> Coverage:
         """Add what `torch.func` can do, or a backward for each sample, and name the rest."""
         missing = [name for name in self.expected[0] if name not in watch.blocks]
-        ways = (self._leftover(missing, vectorised) for vectorised in (True, False))
-        leftover = next((way for way in ways if way is not None), None) if missing else None
-        watch = dataclasses.replace(watch, leftover=leftover)
-        found = leftover.blocks if leftover is not None else []
+        ways = (self._find_fallback(missing, vectorised) for vectorised in (True, False))
+        fallback = next((way for way in ways if way is not None), None) if missing else None
+        watch = dataclasses.replace(watch, fallback=fallback)
+        found = fallback.blocks if fallback is not None else []
         blocks = {block.name: block for block in (*watch.blocks.values(), *found)}
         covered = {name for block in blocks.values() for name in block.parameters}
         left = {n: p.numel() for n, p in self.model.named_parameters() if p.requires_grad and n not in covered}
         return Coverage(watch, blocks, left)
 
-    def _leftover(self, names: Sequence[str], vectorised: bool) -> FallbackGradients | None:
+    def _find_fallback(self, names: Sequence[str], vectorised: bool) -> FallbackGradients | None:
         """Return one way to what no rule covers, with those of these parameters that it gets right."""
         way = FallbackGradients(self.model, self.task, list(vector_blocks(self.model, names)), vectorised)
         if not fallback_works(way, self.few):

@@ -15,7 +15,7 @@ from lightning_interp.data.task import Task
 from lightning_interp.influence.gradients.blocks import ParameterBlock
 from lightning_interp.influence.gradients.factored import FactoredGradients
 
-AT_ONCE = 2**22
+ELEMENTS_PER_CHUNK = 2**22
 
 
 class FallbackGradients:
@@ -72,7 +72,9 @@ class FallbackGradients:
 
         dims = (None, *(0 for _ in (*own, *more)))
         per_sample = sum(held.numel() for held in self._values.values())
-        every = vmap(grad(of_one), in_dims=dims, randomness="different", chunk_size=max(1, AT_ONCE // per_sample))
+        every = vmap(
+            grad(of_one), in_dims=dims, randomness="different", chunk_size=max(1, ELEMENTS_PER_CHUNK // per_sample)
+        )
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no rule for vmap, which then goes one by one
             return every(self._values, *own, *more)
 
@@ -105,10 +107,10 @@ def vector_blocks(model: nn.Module, names: Sequence[str]) -> Iterator[ParameterB
         yield ParameterBlock(name, (name,), (held[name].shape,), "vector")
 
 
-def fallback_works(leftover: FallbackGradients, batch: Any) -> bool:
+def fallback_works(fallback: FallbackGradients, batch: Any) -> bool:
     """Say whether this way can go through the model at all."""
     try:
-        leftover.of_losses(batch)
+        fallback.of_losses(batch)
     except Exception:
         return False
     return True

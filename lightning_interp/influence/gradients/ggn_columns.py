@@ -15,7 +15,7 @@ from lightning_interp.data.task import Task, loss_per_sample
 
 MOST_OUTPUTS = 512
 MOST_ENUMERATED = 4096
-DRAWS = 8
+MIXTURES = 8
 
 
 class Root(NamedTuple):
@@ -48,7 +48,7 @@ def hessian_root(outputs: Tensor, targets: Tensor, task: Task, draws: torch.Gene
     outputs = at_least_float32(outputs.detach())
     kind = task.problem(outputs, targets) if task.loss is loss_per_sample else None
     if kind == "classes":
-        return _dense(_mixtures(outputs, draws)) if is_mixed(outputs, targets, task) else _softmax_root(outputs)
+        return _dense(_mixtures(outputs, draws)) if has_random_root(outputs, targets, task) else _softmax_root(outputs)
     if kind in ("binary", "multilabel", "regression"):
         return _diagonal_root(outputs, kind)
     return _dense(_eigenvectors(outputs, targets, task))
@@ -59,14 +59,14 @@ class CurvatureColumns:
     """Columns of the curvature's root, each of one sample: Σ_m v_m v_mᵀ estimates the sum over all of them.
 
     Args:
-        places: which sample each is of, `(m,)`, ascending.
+        sample_indices: which sample each is of, `(m,)`, ascending.
         vectors: in the outputs' shape, `(m, *shape of one sample's outputs)`, scaled so that the estimate is unbiased.
         total: how many there are in all.
         trace: share of the trace (in the outputs) that the kept ones hold themselves.
         n: samples that were looked at.
     """
 
-    places: Int[Tensor, " m"]
+    sample_indices: Int[Tensor, " m"]
     vectors: Float[Tensor, "m *shape"]
     total: int
     trace: float
@@ -75,9 +75,9 @@ class CurvatureColumns:
     @property
     def notes(self) -> tuple[str, ...]:
         """Say what the sample is, unless it is everything."""
-        if len(self.places) == self.total:
+        if len(self.sample_indices) == self.total:
             return ()
-        kept, total = len(self.places), self.total
+        kept, total = len(self.sample_indices), self.total
         return (
             f"the curvature is an unbiased sample: {kept:,} of its {total:,} columns,"
             f" {100 * self.trace:.0f}% of its trace",
@@ -194,7 +194,7 @@ class Held(NamedTuple):
         return CurvatureColumns(state[2].long(), vectors, self.total, share, self.n)
 
 
-def is_mixed(outputs: Tensor, targets: Tensor, task: Task) -> bool:
+def has_random_root(outputs: Tensor, targets: Tensor, task: Task) -> bool:
     """Say whether the root is one of random mixtures: of classes at so many positions that not all are enumerated."""
     many = outputs.ndim > 2 and outputs[0].numel() > MOST_ENUMERATED
     return many and task.loss is loss_per_sample and task.problem(outputs, targets) == "classes"
@@ -258,9 +258,9 @@ def _dense(columns: Float[Tensor, "n k *shape"]) -> Root:
 def _mixtures(logits: Tensor, draws: torch.Generator | None) -> Tensor:
     """Return mixtures of the columns √(p_c / t) (e_c − p) of all t positions, `(n, 8, classes, ...)`."""
     chance = logits.softmax(1)[:, None]
-    signs = torch.randint(0, 2, (len(logits), DRAWS, *logits.shape[1:]), generator=draws).to(logits) * 2 - 1
+    signs = torch.randint(0, 2, (len(logits), MIXTURES, *logits.shape[1:]), generator=draws).to(logits) * 2 - 1
     mixed = chance.sqrt() * signs
-    return (mixed - chance * mixed.sum(2, keepdim=True)) / (DRAWS * logits[0, 0].numel()) ** 0.5
+    return (mixed - chance * mixed.sum(2, keepdim=True)) / (MIXTURES * logits[0, 0].numel()) ** 0.5
 
 
 def _eigenvectors(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from lightning_interp.data.batch import size
 from lightning_interp.data.task import Task
 from lightning_interp.influence.gradients.blocks import ParameterBlock
-from lightning_interp.influence.gradients.factored import FactoredGradients, Lookup, distinct, joined
+from lightning_interp.influence.gradients.factored import (
+    FactoredGradients,
+    Lookup,
+    concatenate_positions,
+    merge_repeated_rows,
+)
 from lightning_interp.influence.gradients.fallback import FallbackGradients
 from lightning_interp.influence.gradients.rules import LayerCall, ParameterUse, Rule
 
@@ -45,7 +50,7 @@ class WatchedModel:
         sites: the layers.
         names: parameter (by identity) → its name.
         blocks: parameter name → the block that it lies in.
-        leftover: parameters that no rule covers.
+        fallback: parameters that no rule covers.
     """
 
     model: nn.Module
@@ -53,7 +58,7 @@ class WatchedModel:
     sites: Sequence[WatchedLayer]
     names: Mapping[int, str]
     blocks: Mapping[str, ParameterBlock]
-    leftover: FallbackGradients | None = None
+    fallback: FallbackGradients | None = None
 
     def fed(self, layer: str, paths: tuple[str, ...]) -> list[tuple[ParameterBlock, list[str]]]:
         """Return the blocks that a layer's parameters lie in, each with their names."""
@@ -130,38 +135,38 @@ class PerSampleGradients:
         self._watch = dataclasses.replace(self._watch, blocks=blocks)
         return self
 
-    def loss_rows(self, keep: bool = False) -> dict[str, FactoredGradients]:
-        """Return each block's rows for the gradients of the samples' losses; `keep` the graph to ask again."""
-        found = self._rows(self._total, torch.ones_like(self._total), keep)
-        if self._watch.leftover is not None:
-            found |= self._watch.leftover.of_losses(self.batch)
+    def loss_gradients(self, keep_graph: bool = False) -> dict[str, FactoredGradients]:
+        """Return each block's rows for the gradients of the samples' losses; `keep_graph` the graph to ask again."""
+        found = self._rows(self._total, torch.ones_like(self._total), keep_graph)
+        if self._watch.fallback is not None:
+            found |= self._watch.fallback.of_losses(self.batch)
         return found
 
-    def output_rows(self, weights: Tensor, keep: bool = False) -> dict[str, FactoredGradients]:
+    def output_gradients(self, weights: Tensor, keep_graph: bool = False) -> dict[str, FactoredGradients]:
         """Return each block's rows for the gradients of Σ outputs ⊙ weights, sample by sample.
 
         Args:
             weights: in the outputs' shape.
-            keep: the graph, to ask again.
+            keep_graph: the graph, to ask again.
         """
         if self._plain is None:
-            return self._unstepped.output_rows(weights, keep)
-        found = self._rows(self.outputs, weights.to(self.outputs), keep)
-        if self._watch.leftover is not None:
-            found |= self._watch.leftover.of_outputs(self.batch, weights)
+            return self._unstepped.output_gradients(weights, keep_graph)
+        found = self._rows(self.outputs, weights.to(self.outputs), keep_graph)
+        if self._watch.fallback is not None:
+            found |= self._watch.fallback.of_outputs(self.batch, weights)
         return found
 
-    def _rows(self, of: Tensor, weights: Tensor, keep: bool) -> dict[str, FactoredGradients]:
+    def _rows(self, of: Tensor, weights: Tensor, keep_graph: bool) -> dict[str, FactoredGradients]:
         if not self.uses:
             return {}
         nodes = [use.node for _, use in self.uses]
-        found = torch.autograd.grad(of, nodes, weights, retain_graph=keep, allow_unused=True)
+        found = torch.autograd.grad(of, nodes, weights, retain_graph=keep_graph, allow_unused=True)
         parts: dict[str, list[FactoredGradients]] = {}
         for (layer, use), grad in zip(self.uses, found, strict=True):
             outputs = use.arrange(torch.zeros_like(use.node) if grad is None else grad)
             for block, rows in self._laid_out(layer, use, outputs):
                 parts.setdefault(block, []).append(rows)
-        return {block: joined(held) for block, held in parts.items()}
+        return {block: concatenate_positions(held) for block, held in parts.items()}
 
     def _laid_out(self, layer: str, use: ParameterUse, outputs: Tensor) -> Iterator[tuple[str, FactoredGradients]]:
         """Yield the rows of each block that a use feeds."""
@@ -175,7 +180,7 @@ def _in_block(block: ParameterBlock, names: Sequence[str], use: ParameterUse, ou
         return FactoredGradients(outputs.new_ones(len(outputs), 1, 1, 1), whole.reshape(len(outputs), 1, 1, -1))
     if isinstance(use.inputs, Lookup):
         if block.layout == "table":
-            return distinct(use.inputs.index, outputs[:, 0], use.inputs.count)
+            return merge_repeated_rows(use.inputs.index, outputs[:, 0], use.inputs.count)
         return FactoredGradients(outputs, use.inputs.dense().to(outputs))
     if len(names) == 1:
         return FactoredGradients(use.inputs.to(outputs), outputs)

@@ -13,7 +13,7 @@ from lightning_interp.data.batch import device_of, select_rows, size, take, tens
 from lightning_interp.data.samples import Samples
 from lightning_interp.influence.gradients.coverage import Coverage
 from lightning_interp.influence.gradients.distributed import Ranks, SingleProcess, share_of_rank
-from lightning_interp.influence.gradients.factored import FactoredGradients
+from lightning_interp.influence.gradients.factored import FactoredGradients, elements_in_memory
 from lightning_interp.influence.gradients.ggn_columns import CurvatureColumns, PrioritySample, Root, hessian_root
 from lightning_interp.influence.gradients.per_sample import PerSampleGradients
 from lightning_interp.network.undisturbed import capture
@@ -21,7 +21,7 @@ from lightning_interp.progress import Progress, quiet
 
 SINGLE_PROCESS = SingleProcess()
 ELEMENTS_AT_ONCE = 2**20
-MOST_AT_ONCE = 1024
+LARGEST_BATCH = 1024
 SMALLEST = 1e-12
 
 
@@ -31,13 +31,13 @@ class Reader:
 
     Args:
         coverage: the network, and what is watched of it.
-        at_once: how many samples fit in memory.
+        max_batch_size: how many samples fit in memory.
         progress: shows how far it got.
         ranks: the processes that share passes over all samples.
     """
 
     coverage: Coverage
-    at_once: int
+    max_batch_size: int
     progress: Progress = quiet
     ranks: Ranks = SINGLE_PROCESS
 
@@ -57,36 +57,38 @@ class Reader:
             progress: shows how far it got.
             ranks: the processes that share passes over all samples.
         """
-        model, one = coverage.watch.model, take(batch, 0, 1)
+        model, one = coverage.model, take(batch, 0, 1)
         names = [name for name, _ in model.named_modules()]
         with capture(model, names, lambda _, __, output: output.numel()) as made:
-            rows = PerSampleGradients(coverage.watch, one).loss_rows()
-        held = max(1, sum(row.held for row in rows.values()))
+            rows = PerSampleGradients(coverage.watched_model, one).loss_gradients()
+        held = max(1, elements_in_memory(rows))
         all_held = held + sum(map(sum, made.values())) + sum(tensor.numel() for tensor in tensors(one))
-        at_once = max(1, min(samples.batch_size, ELEMENTS_AT_ONCE // held))
-        larger = min(MOST_AT_ONCE, ELEMENTS_AT_ONCE // all_held) if samples.resizable else 1
-        return cls(coverage, max(at_once, larger), progress, ranks)
+        max_batch_size = max(1, min(samples.batch_size, ELEMENTS_AT_ONCE // held))
+        larger = min(LARGEST_BATCH, ELEMENTS_AT_ONCE // all_held) if samples.resizable else 1
+        return cls(coverage, max(max_batch_size, larger), progress, ranks)
 
-    def whole(self, samples: Samples) -> Samples:
+    def rebatch(self, samples: Samples) -> Samples:
         """Return samples in batches that go through the network whole, where batches may have any size."""
-        return replace(samples, batch_size=self.at_once) if samples.resizable else samples
+        return replace(samples, batch_size=self.max_batch_size) if samples.resizable else samples
 
     def batches(self, samples: Samples, what: str) -> Iterator[Any]:
         """Yield the samples in parts, on the network's device."""
-        device = device_of(self.coverage.watch.model)
+        device = device_of(self.coverage.model)
         for batch in self.progress(samples, -(-len(samples) // samples.batch_size), what):
             batch, n = to_device(batch, device), size(batch)
-            if n <= self.at_once:
+            if n <= self.max_batch_size:
                 yield batch
             else:
-                yield from (take(batch, start, start + self.at_once) for start in range(0, n, self.at_once))
+                yield from (
+                    take(batch, start, start + self.max_batch_size) for start in range(0, n, self.max_batch_size)
+                )
 
-    def traces(self, samples: Samples, what: str) -> Iterator[PerSampleGradients]:
+    def per_sample_gradients(self, samples: Samples, what: str) -> Iterator[PerSampleGradients]:
         """Yield one forward of each part."""
         for batch in self.batches(samples, what):
-            yield PerSampleGradients(self.coverage.watch, batch)
+            yield PerSampleGradients(self.coverage.watched_model, batch)
 
-    def columns(self, samples: Samples, count: int, seed: int) -> CurvatureColumns:
+    def sample_columns(self, samples: Samples, count: int, seed: int) -> CurvatureColumns:
         """Return an unbiased sample of the curvature's columns, from one forward over the samples."""
         mine, places = share_of_rank(samples, self.ranks)
         draws = torch.Generator().manual_seed(seed + self.ranks.index)
@@ -97,36 +99,38 @@ class Reader:
             start = stop
         return sample.columns(self.ranks.gather(sample.held()))
 
-    def all_columns(self, samples: Samples, seed: int, what: str) -> Iterator[dict[str, FactoredGradients]]:
+    def gradients_of_all_columns(
+        self, samples: Samples, seed: int, what: str
+    ) -> Iterator[dict[str, FactoredGradients]]:
         """Yield rows whose gradients' squares sum to the curvature times n: one backward per column."""
         draws = torch.Generator().manual_seed(seed)
-        task = self.coverage.watch.task
-        for trace in self.traces(samples, what):
+        task = self.coverage.task
+        for trace in self.per_sample_gradients(samples, what):
             root = hessian_root(trace.outputs, trace.targets, task, draws)
             rows = torch.arange(len(trace), device=root.norms.device)
             for place in _alive(root.norms):
                 column = root.column(rows, torch.full_like(rows, place))
-                yield trace.output_rows(column.reshape(trace.outputs.shape), keep=True)
+                yield trace.output_gradients(column.reshape(trace.outputs.shape), keep_graph=True)
 
-    def column_rows(
+    def gradients_of_columns(
         self, samples: Samples, columns: CurvatureColumns, what: str
     ) -> Iterator[dict[str, FactoredGradients]]:
         """Yield the rows of sampled columns: one backward each, of their samples alone."""
-        places, where = columns.places.unique_consecutive(return_inverse=True)
+        places, where = columns.sample_indices.unique_consecutive(return_inverse=True)
         if not len(places):
             return
-        start, device = 0, device_of(self.coverage.watch.model)
+        start, device = 0, device_of(self.coverage.model)
         chosen = samples.at(places.tolist())
         for batch in self.progress(chosen, -(-len(chosen) // samples.batch_size), what):
             mine = ((where >= start) & (where < start + size(batch))).nonzero()[:, 0]
-            for some in mine.split(self.at_once):
+            for some in mine.split(self.max_batch_size):
                 part = to_device(select_rows(batch, where[some] - start), device)
-                trace = PerSampleGradients(self.coverage.watch, part)
-                yield trace.output_rows(columns.vectors[some].reshape(trace.outputs.shape))
+                trace = PerSampleGradients(self.coverage.watched_model, part)
+                yield trace.output_gradients(columns.vectors[some].reshape(trace.outputs.shape))
             start += size(batch)
 
     def _roots(self, samples: Samples, draws: torch.Generator) -> Iterator[Root]:
-        watch = self.coverage.watch
+        watch = self.coverage.watched_model
         for batch in self.batches(samples, "curvature, columns"):
             with torch.no_grad():
                 outputs = watch.task.outputs(watch.model, watch.task.inputs(batch))

@@ -76,7 +76,7 @@ def test_equals_autograd_sample_by_sample(name: str) -> None:
     coverage, worst = per_sample(net, (torch.randn(5, width, dtype=torch.float64), torch.tensor([0, 1, 2, 1, 0])))
     assert worst < 1e-10
     assert coverage.left_out == {}
-    assert coverage.watch.leftover is None
+    assert coverage.fallback is None
     assert coverage.size == sum(p.numel() for p in net.parameters())
 
 
@@ -102,7 +102,7 @@ def test_a_table_tied_to_the_output_layer_is_one_block() -> None:
     tokens = torch.tensor([[1, 1, 2], [3, 1, 3], [6, 5, 4]])
     coverage, worst = per_sample(net, (tokens, torch.tensor([0, 2, 6])))
     assert worst < 1e-10
-    assert coverage.watch.leftover is None
+    assert coverage.fallback is None
     assert set(coverage.blocks) == {"table.weight", "mix.weight", "head.bias"}
     assert coverage.size == sum(p.numel() for p in net.parameters())
 
@@ -111,8 +111,8 @@ def test_parameters_outside_layers_are_differentiated_by_torch_func() -> None:
     net = Loose().double()
     coverage, worst = per_sample(net, (torch.randn(4, 24, dtype=torch.float64), torch.tensor([0, 2, 1, 1])))
     assert worst < 1e-10
-    assert coverage.watch.leftover is not None
-    assert [block.name for block in coverage.watch.leftover.blocks] == ["weight", "position", "scale"]
+    assert coverage.fallback is not None
+    assert [block.name for block in coverage.fallback.blocks] == ["weight", "position", "scale"]
     assert coverage.left_out == {}
 
 
@@ -120,8 +120,8 @@ def test_shared_and_doubly_used_weights_are_right_and_unused_ones_are_named() ->
     net = Sneaky().double()
     coverage, worst = per_sample(net, (torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, 1, 2])))
     assert worst < 1e-10
-    assert coverage.watch.leftover is not None
-    assert [block.name for block in coverage.watch.leftover.blocks] == ["twice.weight", "twice.bias"]
+    assert coverage.fallback is not None
+    assert [block.name for block in coverage.fallback.blocks] == ["twice.weight", "twice.bias"]
     assert coverage.blocks["tied.weight"].parameters == ("tied.weight",)
     assert coverage.left_out == {"unused.weight": 16, "unused.bias": 4}
 
@@ -145,7 +145,7 @@ def test_torch_func_goes_through_fused_attention_without_complaint() -> None:
         coverage, worst = per_sample(Attentive(), batch)
     assert [str(w.message) for w in caught] == []
     assert worst < 1e-4
-    assert coverage.watch.leftover is not None
+    assert coverage.fallback is not None
 
 
 class Stubborn(nn.Module):
@@ -166,8 +166,8 @@ def test_what_torch_func_cannot_follow_is_differentiated_one_by_one() -> None:
     coverage, worst = per_sample(net, (torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, 1, 2])))
     assert worst < 1e-10
     assert coverage.left_out == {}
-    assert coverage.watch.leftover is not None
-    assert [block.name for block in coverage.watch.leftover.blocks] == ["scale"]
+    assert coverage.fallback is not None
+    assert [block.name for block in coverage.fallback.blocks] == ["scale"]
 
 
 @pytest.mark.parametrize(("kind", "width"), [(Loose, 24), (Stubborn, 4)])
@@ -178,7 +178,7 @@ def test_gradients_of_outputs_contracted_with_weights(kind: type[nn.Module], wid
     weights = torch.randn(4, 3, dtype=torch.float64)
     with differentiable(net):
         coverage = find_coverage(net, TASK, batch)
-        rows = PerSampleGradients(coverage.watch, batch).output_rows(weights)
+        rows = PerSampleGradients(coverage.watched_model, batch).output_gradients(weights)
         for sample in range(4):
             value = (net(batch[0][sample : sample + 1]) * weights[sample]).sum()
             for name, block in coverage.blocks.items():
