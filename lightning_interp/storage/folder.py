@@ -1,4 +1,4 @@
-"""A run's folder on disk: files written whole or not at all."""
+"""A run's folder, local or at an fsspec address: files written whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Folder:
     """A local folder or an fsspec address (`s3://…`).
 
     Args:
-        path: the folder; made at the first write.
+        path: of the folder, which is made at the first write.
     """
 
     path: str
@@ -36,7 +36,7 @@ class Folder:
         return bool(system.exists(path))
 
     def write(self, name: str, data: bytes | str) -> str:
-        """Write a file whole: a reader, or a kill at any moment, finds the old one or the new one.
+        """Write a file whole: whoever reads it, also after a kill at any moment, finds the old content or the new.
 
         Returns:
             The file's path.
