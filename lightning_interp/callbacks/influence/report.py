@@ -20,7 +20,7 @@ from lightning_interp.views.canvas import Pixels
 from lightning_interp.views.describe import target_in_words, view_by_index, view_samples
 from lightning_interp.views.display import Display, SampleView
 from lightning_interp.views.influence import spot_scatter
-from lightning_interp.views.sample import WRONG, columns_of, gallery, tail, verdict
+from lightning_interp.views.sample import WRONG, columns_of, gallery, shortened_name, verdict
 from lightning_interp.views.sample_html import (
     InfluenceList,
     QueryCard,
@@ -177,13 +177,13 @@ def _gallery(card: QueryCard, display: Display) -> Pixels:
     ]
     true, *answer = verdict(card.view).split("   ")
     answer = [f"{WRONG if card.view.wrong else ''}{said}" for said in answer]
-    note = "\n".join((f"query #{tail(card.view.id)}", true, *answer, f"loss {card.loss:.3g}"))
+    note = "\n".join((f"query #{shortened_name(card.view.id)}", true, *answer, f"loss {card.loss:.3g}"))
     return gallery(card.view, note, rows, display)
 
 
 def _note(view: SampleView, score: float) -> str:
     differs = f"\n{WRONG}predicted {view.prediction}" if view.wrong else ""
-    return f"#{tail(view.id)}\nlabel {view.label}\n{score:+.2e}{differs}"
+    return f"#{shortened_name(view.id)}\nlabel {view.label}\n{score:+.2e}{differs}"
 
 
 def _duplicates(
