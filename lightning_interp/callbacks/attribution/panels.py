@@ -17,7 +17,7 @@ from lightning_interp.callbacks.attribution.arguments import Choice
 from lightning_interp.data.batch import count_samples, device_of, select_samples, to_device
 from lightning_interp.data.probe import Probe
 from lightning_interp.data.task import Problem, Task, predict_classes, probabilities
-from lightning_interp.views.attribution import TitledMap, attribution_panel, trouble
+from lightning_interp.views.attribution import TitledMap, attribution_panel, reason_not_drawn
 from lightning_interp.views.canvas import Pixels
 from lightning_interp.views.describe import sample_views, targets_of
 from lightning_interp.views.display import Display, SampleView
@@ -271,7 +271,7 @@ def _panel(
     moment: str,
 ) -> Panel:
     maps = [TitledMap(word, one.maps[index]) for word, one in zip(words, explanations, strict=True)]
-    top = max([setup.scales.get(key, 0.0), *(scale_of(one.map) for one in maps if not trouble(one.map))])
+    top = max([setup.scales.get(key, 0.0), *(scale_of(one.map) for one in maps if not reason_not_drawn(one.map))])
     setup.scales[key] = top
     layer, facts = explanations[0].layer, explanations[0].facts
     at = f" at {layer}" if layer else ""

@@ -33,7 +33,7 @@ from lightning_interp.views.report import (
     Table,
     Verdict,
 )
-from lightning_interp.views.sample import WRONG, columns_of, gallery, tail, verdict
+from lightning_interp.views.sample import WRONG, columns_of, gallery, shortened_name, verdict
 from lightning_interp.views.sample_html import InfluenceList, QueryCard, ScoredSample, SuspectSample, sample_html
 from lightning_interp.views.tables import as_csv, as_markdown
 
@@ -279,14 +279,14 @@ def draw_card(card: QueryCard, display: Display) -> Pixels:
     ]
     label, *answer = verdict(card.view).split("   ")
     answer = [f"{WRONG if card.view.wrong else ''}{line}" for line in answer]
-    note = "\n".join((f"query #{tail(card.view.id)}", label, *answer, f"loss {card.loss:.3g}"))
+    note = "\n".join((f"query #{shortened_name(card.view.id)}", label, *answer, f"loss {card.loss:.3g}"))
     return gallery(card.view, note, rows, display)
 
 
 def _caption(sample: ScoredSample) -> str:
     view = sample.view
     differs = f"\n{WRONG}predicted {view.prediction}" if view.wrong else ""
-    return f"#{tail(view.id)}\nlabel {view.label}\n{sample.score:+.2e}{differs}"
+    return f"#{shortened_name(view.id)}\nlabel {view.label}\n{sample.score:+.2e}{differs}"
 
 
 def draw_suspects(report: InfluenceReport) -> Pixels:
