@@ -175,12 +175,12 @@ class CAM(SinglePass):
                 f" layer's mean over positions, got one of which that is not so; use GradCAM()"
             )
         summed = gradients.flatten(2).sum(2)  # of such a network, the linear layer's weights for the target
-        return at_inputs_size(at_least_float32(_weighted(activations, summed)), result.explained.raw, layer)
+        return at_inputs_size(at_least_float32(weighted_sum(activations, summed)), result.explained.raw, layer)
 
 
 def grad_cam(activations: Float[Tensor, "n c *at"], gradients: Float[Tensor, "n c *at"]) -> Float[Tensor, "n *at"]:
     """Return the map before its ReLU: Σ_k A_k · mean over positions of ∂s/∂A_k."""
-    return _weighted(activations, gradients.flatten(2).mean(2))
+    return weighted_sum(activations, gradients.flatten(2).mean(2))
 
 
 def grad_cam_plus_plus(
@@ -189,10 +189,11 @@ def grad_cam_plus_plus(
     """Return the map before its ReLU: Σ_k A_k · Σ_positions α ReLU(g)."""
     g, total = gradients.flatten(2), activations.flatten(2).sum(2, keepdim=True)
     weights = torch.where(g <= 0, torch.zeros_like(g), g / (2 + g * total))  # so NaN stays NaN
-    return _weighted(activations, weights.sum(2))
+    return weighted_sum(activations, weights.sum(2))
 
 
-def _weighted(activations: Float[Tensor, "n c *at"], weights: Float[Tensor, "n c"]) -> Float[Tensor, "n *at"]:
+def weighted_sum(activations: Float[Tensor, "n c *at"], weights: Float[Tensor, "n c"]) -> Float[Tensor, "n *at"]:
+    """Return the sum of a layer's channels, each times its weight."""
     return torch.einsum("nc,nc...->n...", weights, activations)
 
 

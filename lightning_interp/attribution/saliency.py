@@ -92,9 +92,9 @@ class InputXGradient(InputMap):
         return product.sum(-1) if result.explained.tokens else product
 
 
-def suffix(score: Score) -> str:
-    """Return what a tag gets where the score is not the logit."""
-    return "" if score is logit else f"_of_{getattr(score, '__name__', repr(score))}"
+def suffix(score: Score, default: Score = logit) -> str:
+    """Return what a tag gets where the score is not the method's default."""
+    return "" if score is default else f"_of_{getattr(score, '__name__', repr(score))}"
 
 
 def of_input(tensor: Tensor | None) -> Tensor:
