@@ -141,14 +141,14 @@ class _RelevanceMode(TorchFunctionMode):
             return func(*args, **kwargs)
         with torch.no_grad():
             copy = z.clone()  # f may write into it
-            value = func(copy, *args[1:], **{key: given for key, given in kwargs.items() if key != "input"})
+            value = func(copy, *args[1:], **{key: option for key, option in kwargs.items() if key != "input"})
             slope = torch.where(z == 0, torch.zeros_like(z), value / z)
         output = _ScaledGradient.apply(z, value, slope)  # type: ignore[no-untyped-call]
         return z.copy_(output) if value is copy else output
 
 
 class _ScaledGradient(torch.autograd.Function):
-    """A value that stands for a function of x, whose gradient is a given factor."""
+    """The value of a function of x, with a given factor in place of its gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, factor: Tensor) -> Tensor:

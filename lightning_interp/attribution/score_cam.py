@@ -30,7 +30,7 @@ class ScoreCAM(SinglePass):
     channel, which a softmax over channels does not see, so that no baseline is needed. It takes one forward per sample
     and channel; the gradient only finds the layer where none is named. A constant A_k has H_k = 0. Probabilities lie
     between 0 and 1, so the softmax leaves all weights within a factor of e of each other: the map is close to the mean
-    over channels unless `score=logit`. Where H_k is small the input is nearer to 0, whatever 0 stands for in it.
+    over channels unless `score=logit`. Where H_k is small the input is near 0, which need not mean that it is empty.
 
     Reference: Wang et al., Score-CAM: Score-Weighted Visual Explanations for Convolutional Neural Networks, 2020.
 
@@ -55,7 +55,7 @@ class ScoreCAM(SinglePass):
 
     @property
     def goal(self) -> OfTarget:
-        """What is differentiated, where the last map is looked for: the target's logit, as for `GradCAM`."""
+        """What is differentiated, to find the last map: the target's logit, as for `GradCAM`."""
         return OfTarget()
 
     @property

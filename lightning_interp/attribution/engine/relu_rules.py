@@ -24,8 +24,7 @@ CLAMPS_IN_PLACE = {torch.clamp_, Tensor.clamp_, torch.clamp_min_, Tensor.clamp_m
 class ReluRule:
     """A backward of ReLUs, for every ReLU of a forward, whichever module, function or method it is.
 
-    Modules, functions, methods and in-place calls are caught alike, and ReLU6 and clamps from zero with them. Other
-    activations keep their own gradient.
+    ReLU6 and clamps from zero count as ReLUs, in-place calls included. Other activations keep their own gradient.
 
     Args:
         backward: (gradient, the ReLU's own backward) → gradient.
@@ -87,8 +86,8 @@ class _Rectified(torch.autograd.Function):
         if in_place:
             ctx.mark_dirty(x)
         output = x.clamp_(0, ceiling) if in_place else x.clamp(0, ceiling)
-        # Input and output tell alike what passed. Saved is what the function itself would save, so that models may
-        # write into the other one as they may without a rule.
+        # Where x was positive can be read from x or from the output. What is saved is what the function itself would
+        # save, so that models may write into the other one as they may without a rule.
         ctx.save_for_backward(output.clone() if func in CLAMPS_IN_PLACE else x if func in CLAMPS else output)
         return output
 
