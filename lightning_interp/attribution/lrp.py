@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_interp.attribution.engine.forward_backward import INPUT, PassResult
 from lightning_interp.attribution.engine.goal import OfTarget
+from lightning_interp.attribution.engine.relu_rules import rectifier_ceiling
 from lightning_interp.attribution.engine.single_pass import SinglePass
 from lightning_interp.attribution.engine.target import select
 from lightning_interp.attribution.saliency import of_input
@@ -34,9 +35,9 @@ class LRP(SinglePass):
 
     R_i = Σ_j a_i w_ij / (z_j + ε sign z_j) · R_j at each linear or convolution layer z_j = Σ_i a_i w_ij + b_j, from
     R = logit_target at the output; signed, in the shape of x; for token ids the sum over the embedding's dimensions,
-    `(n, tokens)`. sign 0 = 1: an output of exactly 0 has no relevance to hand down. Activations hand relevance through
-    unchanged, a maximum to where it was, sums and means in proportion. What the biases contributed stays with them, and
-    ε takes a share ε / (|z| + ε): the sum of a map less the logit is `facts["conservation_gap"]`.
+    `(n, tokens)`. sign 0 = 1: an output of exactly 0 has no relevance to hand down. Activations with f(0) = 0 hand
+    relevance through unchanged, a maximum to where it was, sums and means in proportion. What the biases contributed
+    stays with them, and ε takes a share ε / (|z| + ε): the sum of a map less the logit is `facts["conservation_gap"]`.
 
     A larger ε damps what came about by terms that nearly cancel. As ε → 0 the map of a network of ReLUs becomes that of
     `InputXGradient`. Batch normalisation in eval mode is affine, and its constant counts as a bias. Where a function
@@ -124,14 +125,15 @@ class _RelevanceMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "").strip("_")
-        if name in CURVED_ACTIVATIONS:
+        # A ReLU's own gradient is f(z) / z; a clamp from zero to a ceiling is what ReLU6 is.
+        if name in CURVED_ACTIVATIONS or rectifier_ceiling(func, args, kwargs) not in (None, float("inf")):
             return self._activation(func, args, kwargs)
         output = func(*args, **kwargs)
         if name not in LINEAR_FUNCTIONS or _count_differentiable((*args, *kwargs.values())) != 1:
             return output
         self.met_linear = True
         z = at_least_float32(output.detach())
-        share = z / (z + torch.where(z < 0, -self.epsilon, self.epsilon))
+        share = z / (z + self.epsilon * torch.where(z < 0, -1.0, 1.0).to(z))
         return _ScaledGradient.apply(output, output.detach(), share.to(output.dtype))  # type: ignore[no-untyped-call]
 
     def _activation(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from tests.attribution.test_gradients import TARGET, golden, small
 
 
 def stabilised(z: Tensor, epsilon: float) -> Tensor:
-    return z + epsilon * torch.where(z < 0, -1.0, 1.0)
+    return z + epsilon * torch.where(z < 0, -1.0, 1.0).double()
 
 
 @torch.no_grad()
@@ -56,14 +56,26 @@ def convolutional() -> nn.Sequential:
     ).double()
 
 
+class Clamped(nn.Module):
+    """ReLU6 by another function."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp_(0, 6) if self.in_place else torch.clamp(x, min=0, max=6)
+
+
 ACTIVATIONS = [nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(0.1), nn.GELU(), nn.Tanh(), nn.SiLU(inplace=True)]
+ACTIVATIONS += [Clamped(False), Clamped(True)]
 ACTIVATIONS += [nn.ELU(inplace=True), nn.ReLU6(), nn.Hardtanh(), nn.Mish(), nn.Hardswish(), nn.SELU(), nn.CELU()]
 
 
 @pytest.mark.parametrize("epsilon", [1e-6, 0.3, 10.0])
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_perceptrons(activation: nn.Module, epsilon: float) -> None:
-    net, x = perceptron(activation), 3 * torch.randn(3, 6).double()
+    net, x = perceptron(activation), 9 * torch.randn(3, 6).double()
     found = LRP(epsilon)(net, x, TARGET)
     expected = by_hand(net, x, TARGET, epsilon)
     assert torch.allclose(found.maps, expected, rtol=1e-8, atol=1e-10)

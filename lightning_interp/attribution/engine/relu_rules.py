@@ -68,7 +68,7 @@ class _RectifierMode(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        ceiling = _ceiling(func, args, kwargs)
+        ceiling = rectifier_ceiling(func, args, kwargs)
         if ceiling is None:
             return func(*args, **kwargs)
         self.met_rectifier = True
@@ -103,7 +103,7 @@ class _Rectified(torch.autograd.Function):
         return ctx.rule.backward(gradient, own), None, None, None, None
 
 
-def _ceiling(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | None:
+def rectifier_ceiling(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | None:
     """Return the value above which a rectifier is flat (infinity for a ReLU); None for any other function."""
     if func in PLAIN or func in IN_PLACE:
         return float("inf")
