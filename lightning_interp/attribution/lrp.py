@@ -20,7 +20,7 @@ from lightning_interp.attribution.engine.target import select
 from lightning_interp.attribution.saliency import of_input
 from lightning_interp.data.batch import at_least_float32
 
-DEFAULT_EPSILON = 1e-2  # small beside outputs of the order of 1, far above the rounding of half precision
+DEFAULT_EPSILON = 1e-2  # small beside outputs of the order of 1, above the rounding of bfloat16 (4e-3)
 CONVOLUTIONS = tuple(f"conv{kind}{size}d" for kind in ("", "_transpose") for size in (1, 2, 3))
 LINEAR_FUNCTIONS = frozenset((*CONVOLUTIONS, "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"))
 # Those with f(0) = 0 whose gradient is not f(z) / z, as that of a ReLU or leaky ReLU is.

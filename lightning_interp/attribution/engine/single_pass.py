@@ -161,7 +161,8 @@ def explain_outputs(
 def _can_share(method: object) -> bool:
     """Return whether a method is read from a shared pass; a class that overrides the call of `SinglePass` is called."""
     own_call = isinstance(method, SinglePass) and type(method).__call__ is not SinglePass.__call__
-    return isinstance(method, ReadFromPass) and not own_call
+    # `read` must be the class's own: a wrapper that forwards attributes has it too, and its call is what counts.
+    return isinstance(method, ReadFromPass) and hasattr(type(method), "read") and not own_call
 
 
 def _read_together(
