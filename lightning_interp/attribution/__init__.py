@@ -24,6 +24,7 @@ from lightning_interp.attribution.engine.target import (
 from lightning_interp.attribution.integrated_gradients import IntegratedGradients
 from lightning_interp.attribution.kernel_shap import KernelSHAP
 from lightning_interp.attribution.lime import LIME, by_width
+from lightning_interp.attribution.lrp import LRP
 from lightning_interp.attribution.metrics.faithfulness import (
     DeadMaps,
     DeletionArea,
@@ -51,11 +52,13 @@ from lightning_interp.attribution.perturbed.coalitions import any_size, bernoull
 from lightning_interp.attribution.perturbed.local_models import LocalModels
 from lightning_interp.attribution.perturbed.regions import Grid, Superpixels
 from lightning_interp.attribution.saliency import InputXGradient, Saliency
+from lightning_interp.attribution.score_cam import ScoreCAM
 from lightning_interp.attribution.smoothgrad import SmoothGrad
 
 __all__ = [
     "CAM",
     "LIME",
+    "LRP",
     "Attributor",
     "BestLocalizationError",
     "Centre",
@@ -81,6 +84,7 @@ __all__ = [
     "RanksPositions",
     "Saliency",
     "Score",
+    "ScoreCAM",
     "SmoothGrad",
     "Superpixels",
     "Target",

@@ -18,7 +18,7 @@ Attributor = Callable[..., Explanation]
 
 @runtime_checkable
 class RanksPositions(Protocol):
-    """An attributor that says itself how important each position of its maps is."""
+    """An attributor with its own measure of how important each position of its maps is."""
 
     def importance(self, maps: Float[Tensor, "n *shape"]) -> Float[Tensor, "n *shape"]:
         """Return numbers that deletion and insertion go through from the largest to the smallest."""
@@ -41,9 +41,9 @@ class ExplainsAllClasses(Protocol):
 
 
 def importance(method: object, explanation: Explanation) -> Float[Tensor, "n *shape"]:
-    """Return how important each position is: by the method's own `importance`, else as its explanation says.
+    """Return how important each position is, by the method's own `importance` or the explanation's `ranked_by`.
 
-    A wrapper that hands on another method's explanation, or a copy of it by `dataclasses.replace`, is thus ranked like
+    A wrapper that returns another method's explanation, or a copy made by `dataclasses.replace`, is thus ranked like
     that method.
 
     Args:

@@ -21,6 +21,8 @@ from lightning_interp.data.batch import at_least_float32
 from lightning_interp.data.task import Task
 from lightning_interp.network.undisturbed import explaining
 
+LOGIT_TOLERANCE = 1e-3  # of the largest logit: far above the rounding of float32; any other head differs by more
+
 
 @dataclass(frozen=True)
 class GradientMap(SinglePass):
@@ -59,8 +61,8 @@ class GradientMap(SinglePass):
 
     def read(self, result: PassResult, layer: str) -> Tensor:
         """Return the map after its ReLU, at the input's size."""
-        held = with_positions(result.layers[layer], layer)
-        return at_inputs_size(at_least_float32(self.combined(*held)).relu(), result.explained.raw, layer)
+        layer_values = with_positions(result.layers[layer], layer)
+        return at_inputs_size(at_least_float32(self.combined(*layer_values)).relu(), result.explained.raw, layer)
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ class GradCAM(GradientMap):
 
     map = ReLU(Σ_k w_k A_k), w_k the mean over positions of ∂ logit_target / ∂A_k, A the layer's output: feature
     maps, or tokens. Upsampled bilinearly to the input's size; `(n, H, W)` for images, `(n, tokens)` for text. No
-    gradient is computed below the layer. The map is as coarse as the layer: on a 1 × 1 output it says nothing, and a
-    map of zeros means that no position speaks for the target.
+    gradient is computed below the layer. The map is as coarse as the layer: a 1 × 1 output has no positions to show. A
+    map of zeros means that no position is evidence for the target.
 
     Reference: Selvaraju et al., Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization,
     2017.
@@ -112,7 +114,7 @@ class HiResCAM(GradientMap):
 
     map = ReLU(Σ_k A_k ⊙ ∂ logit_target / ∂A_k). Equal to Grad-CAM where all positions have the same gradient, as
     under global average pooling; elsewhere it shows the positions that were used, where Grad-CAM's mean spreads one
-    position's gradient over all. The one to take for transformers, whose tokens have very
+    position's gradient over all. Preferable for transformers, whose tokens have very
     different gradients.
 
     Reference: Draelos and Carin, Use HiResCAM instead of Grad-CAM for faithful explanations of convolutional neural
@@ -175,12 +177,12 @@ class CAM(SinglePass):
                 f" layer's mean over positions, got one of which that is not so; use GradCAM()"
             )
         summed = gradients.flatten(2).sum(2)  # of such a network, the linear layer's weights for the target
-        return at_inputs_size(at_least_float32(_weighted(activations, summed)), result.explained.raw, layer)
+        return at_inputs_size(at_least_float32(weighted_sum(activations, summed)), result.explained.raw, layer)
 
 
 def grad_cam(activations: Float[Tensor, "n c *at"], gradients: Float[Tensor, "n c *at"]) -> Float[Tensor, "n *at"]:
     """Return the map before its ReLU: Σ_k A_k · mean over positions of ∂s/∂A_k."""
-    return _weighted(activations, gradients.flatten(2).mean(2))
+    return weighted_sum(activations, gradients.flatten(2).mean(2))
 
 
 def grad_cam_plus_plus(
@@ -189,37 +191,42 @@ def grad_cam_plus_plus(
     """Return the map before its ReLU: Σ_k A_k · Σ_positions α ReLU(g)."""
     g, total = gradients.flatten(2), activations.flatten(2).sum(2, keepdim=True)
     weights = torch.where(g <= 0, torch.zeros_like(g), g / (2 + g * total))  # so NaN stays NaN
-    return _weighted(activations, weights.sum(2))
+    return weighted_sum(activations, weights.sum(2))
 
 
-def _weighted(activations: Float[Tensor, "n c *at"], weights: Float[Tensor, "n c"]) -> Float[Tensor, "n *at"]:
+def weighted_sum(activations: Float[Tensor, "n c *at"], weights: Float[Tensor, "n c"]) -> Float[Tensor, "n *at"]:
+    """Return the sum of a layer's channels, each times its weight."""
     return torch.einsum("nc,nc...->n...", weights, activations)
 
 
-def with_positions(seen: tuple[Tensor, Tensor], layer: str) -> tuple[Tensor, Tensor]:
+def with_positions(gradients_of_layer: tuple[Tensor, Tensor], layer: str) -> tuple[Tensor, Tensor]:
     """Return activations and gradients of a layer.
 
     Raises:
         ValueError: they have no positions.
     """
-    if seen[0].ndim < 3:
-        shape = tuple(seen[0].shape)
+    if gradients_of_layer[0].ndim < 3:
+        shape = tuple(gradients_of_layer[0].shape)
         raise ValueError(f"layer={layer!r}: expected an output (n, channels, H, W) or (n, tokens, d), got {shape}")
-    return seen[0], seen[1]
+    return gradients_of_layer[0], gradients_of_layer[1]
 
 
 def _pooled_and_linear(model: nn.Module, activations: Tensor, outputs: Tensor) -> bool:
-    """Say whether the outputs are those of one linear layer, or none, of the activations' mean over positions."""
+    """Return whether the outputs are one linear layer (or nothing) of the activations' mean over positions."""
     pooled, logits = activations.flatten(2).mean(2), per_class(outputs)
-    heads = [part for part in model.modules() if isinstance(part, nn.Linear) and part.in_features == pooled.shape[1]]
-    made = [F.linear(pooled.to(part.weight), part.weight, part.bias) for part in heads] + [pooled]
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    heads = [layer for layer in linear if layer.in_features == pooled.shape[1]]
+    candidates = [F.linear(pooled.to(head.weight), head.weight, head.bias) for head in heads] + [pooled]
     scale = logits.abs().max().clamp(min=1e-12)
-    # Where an output is NaN so is the map: the shape alone says what network it is.
-    return any(one.shape == logits.shape and not bool(((one - logits).abs() > 1e-3 * scale).any()) for one in made)
+    # "Not above" rather than "below": a network with NaN outputs is judged by shape alone, and its map is NaN.
+    return any(
+        candidate.shape == logits.shape and not bool(((candidate - logits).abs() > LOGIT_TOLERANCE * scale).any())
+        for candidate in candidates
+    )
 
 
 def check_layer(owner: str, layer: object) -> None:
-    """Raise a TypeError where a layer is not given by name."""
+    """Raise a TypeError unless a layer is a name or None."""
     if layer is not None and not isinstance(layer, str):
         raise TypeError(f"{owner}(layer=...): expected a layer's name or None, got {layer!r}")
 

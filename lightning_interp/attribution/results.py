@@ -1,4 +1,4 @@
-"""What attribution hands on: explanations, and a run's maps at one moment."""
+"""Results of attribution: explanations, and a run's maps at one moment of training."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ class Explanation:
         maps: one map per sample: `(n, ...)` in the shape of the input for gradients (signed), `(n, H, W)` for
             class activation maps, `(n, tokens)` for token ids.
         target: class per sample that the map explains, `(n,)`.
-        layer: the layer that the method looked at; None where it is the input.
-        facts: what the method says of each map, name → `(n,)`: `completeness_gap` of integrated gradients, `r2` of
-            LIME.
+        layer: the layer whose activations the map is made of; None where the input is differentiated or perturbed.
+        facts: diagnostics of each map, name → `(n,)`: `completeness_gap` of integrated gradients, `r2` of LIME.
         ranked_by: which positions count as the most important: "value", those with the largest numbers, as of maps in
-            the score's unit, whose negative numbers speak against the target; "size", those with the largest absolute
-            values, as of a gradient, whose sign says in which direction a change matters and not how much.
+            the score's unit, where negative numbers are evidence against the target; "size", those with the largest
+            absolute values, as of a gradient, whose sign gives the direction of a change and not its importance.
 
     Raises:
         ValueError: `ranked_by` is neither.

@@ -45,9 +45,9 @@ class Saliency(InputMap):
 
     map = ∂ logit_target / ∂x, signed, in the shape of x; shown as the largest absolute value over channels. For
     token ids, the norm over the embedding's dimensions of the gradient at the output of the embedding that looks
-    them up, `(n, tokens)`. It says where a small change would move the logit, not what the logit is made of, and is
-    noisy where the network has many ReLUs. The gradient of the probability is another quantity: p_t times what is left
-    of the logit's gradient after the mean over classes, weighted by probability, is taken off.
+    them up, `(n, tokens)`. It shows where a small change would move the logit, not what the logit is made of, and is
+    noisy where the network has many ReLUs. The gradient of the probability is another quantity: p_t times the
+    logit's gradient less its mean over classes, weighted by their probabilities.
 
     Reference: Simonyan et al., Deep Inside Convolutional Networks, 2013.
 
@@ -63,7 +63,7 @@ class Saliency(InputMap):
 
     @property
     def ranked_by(self) -> Ranking:
-        """A gradient of single numbers says how much one matters by its size."""
+        """By size: a gradient's sign is a direction, not an importance."""
         return "size"
 
     def read(self, result: PassResult, layer: str) -> Tensor:
@@ -92,13 +92,13 @@ class InputXGradient(InputMap):
         return product.sum(-1) if result.explained.tokens else product
 
 
-def suffix(score: Score) -> str:
-    """Return what a tag gets where the score is not the logit."""
-    return "" if score is logit else f"_of_{getattr(score, '__name__', repr(score))}"
+def suffix(score: Score, default: Score = logit) -> str:
+    """Return what a tag gets where the score is not the method's default."""
+    return "" if score is default else f"_of_{getattr(score, '__name__', repr(score))}"
 
 
 def of_input(tensor: Tensor | None) -> Tensor:
-    """Return what a pass holds of the input.
+    """Return a tensor of the input's gradient, which the pass was run with.
 
     Raises:
         RuntimeError: it was run without.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,17 @@ class Table(L.LightningModule):
         return torch.optim.Adam(self.parameters(), 1e-2)
 
 
-def test_a_wrapper_gets_exactly_the_numbers_of_the_method_inside(tmp_path: Path) -> None:
+def fit(callback: InputAttribution, folder: Path, epochs: int) -> None:
     x = torch.randn(200, 12)
     loader = DataLoader(TensorDataset(x, x[:, :3].argmax(1)), 20)
-    methods = [Saliency(), Wrapped(Saliency())]
-    callback = InputAttribution(methods, samples=4, score_every_n_epochs=1, on_error="raise")
     options: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    L.Trainer(max_epochs=2, default_root_dir=tmp_path, callbacks=[callback], accelerator="cpu", **options).fit(
-        Table(), loader, loader
-    )
+    trainer = L.Trainer(max_epochs=epochs, default_root_dir=folder, callbacks=[callback], accelerator="cpu", **options)
+    trainer.fit(Table(), loader, loader)
+
+
+def test_a_wrapper_gets_exactly_the_numbers_of_the_method_inside(tmp_path: Path) -> None:
+    methods = [Saliency(), Wrapped(Saliency())]
+    fit(InputAttribution(methods, samples=4, score_every_n_epochs=1, on_error="raise"), tmp_path, epochs=2)
     (path,) = tmp_path.rglob("scores.csv")
     values: dict[str, dict[str, list[str]]] = {"Saliency": {}, "Mine": {}}
     for row in csv.DictReader(path.read_text().splitlines()):
@@ -127,16 +129,29 @@ def test_maps_that_say_nothing_of_it_are_ranked_by_value_and_other_words_are_ref
         Explanation("M", maps, torch.tensor([0]), ranked_by="sign")  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class OfAllClasses(Wrapped):
+    """One that explains all classes at once, and counts how often."""
+
+    calls: list[int] = field(default_factory=list)
+
+    def all_classes(self, model: nn.Module, inputs: Any, task: Any) -> Any:
+        self.calls.append(len(inputs))
+        return self.method.all_classes(model, inputs, task)
+
+
 @pytest.mark.parametrize("method", [LIME(samples=20), KernelSHAP(samples=20)], ids=lambda method: method.name)
 def test_all_classes_is_an_optional_method_of_any_class(method: Any) -> None:
-    @dataclass(frozen=True)
-    class Mine(Wrapped):
-        def all_classes(self, model: nn.Module, inputs: Any, task: Any) -> Any:
-            return self.method.all_classes(model, inputs, task)
-
     assert isinstance(method, ExplainsAllClasses)
-    assert isinstance(Mine(method), ExplainsAllClasses)
+    assert isinstance(OfAllClasses(method), ExplainsAllClasses)
     assert not isinstance(Saliency(), ExplainsAllClasses)
+
+
+def test_a_callback_that_shows_several_classes_explains_them_at_once(tmp_path: Path) -> None:
+    method = OfAllClasses(LIME(samples=20))
+    fit(InputAttribution([method], samples=4, wrong=0, scored=0, classes=2, on_error="raise"), tmp_path, epochs=1)
+    assert method.calls
+    assert set(method.calls) == {4}
 
 
 def counted(net: nn.Module) -> list[int]:
@@ -236,6 +251,20 @@ class Doubled(GradCAM):
         return replace(explanation, maps=2 * explanation.maps)
 
 
+@dataclass(frozen=True)
+class Forwarding:
+    """A wrapper that forwards every attribute that it lacks."""
+
+    method: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.method, name)
+
+    def __call__(self, *args: Any, **options: Any) -> Explanation:
+        explanation = self.method(*args, **options)
+        return replace(explanation, maps=2 * explanation.maps)
+
+
 def test_a_pass_is_shared_without_a_base_class_and_a_call_of_ones_own_counts() -> None:
     net, x, target = Pooled().eval(), torch.randn(4, 3, 8, 8), torch.arange(4)
     sizes = counted(net)
@@ -243,5 +272,6 @@ def test_a_pass_is_shared_without_a_base_class_and_a_call_of_ones_own_counts() -
     assert len(sizes) == 1
     assert torch.equal(squared.maps, saliency.maps.square())
     assert squared.ranked_by == "value"
-    doubled, grad_cam = explain([Doubled(), GradCAM()], net, x, target)
-    assert torch.equal(doubled.maps, 2 * grad_cam.maps)
+    for method in (Doubled(), Forwarding(GradCAM())):
+        doubled, grad_cam = explain([method, GradCAM()], net, x, target)
+        assert torch.equal(doubled.maps, 2 * grad_cam.maps)

@@ -13,7 +13,7 @@ class BackwardRule(Hashable, Protocol):
 
     A rule is hashable, such as a frozen dataclass: methods of equal rules share a forward and backward. What it changes
     is open: `ReluRule` replaces the backward of ReLUs, `EpsilonRule` that of linear layers; a rule for attention would
-    hold its weights constant. A `TorchFunctionMode` is the usual way, since it meets modules, functions and methods
+    hold its weights constant. A `TorchFunctionMode` is the usual way, since it sees modules, functions and methods
     alike and leaves the model as it is.
     """
 

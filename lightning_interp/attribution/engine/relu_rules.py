@@ -24,8 +24,7 @@ CLAMPS_IN_PLACE = {torch.clamp_, Tensor.clamp_, torch.clamp_min_, Tensor.clamp_m
 class ReluRule:
     """A backward of ReLUs, for every ReLU of a forward, whichever module, function or method it is.
 
-    Modules, functions, methods and in-place calls are caught alike, and ReLU6 and clamps from zero with them. Other
-    activations keep their own gradient.
+    ReLU6 and clamps from zero count as ReLUs, in-place calls included. Other activations keep their own gradient.
 
     Args:
         backward: (gradient, the ReLU's own backward) → gradient.
@@ -69,7 +68,7 @@ class _RectifierMode(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        ceiling = _ceiling(func, args, kwargs)
+        ceiling = rectifier_ceiling(func, args, kwargs)
         if ceiling is None:
             return func(*args, **kwargs)
         self.met_rectifier = True
@@ -87,8 +86,8 @@ class _Rectified(torch.autograd.Function):
         if in_place:
             ctx.mark_dirty(x)
         output = x.clamp_(0, ceiling) if in_place else x.clamp(0, ceiling)
-        # Input and output tell alike what passed. Saved is what the function itself would save, so that models may
-        # write into the other one as they may without a rule.
+        # Where x was positive can be read from x or from the output. What is saved is what the function itself would
+        # save, so that models may write into the other one as they may without a rule.
         ctx.save_for_backward(output.clone() if func in CLAMPS_IN_PLACE else x if func in CLAMPS else output)
         return output
 
@@ -104,7 +103,7 @@ class _Rectified(torch.autograd.Function):
         return ctx.rule.backward(gradient, own), None, None, None, None
 
 
-def _ceiling(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | None:
+def rectifier_ceiling(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | None:
     """Return the value above which a rectifier is flat (infinity for a ReLU); None for any other function."""
     if func in PLAIN or func in IN_PLACE:
         return float("inf")

@@ -33,7 +33,7 @@ from lightning_interp.network.undisturbed import explaining
 class ReadFromPass(Protocol):
     """What `explain` needs of a method to let it share a forward and backward, whatever its class.
 
-    Optional beside it: `rule`, `ranked_by` and `facts`, as of `SinglePass`, which has all of it and the call.
+    Optional further members are `rule`, `ranked_by` and `facts`. `SinglePass` provides all of them and the call.
     """
 
     @property
@@ -85,7 +85,7 @@ class SinglePass(ABC):
         """
 
     def facts(self, result: PassResult, maps: Float[Tensor, "n *shape"]) -> Mapping[str, Float[Tensor, " n"]]:
-        """Return what the method says of each of its maps, name → `(n,)`."""
+        """Return diagnostics of each map, name → `(n,)`, such as the gap of a sum that should be conserved."""
         return {}
 
     def __call__(self, model: nn.Module, inputs: Any, target: Target, task: Task = Task()) -> Explanation:
@@ -159,9 +159,10 @@ def explain_outputs(
 
 
 def _can_share(method: object) -> bool:
-    """Say whether a method is read from a shared pass: not where its class replaces the call of `SinglePass`."""
+    """Return whether a method is read from a shared pass; a class that overrides the call of `SinglePass` is called."""
     own_call = isinstance(method, SinglePass) and type(method).__call__ is not SinglePass.__call__
-    return isinstance(method, ReadFromPass) and not own_call
+    # `read` must be the class's own: a wrapper that forwards attributes has it too, and its call is what counts.
+    return isinstance(method, ReadFromPass) and hasattr(type(method), "read") and not own_call
 
 
 def _read_together(
@@ -186,7 +187,7 @@ def _read_together(
 
 def _read_one(method: Any, result: PassResult) -> Explanation:
     layer = result.last_map if method.at == LAST_MAP else method.at
-    maps = result.explained.kept(at_least_float32(method.read(result, layer).detach()))
+    maps = result.explained.without_padding(at_least_float32(method.read(result, layer).detach()))
     facts = method.facts(result, maps) if hasattr(method, "facts") else {}
     return Explanation(
         method.name,
