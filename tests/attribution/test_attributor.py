@@ -176,7 +176,7 @@ def predicted_class(outputs: Tensor) -> Tensor:
         ([Occlusion(8, 8, batch_size=4)], 3),
         ([], 1),
     ],
-    ids=str,
+    ids=lambda value: "+".join(m.name for m in value) or "none" if isinstance(value, list) else None,
 )
 def test_outputs_and_the_target_come_from_the_forward_that_is_explained(methods: Any, forwards: int) -> None:
     net, x = Pooled().eval(), torch.randn(4, 3, 8, 8)

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_interp import DataInfluence, Display, Task
 from lightning_interp.callbacks.influence.budget import afford_curvature, afford_scores
-from lightning_interp.callbacks.influence.report import strangeness
+from lightning_interp.callbacks.influence.queries import strangeness
 from lightning_interp.data.samples import Samples
 from lightning_interp.influence import (
     EKFAC,
