@@ -11,7 +11,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_interp.attribution.engine.explained_input import ExplainedInput
-from lightning_interp.attribution.engine.forward_backward import LAST_MAP, PassResult, forward_backward, known_target
+from lightning_interp.attribution.engine.forward_backward import (
+    LAST_MAP,
+    LayerGradients,
+    PassResult,
+    forward_backward,
+    known_target,
+)
 from lightning_interp.attribution.engine.goal import OfTarget
 from lightning_interp.attribution.engine.last_map import at_inputs_size
 from lightning_interp.attribution.engine.single_pass import SinglePass
@@ -61,8 +67,9 @@ class GradientMap(SinglePass):
 
     def read(self, result: PassResult, layer: str) -> Tensor:
         """Return the map after its ReLU, at the input's size."""
-        layer_values = with_positions(result.layers[layer], layer)
-        return at_inputs_size(at_least_float32(self.combined(*layer_values)).relu(), result.explained.raw, layer)
+        activations, gradients = with_positions(result.layers[layer], layer)
+        combined = at_least_float32(self.combined(activations, gradients))
+        return at_inputs_size(combined.relu(), result.explained.raw, layer)
 
 
 @dataclass(frozen=True)
@@ -199,16 +206,16 @@ def weighted_sum(activations: Float[Tensor, "n c *at"], weights: Float[Tensor, "
     return torch.einsum("nc,nc...->n...", weights, activations)
 
 
-def with_positions(gradients_of_layer: tuple[Tensor, Tensor], layer: str) -> tuple[Tensor, Tensor]:
-    """Return activations and gradients of a layer.
+def with_positions(layer_gradients: LayerGradients, layer: str) -> LayerGradients:
+    """Return a layer's activations and gradients unchanged, where they have positions.
 
     Raises:
         ValueError: they have no positions.
     """
-    if gradients_of_layer[0].ndim < 3:
-        shape = tuple(gradients_of_layer[0].shape)
+    if layer_gradients.activations.ndim < 3:
+        shape = tuple(layer_gradients.activations.shape)
         raise ValueError(f"layer={layer!r}: expected an output (n, channels, H, W) or (n, tokens, d), got {shape}")
-    return gradients_of_layer[0], gradients_of_layer[1]
+    return layer_gradients
 
 
 def _pooled_and_linear(model: nn.Module, activations: Tensor, outputs: Tensor) -> bool:

@@ -71,7 +71,7 @@ class ScoreCAM(SinglePass):
         """
         if result.explained.tokens:
             raise ValueError("ScoreCAM: expected inputs of floats, which a map can mask, got token ids; use GradCAM()")
-        activations = at_least_float32(with_positions(result.layers[layer], layer)[0])
+        activations = at_least_float32(with_positions(result.layers[layer], layer).activations)
         with torch.no_grad():
             weights = self._masked_scores(result, activations, layer).softmax(1)
         return at_inputs_size(weighted_sum(activations, weights).relu(), result.explained.raw, layer)

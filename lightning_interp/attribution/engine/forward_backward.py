@@ -63,15 +63,15 @@ class TargetChoice:
     target: Target | None = None
 
     def of(self, outputs: Tensor) -> Target:
-        """Return the target; the outputs decide it only if none were given before."""
+        """Return the target, which the first outputs decide."""
         if self.target is None:
-            # A copy: what follows in the graph may be written into.
+            # A copy, since `choose` may write into it and the goal still needs the original.
             self.outputs = outputs.detach().clone()
             self.target = self.choose(self.outputs)
         return self.target
 
     @property
-    def made(self) -> tuple[Tensor, Target]:
+    def resolved(self) -> tuple[Tensor, Target]:
         """The outputs and the target chosen on them.
 
         Raises:

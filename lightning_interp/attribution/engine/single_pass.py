@@ -154,7 +154,7 @@ def explain_outputs(
     if choice.outputs is None:
         with explaining(model), torch.no_grad():
             choice.of(task.outputs(model, inputs))
-    outputs, target = choice.made
+    outputs, target = choice.resolved
     return outputs, target, _complete(methods, shared, model, inputs, target, task)
 
 

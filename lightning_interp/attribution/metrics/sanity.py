@@ -79,7 +79,7 @@ def reinitialized(model: nn.Module, layer: str | None = None, seed: int = 0) -> 
     saved = [(parameter, parameter.detach().clone()) for parameter in module.parameters()]
     try:
         with undisturbed(module), torch.no_grad():
-            _seed(seed)
+            _seed_generators(seed)
             for inner in module.modules():
                 _draw_parameters(inner)
         yield
@@ -98,13 +98,13 @@ def last_weights(model: nn.Module, inputs: Any, task: Task = Task()) -> str:
         ValueError: no module of the model has parameters.
     """
     called: list[str] = []
-    layer_names = [name for name, module in model.named_modules() if _owns(module)]
+    layer_names = [name for name, module in model.named_modules() if _has_parameters(module)]
     with explaining(model), torch.no_grad():
         explained = ExplainedInput(model, inputs, task)
         first_sample = select_samples(inputs, explained.everything[:1])
         with hooked(model, layer_names, lambda name, *_: called.append(name)):
             task.outputs(model, first_sample)
-    inner = [name for name in called if not any(_inside(inner_name, name) for inner_name in called)]
+    inner = [name for name in called if not any(_is_inside(inner_name, name) for inner_name in called)]
     if not inner:
         raise ValueError("model: expected a module with parameters in its forward, found none")
     return inner[-1]
@@ -113,7 +113,7 @@ def last_weights(model: nn.Module, inputs: Any, task: Task = Task()) -> str:
 def _with_weights(model: nn.Module, layer: str | None) -> nn.Module:
     submodules = dict(model.named_modules())
     if layer is None:
-        layer = next((name for name, module in reversed(submodules.items()) if _owns(module)), "")
+        layer = next((name for name, module in reversed(submodules.items()) if _has_parameters(module)), "")
     if layer not in submodules or not any(True for _ in submodules[layer].parameters()):
         raise ValueError(f"layer: expected the name of a module with parameters, got {layer!r}")
     return submodules[layer]
@@ -130,16 +130,16 @@ def _draw_parameters(module: nn.Module) -> None:
         parameter.copy_(values.mean() + values.std(correction=0) * torch.randn_like(values))
 
 
-def _seed(seed: int) -> None:
+def _seed_generators(seed: int) -> None:
     """Seed the generators in use; `torch.manual_seed` would also seed a device that is first used later."""
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
 
 
-def _owns(module: nn.Module) -> bool:
+def _has_parameters(module: nn.Module) -> bool:
     return any(True for _ in module.parameters(recurse=False))
 
 
-def _inside(name: str, outer: str) -> bool:
+def _is_inside(name: str, outer: str) -> bool:
     return name != outer and (not outer or name.startswith(outer + "."))
