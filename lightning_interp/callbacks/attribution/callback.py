@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_interp.attribution import Target
+from lightning_interp.attribution import Attributor, Target
 from lightning_interp.attribution.engine.sites import layer_of
 from lightning_interp.callbacks.attribution.arguments import (
     OWNER,
@@ -32,7 +32,6 @@ from lightning_interp.callbacks.attribution.panels import (
 from lightning_interp.callbacks.attribution.recording import (
     SCORES_FILE,
     AttributionRun,
-    Attributor,
     default_methods,
     mask_of,
     open_store,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_interp.attribution import GradCAM, Saliency, Target, explain
+from lightning_interp.attribution import Attributor, GradCAM, Saliency, Target, explain
 from lightning_interp.attribution.results import Explanation, MapSnapshot
 from lightning_interp.callbacks.attribution.arguments import OWNER
 from lightning_interp.callbacks.attribution.panels import (
@@ -40,7 +40,6 @@ from lightning_interp.storage.attribution_maps import MapStore
 from lightning_interp.storage.folder import Folder
 from lightning_interp.views.display import kind_of
 
-Attributor = Callable[..., Explanation]
 SCORES_FILE = "scores.csv"
 # Drift and films need no more, and 8 samples of two methods then take 128 KiB an evaluation in half precision.
 LARGEST_STORED_SIDE = 64

@@ -190,7 +190,7 @@ def test_duplicates_and_spot_checks_are_said() -> None:
     assert influence_findings(told, 1).pictures[-1].tag == "influence/spot_check"
     train, y = images()
     found = scored(torch.randn(1, 30), train, y, y[5:6], duplicates={0: (8, 9)})
-    named = describe_influence(Fixed(), CLASSES, found, train, train.at([5]), 2, Display())
+    named = summary(describe_influence(Fixed(), CLASSES, found, train, train.at([5]), 2, Display()))
     assert f"query #5 is training sample #8: its own score is {float(found.scores[0, 8]):+.2e}" in named
     assert f"query #5 is training sample #9, under another label: its own score is {found.scores[0, 9]:+.2e}" in named
     assert "correlate by 1.00 in 5 checks" in section_of(told)
