@@ -16,7 +16,7 @@ from lightning_interp.callbacks.loggers import Loggers
 from lightning_interp.storage.folder import Folder
 from lightning_interp.views.report import Picture, Section, page, render_section
 
-TITLE = "What the network learned"
+REPORT_TITLE = "What the network learned"
 READING_ORDER = ("similarity", "attribution", "influence")
 LOGGERS_WITH_A_FOLDER_PER_RUN = ("TensorBoardLogger", "CSVLogger")
 _STARTED: WeakKeyDictionary[pl.Trainer, str] = WeakKeyDictionary()
@@ -88,7 +88,7 @@ def publish(findings: Findings, loggers: Loggers, folder: Folder, room: str) -> 
     if findings.own_report:
         own.write("report.html", page(findings.own_report, [section]))
     own.write("section.html", section)
-    folder.write("report.html", page(TITLE, _all_sections(folder)))
+    folder.write("report.html", page(REPORT_TITLE, _all_sections(folder)))
 
 
 def _all_sections(folder: Folder) -> list[str]:

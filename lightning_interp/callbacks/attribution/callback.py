@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_interp.attribution import Attributor, Target
 from lightning_interp.attribution.engine.sites import layer_of
 from lightning_interp.callbacks.attribution.arguments import (
-    OWNER,
+    ATTRIBUTION,
     Choice,
     check_methods,
     check_target,
@@ -34,7 +34,7 @@ from lightning_interp.callbacks.attribution.recording import (
     AttributionRun,
     default_methods,
     mask_of,
-    open_store,
+    open_map_store,
     record,
     wrong_panels,
 )
@@ -152,7 +152,7 @@ class InputAttribution(Callback):
             ("scored", scored, 0),
             ("score_every_n_epochs", score_every_n_epochs, 1),
         ):
-            check_count(OWNER, argument, value, least)
+            check_count(ATTRIBUTION, argument, value, least)
         self.methods = None if methods is None else {tag(method): method for method in methods}
         self.samples, self.wrong = samples, wrong
         self.target, self.classes = target, classes
@@ -163,7 +163,7 @@ class InputAttribution(Callback):
         self.display = display
         self.budget_mb = budget_mb
         arguments_given = any((methods, probe, truth)) or task != Task() or target != "predicted"
-        self._guard = Guard(OWNER, "attribution", on_error, arguments_given)
+        self._guard = Guard(ATTRIBUTION, "attribution", on_error, arguments_given)
         self._run: AttributionRun | None = None
         self._restored: dict[str, Any] = {}
 
@@ -244,7 +244,7 @@ class InputAttribution(Callback):
             localized=self._more_samples(source, self.truth_samples, setup.task) if self.truth else None,
             setup=setup,
             targets=self._fixed_targets(batches, earlier),
-            store=open_store(folder.folder(self._guard.room), probe, trainer.global_step, earlier),
+            store=open_map_store(folder.folder(self._guard.room), probe, trainer.global_step, earlier),
             numbers=read_scores(Folder(earlier["folder"]), SCORES_FILE, trainer.global_step) if earlier else [],
             truth=self.truth,
             scored=self.scored,
@@ -267,7 +267,7 @@ class InputAttribution(Callback):
     def _source(self, trainer: pl.Trainer) -> Source:
         if self.probe is not None:
             return Source(given_samples(trainer, self.probe), "given dataset")
-        return validation_source(trainer, OWNER)
+        return validation_source(trainer, ATTRIBUTION)
 
     def _more_samples(self, source: Source, count: int, task: Task) -> Probe:
         return split_ragged(take_probe(source.samples, count, source.name, task), task)

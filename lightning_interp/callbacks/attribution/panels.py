@@ -139,7 +139,7 @@ def _explained_in_one_pass(
 
     methods, inputs = list(setup.methods.values()), setup.task.inputs(batch)
     _, target, explanations = explain_outputs(methods, module, inputs, choose, setup.task)
-    return ExplainedBatch(**vars(answers[0]), targets=[target], explanations=[[one] for one in explanations])
+    return ExplainedBatch(**vars(answers[0]), targets=[target], explanations=[[explanation] for explanation in explanations])
 
 
 def _batches_with_ids(module: nn.Module, probe: Probe) -> Iterator[tuple[Any, list[int]]]:
@@ -208,21 +208,21 @@ def explanations_of(
         return first
     inputs = batch.inputs if len(rows) == len(batch.outputs) else select_samples(batch.inputs, rows)
     own_target = target if callable(target) else target[rows.to(target.device)]
-    again = explain(list(setup.methods.values()), module, inputs, own_target, setup.task)
+    new_explanations = explain(list(setup.methods.values()), module, inputs, own_target, setup.task)
     return {
-        name: _with_rows_replaced(first[name], rows, other) for name, other in zip(setup.methods, again, strict=True)
+        name: _with_rows_replaced(first[name], rows, new_explanation) for name, new_explanation in zip(setup.methods, new_explanations, strict=True)
     }
 
 
-def _with_rows_replaced(explanation: Explanation, rows: Tensor, other: Explanation) -> Explanation:
+def _with_rows_replaced(explanation: Explanation, rows: Tensor, new_explanation: Explanation) -> Explanation:
     if len(rows) == len(explanation.maps):
-        return other
+        return new_explanation
 
     def replaced(values: Tensor, new: Tensor) -> Tensor:
         return values.index_copy(0, rows.to(values.device), new.to(values))
 
-    facts = {name: replaced(values, other.facts[name]) for name, values in explanation.facts.items()}
-    maps, target = replaced(explanation.maps, other.maps), replaced(explanation.target, other.target)
+    facts = {name: replaced(values, new_explanation.facts[name]) for name, values in explanation.facts.items()}
+    maps, target = replaced(explanation.maps, new_explanation.maps), replaced(explanation.target, new_explanation.target)
     return dataclasses.replace(explanation, maps=maps, target=target, facts=facts)
 
 
@@ -245,11 +245,11 @@ def _explanations(
     methods = list(setup.methods.values())
     together = [method for method in methods if len(targets) > 1 and isinstance(method, ExplainsAllClasses)]
     models = {id(method): method.all_classes(module, answer.inputs, setup.task) for method in together}
-    others = iter(_by_target([m for m in methods if id(m) not in models], module, answer, targets, setup.task))
+    explanations = iter(_by_target([m for m in methods if id(m) not in models], module, answer, targets, setup.task))
     return [
         [models[id(method)].of(target) for target in targets if not callable(target)]
         if id(method) in models
-        else next(others)
+        else next(explanations)
         for method in methods
     ]
 
@@ -270,8 +270,8 @@ def _panel(
     setup: AttributionSetup,
     moment: str,
 ) -> Panel:
-    maps = [TitledMap(word, one.maps[index]) for word, one in zip(words, explanations, strict=True)]
-    top = max([setup.scales.get(key, 0.0), *(scale_of(one.map) for one in maps if not reason_not_drawn(one.map))])
+    maps = [TitledMap(word, explanation.maps[index]) for word, explanation in zip(words, explanations, strict=True)]
+    top = max([setup.scales.get(key, 0.0), *(scale_of(explanation.map) for explanation in maps if not reason_not_drawn(explanation.map))])
     setup.scales[key] = top
     layer, facts = explanations[0].layer, explanations[0].facts
     at = f" at {layer}" if layer else ""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_interp.attribution import Attributor, GradCAM, Saliency, Target, explain
 from lightning_interp.attribution.results import Explanation, MapSnapshot
-from lightning_interp.callbacks.attribution.arguments import OWNER
+from lightning_interp.callbacks.attribution.arguments import ATTRIBUTION
 from lightning_interp.callbacks.attribution.panels import (
     AnsweredBatch,
     AttributionSetup,
@@ -148,10 +148,10 @@ def at_stored_size(maps: Tensor) -> Tensor:
 
 def at_one_size(maps: list[Tensor]) -> list[Tensor]:
     """Return maps of images of different sizes at one size; others as they are."""
-    if len({one.shape[1:] for one in maps}) == 1 or any(one.ndim != 3 for one in maps):
+    if len({sample_maps.shape[1:] for sample_maps in maps}) == 1 or any(sample_maps.ndim != 3 for sample_maps in maps):
         return maps
     size = (LARGEST_STORED_SIDE, LARGEST_STORED_SIDE)
-    return [F.interpolate(one[:, None], size, mode="bilinear", align_corners=False)[:, 0] for one in maps]
+    return [F.interpolate(sample_maps[:, None], size, mode="bilinear", align_corners=False)[:, 0] for sample_maps in maps]
 
 
 def _score(
@@ -169,8 +169,8 @@ def _score(
         if count:
             inputs = batch.inputs if count == len(batch.outputs) else slice_samples(batch.inputs, 0, count)
             first = {
-                name: dataclasses.replace(one, maps=one.maps[:count], target=one.target[:count])
-                for name, one in by_method.items()
+                name: dataclasses.replace(explanation, maps=explanation.maps[:count], target=explanation.target[:count])
+                for name, explanation in by_method.items()
             }
             own_target = target if callable(target) else target[:count]
             for name, value in faithfulness_scores(module, inputs, own_target, run.setup, first).items():
@@ -213,7 +213,7 @@ def mask_of(probe: Probe, task: Task) -> Tensor | None:
     return torch.cat([mask for mask in masks if mask is not None]) if all(m is not None for m in masks) else None
 
 
-def open_store(folder: Folder, probe: Probe, step: int, earlier: dict[str, Any]) -> MapStore:
+def open_map_store(folder: Folder, probe: Probe, step: int, earlier: dict[str, Any]) -> MapStore:
     """Return the store of maps, with those of the run that is resumed, up to the checkpoint's step."""
     facts = {"n": probe.n, "source": probe.source, "fingerprint": probe.fingerprint, "ids": list(probe.ids)}
     return MapStore.resume(folder, facts, step, Folder(earlier["folder"]) if earlier else None)
@@ -234,11 +234,11 @@ def default_methods(module: nn.Module, inputs: Any, task: Task) -> dict[str, Att
             # The layer that was found stays for the whole run, so that maps of all epochs are of the same layer.
             working[name] = GradCAM(explanation.layer) if isinstance(method, GradCAM) else method
             if explanation.layer:
-                rank_zero_info(f"{OWNER}: {name} is read at {explanation.layer}")
+                rank_zero_info(f"{ATTRIBUTION}: {name} is read at {explanation.layer}")
     if not working:
         raise ValueError("; ".join(reasons))
     for reason in reasons:
-        rank_zero_info(f"{OWNER} leaves a method out: {reason}")
+        rank_zero_info(f"{ATTRIBUTION} leaves a method out: {reason}")
     return working
 
 

@@ -24,10 +24,10 @@ from lightning_interp.views.display import Display, SampleView
 from lightning_interp.views.report import Block, Fold, Heading, Paragraph, Picture, Pictures, Section, Table
 from lightning_interp.views.tables import as_markdown
 
-TITLE = "Where the network looks"
+ATTRIBUTION_TITLE = "Where the network looks"
 FILM_SUMMARY = "Film over epochs, of the label (or what was answered before training), each on one colour scale"
 MOST_FRAMES = 8  # as many maps stand side by side in a film before they become too small to read
-COLUMNS = {
+TABLE_COLUMNS = {
     "attribution_dead": "dead maps",
     "attribution_drift": "drift",
     "attribution_deletion": "deletion",
@@ -66,8 +66,8 @@ def attribution_findings(run: AttributionRun, batches: Sequence[ExplainedBatch])
         for name, panel in panels_of(batches, run.setup, "final network").items()
     }
     films = {
-        name: Picture(f"attribution_film/{name}", f"film-{_file_name(name)}", step, one, Film.draw)
-        for name, one in _films(run, snapshots, batches).items()
+        name: Picture(f"attribution_film/{name}", f"film-{_file_name(name)}", step, drawing, Film.draw)
+        for name, drawing in _films(run, snapshots, batches).items()
     }
     table, notes = trust_table(run.numbers), _notes(run)
     blocks: list[Block] = [*map(Paragraph, notes), Table(table)]
@@ -77,8 +77,8 @@ def attribution_findings(run: AttributionRun, batches: Sequence[ExplainedBatch])
             blocks.append(Fold(FILM_SUMMARY, [Pictures(own_films, "film")]))
     return Findings(
         step=step,
-        section=Section(TITLE, blocks),
-        curves=_curves(to_final),
+        section=Section(ATTRIBUTION_TITLE, blocks),
+        curves=_drift_curves(to_final),
         pictures=[*films.values(), *panels.values()],
         texts={"attribution_notes/methods": "\n\n".join([*notes, as_markdown(table)])},
         files={SCORES_FILE: scores_table(run.numbers)},
@@ -102,7 +102,7 @@ def trust_table(numbers: Sequence[Number]) -> list[list[str]]:
         group, method, *which = number.tag.split("/")
         if which == ["to_final"]:
             continue  # of the last moment it is 1
-        column = " ".join(part for part in (COLUMNS[group], *(w.replace("_", " ") for w in which)) if part)
+        column = " ".join(word for word in (TABLE_COLUMNS[group], *(w.replace("_", " ") for w in which)) if word)
         columns += [] if column in columns else [column]
         last.setdefault(method, {})[column] = f"{number.value:.3f}" if number.value == number.value else "–"
     return [["method", *columns], *([method, *(row.get(c, "") for c in columns)] for method, row in last.items())]
@@ -117,7 +117,7 @@ def _drift_to_final(snapshots: Sequence[MapSnapshot], mask: Tensor | None) -> li
     ]
 
 
-def _curves(numbers: Sequence[Number]) -> list[Curve]:
+def _drift_curves(numbers: Sequence[Number]) -> list[Curve]:
     by_tag: dict[str, list[Number]] = {}
     for number in numbers:
         by_tag.setdefault(number.tag, []).append(number)
@@ -135,7 +135,7 @@ def _films(run: AttributionRun, snapshots: Sequence[MapSnapshot], batches: Seque
     films: dict[str, Film] = {}
     for method in run.setup.methods:
         for index, (view, words) in enumerate(views):
-            maps = [TitledMap(title, one.maps[method][index]) for title, one in frames if method in one.maps]
+            maps = [TitledMap(title, snapshot.maps[method][index]) for title, snapshot in frames if method in snapshot.maps]
             if maps and maps[-1].map.ndim in (1, 2):
                 films[f"{method}/{view.id}"] = Film(view, maps, f"{method} of {words}", run.setup.display)
     return films
@@ -145,16 +145,16 @@ def _frames(snapshots: Sequence[MapSnapshot]) -> list[tuple[str, MapSnapshot]]:
     """Return up to eight moments, evenly spread, each with its epoch (or step) in words."""
     indices = np.linspace(0, len(snapshots) - 1, min(MOST_FRAMES, len(snapshots))).round().astype(int)
     frames = [snapshots[index] for index in dict.fromkeys(indices.tolist())]
-    each_epoch = len({one.epoch for one in frames}) == len(frames)
-    return [(f"epoch {one.epoch}" if each_epoch else f"step {one.step}", one) for one in frames]
+    each_epoch = len({snapshot.epoch for snapshot in frames}) == len(frames)
+    return [(f"epoch {snapshot.epoch}" if each_epoch else f"step {snapshot.step}", snapshot) for snapshot in frames]
 
 
 def _notes(run: AttributionRun) -> list[str]:
     layers = {method: getattr(attributor, "layer", None) for method, attributor in run.setup.methods.items()}
-    read = "; ".join(f"{method} at {layer}" for method, layer in layers.items() if layer)
+    layers_read = "; ".join(f"{method} at {layer}" for method, layer in layers.items() if layer)
     scored = min(run.scored, run.probe.n)
     notes = [
-        f"Maps of {run.probe.n} samples of the {run.probe.source}{f', {read}' if read else ''}. Panels explain what the"
+        f"Maps of {run.probe.n} samples of the {run.probe.source}{f', {layers_read}' if layers_read else ''}. Panels explain what the"
         " network answers at that moment, or what was asked for; numbers and films are of one target throughout, the"
         " label where there is one class, else what was answered before training.",
         "Dead maps: share that is zero everywhere or not finite. Drift: rank correlation with the evaluation before."

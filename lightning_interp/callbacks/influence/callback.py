@@ -56,7 +56,7 @@ from lightning_interp.storage.folder import Folder
 from lightning_interp.views.describe import with_dataset_names
 from lightning_interp.views.display import Display
 
-OWNER = "DataInfluence"
+INFLUENCE = "DataInfluence"
 SHORTEST_BUDGET = 60.0  # seconds: what a user waits for without a thought, after epochs of a second as well
 LONGEST_ON_SEVERAL_RANKS = 300.0  # seconds: well below the ten minutes after which NCCL gives a waiting rank up
 FOR_MORE = "Pass budget_seconds= for more, or run `lightning-interp influence CHECKPOINT` later."
@@ -163,7 +163,7 @@ class DataInfluence(Callback):
         self.display = display
         data_given = train_dataset is not None or query_dataset is not None or task != Task()
         arguments_given = data_given or estimator is not None or retrain is not None
-        self._guard = Guard(OWNER, "influence", on_error, arguments_given, on_every_rank=True)
+        self._guard = Guard(INFLUENCE, "influence", on_error, arguments_given, on_every_rank=True)
         self._run: InfluenceRun | None = None
         self._recorder = Recorder()
         self._epoch_started = 0.0
@@ -240,13 +240,13 @@ class DataInfluence(Callback):
     def _after(self, contents: Mapping[str, Any], query: Sequence[int] | None) -> DataInfluence:
         """Return a callback with these arguments that has seen the training whose checkpoint this is."""
         callback = copy.copy(self)
-        callback._guard = Guard(OWNER, "influence", "raise", arguments_given=True, on_every_rank=True)
+        callback._guard = Guard(INFLUENCE, "influence", "raise", arguments_given=True, on_every_rank=True)
         callback._run, callback._recorder, callback._query_ids = None, Recorder(), query
         callback.budget_seconds = math.inf if self.budget_seconds is None else self.budget_seconds
         if recorded := _recorded(contents):
             callback.load_state_dict(dict(recorded))
         else:
-            rank_zero_warn(f"{OWNER}: {NO_TRAJECTORY}")
+            rank_zero_warn(f"{INFLUENCE}: {NO_TRAJECTORY}")
         return callback
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -276,14 +276,14 @@ class DataInfluence(Callback):
         train = self._training_set(trainer)
         if train is None:
             return
-        query = query_candidates(trainer, self.query_dataset, self.task, OWNER, self._query_ids)
+        query = query_candidates(trainer, self.query_dataset, self.task, INFLUENCE, self._query_ids)
         for name, samples in (("train_dataset", train), ("query_dataset", query)):
             if not len(samples):
-                raise ArgumentError(f"{OWNER}({name}=...): expected at least one sample, got none")
+                raise ArgumentError(f"{INFLUENCE}({name}=...): expected at least one sample, got none")
         task = settled_task(trainer, module, self.task, train)
         cautions = self._preflight(trainer, module, train, task)
         for caution in cautions:
-            rank_zero_warn(f"{OWNER}: {caution}")
+            rank_zero_warn(f"{INFLUENCE}: {caution}")
         display = with_dataset_names(self.display, train)
         self._run = InfluenceRun(folder, train, query, task, display, cautions)
 
@@ -301,8 +301,8 @@ class DataInfluence(Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, train: Samples, task: Task
     ) -> tuple[str, ...]:
         """Return what speaks against the scores; raise where they cannot be computed at all."""
-        few = dataclasses.replace(train, workers=0).at(range(min(4, len(train))))
-        batch, batch_again = next(iter(few)), next(iter(few))
+        first_samples = dataclasses.replace(train, workers=0).at(range(min(4, len(train))))
+        batch, batch_again = next(iter(first_samples)), next(iter(first_samples))
         cautions = [
             augmentation_warning(task, batch, batch_again),
             averaging_warning(trainer, self),
@@ -313,7 +313,7 @@ class DataInfluence(Callback):
         if check := getattr(self._estimator_with(None), "check", None):
             check(module, train, task=task)
         if self.retrain == LAST_LAYER:
-            check_last_layer(OWNER, module, task, batch)
+            check_last_layer(INFLUENCE, module, task, batch)
         return tuple(filter(None, cautions))
 
     def _estimator_with(self, trajectory: Trajectory | None) -> AnyEstimator:
@@ -346,7 +346,7 @@ class DataInfluence(Callback):
         if answer is None or not trainer.is_global_zero:
             return
         if answer.message:
-            rank_zero_warn(f"{OWNER}: {answer.message} {FOR_MORE}")
+            rank_zero_warn(f"{INFLUENCE}: {answer.message} {FOR_MORE}")
         checks = self._spot_checks(question, answer.influence, trajectory, seconds)
         notes = (*answer.influence.notes, *([trajectory.why_not] if trajectory.why_not else []))
         influence = dataclasses.replace(answer.influence, notes=notes, doubts=run.cautions)
@@ -354,7 +354,7 @@ class DataInfluence(Callback):
         report = describe_influence(*samples, answer.suspects, influence.duplicates, checks)
         room, loggers = self._guard.room, self._guard.loggers(trainer)
         publish(influence_findings(report, trainer.global_step), loggers, run.folder, room)
-        rank_zero_info(f"{OWNER}: the report is in {run.folder.folder(room).file('report.html')}")
+        rank_zero_info(f"{INFLUENCE}: the report is in {run.folder.folder(room).file('report.html')}")
 
     def _spot_checks(
         self, question: InfluenceQuestion, influence: Influence, trajectory: Trajectory, seconds: float
@@ -371,7 +371,7 @@ class DataInfluence(Callback):
         except Exception:
             if self._guard.on_error == "raise":
                 raise
-            rank_zero_warn(f"{OWNER}(retrain=...) failed, so the scores stand unchecked:\n{traceback.format_exc()}")
+            rank_zero_warn(f"{INFLUENCE}(retrain=...) failed, so the scores stand unchecked:\n{traceback.format_exc()}")
             return ()
 
     def _budget(self, trainer: pl.Trainer) -> float:

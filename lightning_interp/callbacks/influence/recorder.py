@@ -45,7 +45,7 @@ class Recorder:
 
     def finish(self, trainer: pl.Trainer, module: pl.LightningModule) -> Trajectory:
         """Return what was recorded; to be called in `on_train_end`, while the optimizers still have their state."""
-        held = _held(trainer.optimizers)
+        held = _groups_of_parameters(trainer.optimizers)
         found: dict[Tensor, Path | str] = {}
         for name, parameter in module.named_parameters():
             if name in self._steps:
@@ -91,7 +91,7 @@ class Recorder:
             return f"{type(optimizer).__name__}: {error}"
 
 
-def _held(optimizers: list[Optimizer]) -> dict[Tensor, list[tuple[Optimizer, Group]]]:
+def _groups_of_parameters(optimizers: list[Optimizer]) -> dict[Tensor, list[tuple[Optimizer, Group]]]:
     """Return for each parameter the optimizers, and their groups, that hold it."""
     held: dict[Tensor, list[tuple[Optimizer, Group]]] = {}
     for optimizer in optimizers:

@@ -37,7 +37,7 @@ from lightning_interp.views.sample import WRONG, columns_of, gallery, shortened_
 from lightning_interp.views.sample_html import InfluenceList, QueryCard, ScoredSample, SuspectSample, sample_html
 from lightning_interp.views.tables import as_csv, as_markdown
 
-TITLE = "Which training samples made it so"
+INFLUENCE_TITLE = "Which training samples made it so"
 SUSPECTS_SHOWN = 24  # three rows of eight images
 RANKS_IN_CSV = 100
 SUSPECTS_IN_CSV = 100_000  # a table of about 6 MB, which spreadsheets still open
@@ -159,7 +159,7 @@ def describe_influence(
         influence=influence,
         trust=trust(influence, repeated, spot_checks),
         cards=cards,
-        rows=_rows(influence, queries, display, task.kind),
+        rows=_influence_rows(influence, queries, display, task.kind),
         suspects=_suspects(model, task, self_influence, train, display, count) if self_influence else [],
         suspect_rows=_suspect_rows(self_influence, task.kind, display) if self_influence else [],
         n_self_influence=len(self_influence.scores) if self_influence else 0,
@@ -170,7 +170,7 @@ def describe_influence(
 
 def influence_findings(report: InfluenceReport, step: int) -> Findings:
     """Return the report as findings to publish at an optimizer step."""
-    pictures = _pictures(report, step)
+    pictures = _influence_pictures(report, step)
     scores = {"scores": report.influence.scores.float().contiguous(), "train_index": report.influence.train_ids}
     files: dict[str, bytes | str] = {
         "influence.csv": as_csv(InfluenceRow._fields, report.rows),
@@ -189,7 +189,7 @@ def influence_findings(report: InfluenceReport, step: int) -> Findings:
     )
 
 
-def _pictures(report: InfluenceReport, step: int) -> dict[str, Picture]:
+def _influence_pictures(report: InfluenceReport, step: int) -> dict[str, Picture]:
     """Return file name → picture: each query's gallery, the samples to look at first, and the spot checks."""
     pictures = {}
     for card in report.cards:
@@ -220,7 +220,7 @@ def _section(report: InfluenceReport, pictures: Mapping[str, Picture]) -> Sectio
         retrained = "" if all(check.whole for check in report.spot_checks) else " the last layer alone"
         blocks.append(Heading(f"Checked by retraining{retrained}"))
         blocks.append(SpotChecks(_spot_check_table(report), pictures["spot-check"]))
-    return Section(TITLE, blocks)
+    return Section(INFLUENCE_TITLE, blocks)
 
 
 def summary(report: InfluenceReport) -> str:
@@ -320,7 +320,7 @@ def _duplicates(
     return [duplicate(query, int(index)) for query, indices in duplicates.items() for index in indices]
 
 
-def _rows(
+def _influence_rows(
     influence: Influence, queries: Sequence[SampleView], display: Display, kind: Problem | None
 ) -> list[InfluenceRow]:
     rows = []

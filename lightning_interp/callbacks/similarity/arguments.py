@@ -12,39 +12,39 @@ from lightning_interp.similarity import AnyMeasure
 from lightning_interp.similarity.matrix import needs
 from lightning_interp.storage.snapshots import SnapshotStore
 
-FEWEST = 4
-OWNER = "RepresentationSimilarity"
+FEWEST_SAMPLES = 4
+SIMILARITY = "RepresentationSimilarity"
 
 
 def check_layer_patterns(layers: Any) -> None:
     """Raise where layers are no list of names or patterns."""
     if layers is not None and (isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers)):
-        raise TypeError(f"{OWNER}(layers=...): expected a list of names or patterns, got {layers!r}")
+        raise TypeError(f"{SIMILARITY}(layers=...): expected a list of names or patterns, got {layers!r}")
     if layers is not None and not list(layers):
-        raise ValueError(f"{OWNER}(layers=...): expected at least one name or pattern, or None; got none")
+        raise ValueError(f"{SIMILARITY}(layers=...): expected at least one name or pattern, or None; got none")
 
 
 def check_measures(measures: Any) -> None:
     """Raise where measures are no list of what two layers can be compared by, each once."""
     if not isinstance(measures, (list, tuple)) or not measures:
-        raise TypeError(f"{OWNER}(measures=...): expected a list of at least one measure, got {measures!r}")
+        raise TypeError(f"{SIMILARITY}(measures=...): expected a list of at least one measure, got {measures!r}")
     for measure in measures:
         if isinstance(measure, type) or not (callable(measure) or callable(getattr(measure, "between", None))):
             raise TypeError(
-                f"{OWNER}(measures=...): expected measures such as CKA() or functions of two tensors, got {measure!r}"
+                f"{SIMILARITY}(measures=...): expected measures such as CKA() or functions of two tensors, got {measure!r}"
             )
     names = [tag(measure) for measure in measures]
     if len(set(names)) < len(names):
-        raise ValueError(f"{OWNER}(measures=...): expected each measure once, got {', '.join(names)}")
+        raise ValueError(f"{SIMILARITY}(measures=...): expected each measure once, got {', '.join(names)}")
 
 
 def checked_sketch(sketch: int | None, measures: Sequence[AnyMeasure], store: str) -> int | None:
     """Return the size of sketches; raise where a measure or the storage has no use for them."""
     if sketch is not None:
-        check_count(OWNER, "sketch", sketch, 64)
+        check_count(SIMILARITY, "sketch", sketch, 64)
         if needs(measures) != "gram" or store != "compact":
             raise ValueError(
-                f'{OWNER}(sketch=...): expected kinds of linear CKA as measures, and store="compact", got'
+                f'{SIMILARITY}(sketch=...): expected kinds of linear CKA as measures, and store="compact", got'
                 f" {', '.join(map(tag, measures))} and store={store!r}"
             )
     return sketch
@@ -54,9 +54,9 @@ def how_often(epochs: int | None, steps: int | None) -> tuple[int | None, int | 
     """Return every how many epochs and steps; exactly one of the two is given then."""
     for name, value in (("every_n_epochs", epochs), ("every_n_steps", steps)):
         if value is not None:
-            check_count(OWNER, name, value)
+            check_count(SIMILARITY, name, value)
     if epochs is not None and steps is not None:
-        raise ValueError(f"{OWNER}(every_n_steps=...): expected it or every_n_epochs=, got both")
+        raise ValueError(f"{SIMILARITY}(every_n_steps=...): expected it or every_n_epochs=, got both")
     return (1 if steps is None else None) if epochs is None else epochs, steps
 
 
@@ -65,7 +65,7 @@ def warn_beyond_budget(budget_mb: float, store: SnapshotStore) -> None:
     least = 2 * store.manifest["snapshots"][0]["bytes"] / 1e6
     if least > budget_mb:
         rank_zero_warn(
-            f"{OWNER}: the first and the last snapshot alone take {least:.2g} MB, more than budget_mb={budget_mb:g};"
+            f"{SIMILARITY}: the first and the last snapshot alone take {least:.2g} MB, more than budget_mb={budget_mb:g};"
             " they stay"
         )
 
@@ -81,6 +81,6 @@ def length(given: Any) -> str:
 def check_storage(store: Any, budget_mb: Any) -> None:
     """Raise where it is not said what to keep, or within which budget."""
     if store not in ("compact", "activations"):
-        raise ValueError(f'{OWNER}(store=...): expected "compact" or "activations", got {store!r}')
+        raise ValueError(f'{SIMILARITY}(store=...): expected "compact" or "activations", got {store!r}')
     if isinstance(budget_mb, bool) or not isinstance(budget_mb, (int, float)) or not budget_mb > 0:
-        raise ValueError(f"{OWNER}(budget_mb=...): expected a positive number, got {budget_mb!r}")
+        raise ValueError(f"{SIMILARITY}(budget_mb=...): expected a positive number, got {budget_mb!r}")

@@ -16,8 +16,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_interp.callbacks.guard import Guard, OnError, started_run
 from lightning_interp.callbacks.publish import publish, run_folder
 from lightning_interp.callbacks.similarity.arguments import (
-    FEWEST,
-    OWNER,
+    FEWEST_SAMPLES,
+    SIMILARITY,
     check_layer_patterns,
     check_measures,
     check_storage,
@@ -135,7 +135,7 @@ class RepresentationSimilarity(Callback):
     ) -> None:
         check_layer_patterns(layers)
         check_measures(measures)
-        check_count(OWNER, "samples", samples, FEWEST)
+        check_count(SIMILARITY, "samples", samples, FEWEST_SAMPLES)
         self.every_n_epochs, self.every_n_steps = how_often(every_n_epochs, every_n_steps)
         check_storage(store, budget_mb)
         self.sketch = checked_sketch(sketch, measures, store)
@@ -148,7 +148,7 @@ class RepresentationSimilarity(Callback):
         self.budget_mb = budget_mb
         self.task = task
         arguments_given = layers is not None or probe is not None or task != Task()
-        self._guard = Guard(OWNER, "similarity", on_error, arguments_given)
+        self._guard = Guard(SIMILARITY, "similarity", on_error, arguments_given)
         self._run: SimilarityRun | None = None
         self._last_step = 0
         self._finished_epochs = 0
@@ -227,7 +227,7 @@ class RepresentationSimilarity(Callback):
             self._guard.switch_off(reason)
             return
         if trainer.global_step and not earlier:
-            rank_zero_warn(f"{OWNER}: 'initial' is step {trainer.global_step}, where this run starts")
+            rank_zero_warn(f"{SIMILARITY}: 'initial' is step {trainer.global_step}, where this run starts")
         initial = earlier.get("initial") or snapshot_state(
             self._snapshot(trainer, module, probe, activations, folder, trainer.current_epoch)
         )
@@ -238,14 +238,14 @@ class RepresentationSimilarity(Callback):
 
     def _take_probe(self, trainer: pl.Trainer) -> Probe:
         source = (
-            validation_source(trainer, OWNER)
+            validation_source(trainer, SIMILARITY)
             if self.probe is None
             else Source(given_samples(trainer, self.probe), "given probe")
         )
         probe = take_probe(source.samples, self.samples, source.name, self.task)
-        if probe.n < FEWEST:
+        if probe.n < FEWEST_SAMPLES:
             kind = ValueError if self.probe is None else ArgumentError
-            raise kind(f"probe: expected at least {FEWEST} samples to compare, got {probe.n} of the {source.name}")
+            raise kind(f"probe: expected at least {FEWEST_SAMPLES} samples to compare, got {probe.n} of the {source.name}")
         return probe
 
     def _choose_layers(self, trainer: pl.Trainer, module: pl.LightningModule, probe: Probe) -> Activations:
@@ -271,7 +271,7 @@ class RepresentationSimilarity(Callback):
         }
         earlier_folder = Folder(earlier["folder"]) if earlier else None
         if earlier_folder is not None and not earlier_folder.exists("manifest.json"):
-            rank_zero_warn(f"{OWNER}: the snapshots before step {step} are gone from {earlier_folder.path}")
+            rank_zero_warn(f"{SIMILARITY}: the snapshots before step {step} are gone from {earlier_folder.path}")
         return SnapshotStore.resume(folder, facts, step, earlier_folder, snapshot_from_state(initial))
 
     def _check_measures_work(self, snapshot: Snapshot) -> None:
@@ -281,7 +281,7 @@ class RepresentationSimilarity(Callback):
             try:
                 float(similarity(measure, layer, layer))
             except Exception as error:
-                raise ArgumentError(f"{OWNER}(measures=...): {name} failed on a layer and itself: {error}") from error
+                raise ArgumentError(f"{SIMILARITY}(measures=...): {name} failed on a layer and itself: {error}") from error
 
     def _forward(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
         task = in_precision(trainer, self.task)
@@ -323,7 +323,7 @@ class RepresentationSimilarity(Callback):
         thinned_before = run.store.thinned
         if run.store.thin(self.budget_mb * 1e6) and not thinned_before:
             rank_zero_warn(
-                f"{OWNER}: the snapshots outgrow budget_mb={self.budget_mb:g}; from now on those between the first and"
+                f"{SIMILARITY}: the snapshots outgrow budget_mb={self.budget_mb:g}; from now on those between the first and"
                 " the last are thinned, evenly"
             )
 
@@ -337,7 +337,7 @@ class RepresentationSimilarity(Callback):
         for name in run.failed.keys() - failed_before:
             error = "".join(traceback.format_exception(run.failed[name]))
             message = f"{name} failed and is left out from now on.\n{error}"
-            rank_zero_warn(f"{OWNER}: {message}")
+            rank_zero_warn(f"{SIMILARITY}: {message}")
             self._guard.log_error(trainer, message)
 
     def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

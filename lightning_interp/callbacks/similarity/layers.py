@@ -8,12 +8,12 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_interp.callbacks.similarity.arguments import OWNER
+from lightning_interp.callbacks.similarity.arguments import SIMILARITY
 from lightning_interp.checks import ArgumentError
 from lightning_interp.network.layers import default_layers, match_layers
 from lightning_interp.similarity.activations import OUTPUT, Activations
 
-ARGUMENT = f"{OWNER}(layers=...)"
+ARGUMENT = f"{SIMILARITY}(layers=...)"
 
 
 def check_names(module: nn.Module, patterns: Sequence[str]) -> None:
@@ -36,10 +36,10 @@ def chosen_layers(module: nn.Module, patterns: Sequence[str] | None, found: Acti
     """
     watched = found.of(_by_default(module, found) if patterns is None else _asked(module, patterns, found))
     if not watched.layouts:
-        raise ValueError(f"{OWNER}: {type(module).__name__}'s forward calls no layer to look at")
+        raise ValueError(f"{SIMILARITY}: {type(module).__name__}'s forward calls no layer to look at")
     if unmasked := watched.unmasked(batch):
         rank_zero_warn(
-            f"{OWNER}: task.mask tells of another number of tokens than {', '.join(unmasked)} have; all of theirs count"
+            f"{SIMILARITY}: task.mask tells of another number of tokens than {', '.join(unmasked)} have; all of theirs count"
         )
     return watched
 

@@ -30,7 +30,7 @@ from lightning_interp.views.heat_map import heat_map
 from lightning_interp.views.report import Block, Fold, Heading, Paragraph, Picture, Pictures, Section, Table
 from lightning_interp.views.tables import as_markdown
 
-TITLE = "How the layers changed"
+SIMILARITY_TITLE = "How the layers changed"
 # The first snapshot and two between it and the last show a network's course; each is a map of all pairs of layers.
 EARLIER_MAPS = 3
 
@@ -90,7 +90,7 @@ def similarity_findings(
         blocks += [Heading(name), Pictures(pictures, "map"), trust]
     return Findings(
         step=snapshots[-1].step,
-        section=Section(TITLE, blocks),
+        section=Section(SIMILARITY_TITLE, blocks),
         curves=[curve for result in found.values() for curve in result.curves],
         pictures=[picture for result in found.values() for _, picture in result.pictures],
         texts={**texts, "similarity_notes/probe": "\n\n".join(remarks)},
@@ -101,12 +101,12 @@ def _of_measure(
     name: str, measure: AnyMeasure, snapshots: Sequence[Snapshot], history: History, n: int
 ) -> MeasureFindings:
     reliability = reliability_by_layer(measure, snapshots[0], snapshots[-1], n)
-    pictures = [(picture.file, picture) for picture in _pictures(name, measure, snapshots, history, n, reliability)]
+    pictures = [(picture.file, picture) for picture in _similarity_pictures(name, measure, snapshots, history, n, reliability)]
     for _, picture in pictures:
         _ = picture.png  # drawn here, so that a map that cannot be drawn takes no other measure with it
     table = reliability_table(reliability, is_distance(measure))
     caution = cautions(measure, snapshots[0], snapshots[-1])
-    return MeasureFindings(measure, _curves(name, [s.step for s in snapshots], history), pictures, table, caution)
+    return MeasureFindings(measure, _curves_to_final(name, [s.step for s in snapshots], history), pictures, table, caution)
 
 
 def meanings(measures: Mapping[str, AnyMeasure]) -> list[str]:
@@ -141,7 +141,7 @@ def _three_digits(value: float) -> str:
     return f"{value:.3f}" if value == value else "–"
 
 
-def _curves(name: str, steps: Sequence[int], history: History) -> list[Curve]:
+def _curves_to_final(name: str, steps: Sequence[int], history: History) -> list[Curve]:
     kinds = (("to_final", history.to_final), ("to_final_normalised", history.normalised))
     return [
         Curve(f"similarity_{kind}/{name}/{layer}", steps, values)
@@ -150,7 +150,7 @@ def _curves(name: str, steps: Sequence[int], history: History) -> list[Curve]:
     ]
 
 
-def _pictures(
+def _similarity_pictures(
     name: str,
     measure: AnyMeasure,
     snapshots: Sequence[Snapshot],
