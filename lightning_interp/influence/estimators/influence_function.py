@@ -123,7 +123,7 @@ class InfluenceFunction:
             raise ValueError("train: expected samples, got none")
         with differentiable(model):
             few, coverage = _covered(model, samples, task, self.layers, self.curvature)
-            reader = Reader.of(coverage, few, samples, progress, ranks)
+            reader = Reader.of(coverage, samples, progress, ranks)
             samples = reader.rebatch(samples)
             damping = self.known_damping()
             curvature, why = (
