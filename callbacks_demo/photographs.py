@@ -43,7 +43,7 @@ from lightning_interp.attribution import (
     energy_inside,
     pointing,
 )
-from lightning_interp.attribution.engine.single_pass import Attributor
+from lightning_interp.attribution.attributor import Attributor
 from lightning_interp.views.attribution import TitledMap, film
 from lightning_interp.views.canvas import render, stacked
 from lightning_interp.views.display import Display, SampleView

@@ -111,7 +111,7 @@ def test_a_wrong_arrow_is_seen(path: str, line: str) -> None:
 @pytest.mark.parametrize(
     ("path", "line"),
     [
-        ("similarity/cka.py", "from lightning_interp.data.batch import size"),
+        ("similarity/cka.py", "from lightning_interp.data.batch import count_samples"),
         ("cli/influence.py", "from lightning_interp import DataInfluence"),
         ("callbacks/guard.py", "from lightning_interp.similarity import CKA"),
     ],

@@ -29,7 +29,7 @@ def loaded(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
     """
     kept = [(held, held.detach().clone()) for held in (*model.parameters(), *model.buffers())]
     try:
-        _fill(model, checkpoint)
+        _load_into(model, checkpoint)
         yield
     finally:
         with torch.no_grad():
@@ -45,30 +45,32 @@ def check_checkpoints(owner: str, checkpoints: Sequence[Checkpoint]) -> None:
         FileNotFoundError: a path leads to no file.
     """
     if isinstance(checkpoints, (str, os.PathLike, Mapping)) or not checkpoints:
-        raise ValueError(f"{owner}: expected a list of state dicts or paths, got {_named(checkpoints)}")
+        raise ValueError(f"{owner}: expected a list of state dicts or paths, got {_describe_checkpoint(checkpoints)}")
     for checkpoint in checkpoints:
         if not isinstance(checkpoint, Mapping) and not is_file(checkpoint):
-            raise FileNotFoundError(f"{owner}: expected a checkpoint file, got {_named(checkpoint)}")
+            raise FileNotFoundError(f"{owner}: expected a checkpoint file, got {_describe_checkpoint(checkpoint)}")
 
 
-def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
+def _load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
     try:
-        model.load_state_dict(_state(checkpoint))
+        model.load_state_dict(_state_dict(checkpoint))
     except RuntimeError as error:
-        raise ValueError(f"checkpoint: {_named(checkpoint)} does not fit {type(model).__name__}: {error}") from error
+        raise ValueError(
+            f"checkpoint: {_describe_checkpoint(checkpoint)} does not fit {type(model).__name__}: {error}"
+        ) from error
 
 
-def _state(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
+def _state_dict(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
     if isinstance(checkpoint, Mapping):
         return checkpoint
     content = checkpoint_content(checkpoint)
     return content.get("state_dict", content)
 
 
-def _named(checkpoint: object) -> str:
-    return repr(os.fspath(checkpoint)) if isinstance(checkpoint, (str, os.PathLike)) else f"a {_kind(checkpoint)}"
+def _describe_checkpoint(checkpoint: object) -> str:
+    return repr(os.fspath(checkpoint)) if isinstance(checkpoint, (str, os.PathLike)) else f"a {_type_name(checkpoint)}"
 
 
-def _kind(thing: object) -> str:
+def _type_name(thing: object) -> str:
     empty = isinstance(thing, Sequence) and not thing
     return f"{type(thing).__name__} without entries" if empty else type(thing).__name__

@@ -61,6 +61,11 @@ class Folder:
         system, path = fsspec.core.url_to_fs(self.file(pattern))
         return [posixpath.basename(match) for match in system.glob(path)]
 
+    def folders_with(self, name: str) -> list[str]:
+        """Return the names of the folders directly inside this one that hold a file of this name."""
+        system, path = fsspec.core.url_to_fs(self.file(f"*/{name}"))
+        return [posixpath.basename(posixpath.dirname(file)) for file in system.glob(path)]
+
     def remove(self, name: str) -> None:
         """Delete a file, if it is there."""
         system, path = fsspec.core.url_to_fs(self.file(name))

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_interp.data.batch import size, take
+from lightning_interp.data.batch import count_samples, slice_samples
 from lightning_interp.data.normalization import normalization_of
 from lightning_interp.data.samples import Samples, class_names
-from lightning_interp.data.task import Problem, Task, predicted, probabilities
+from lightning_interp.data.task import Problem, Task, predict_classes, probabilities
 from lightning_interp.views.display import Display, SampleView
 
 # In a panel: as many as fit beside a map.
@@ -26,8 +26,8 @@ def view_samples(model: nn.Module, task: Task, samples: Samples, display: Displa
     with torch.no_grad():
         for batch in samples:
             outputs = task.outputs(model, task.inputs(batch))
-            for index in range(size(batch)):  # one by one: in a list, each image has its own size
-                sample = take(batch, index, index + 1)
+            for index in range(count_samples(batch)):  # one by one: in a list, each image has its own size
+                sample = slice_samples(batch, index, index + 1)
                 view = sample_views(sample, outputs[index : index + 1], task, [ids[len(views)]], display)[0]
                 views.append(_without_padding(view, sample, task))
     return views
@@ -70,7 +70,7 @@ def sample_views(batch: Any, outputs: Tensor, task: Task, ids: Sequence[int], di
     explained = task.explained(task.inputs(batch)).detach().cpu()
     outputs, targets = outputs.detach().cpu(), targets_of(batch, task)
     kind = task.problem(outputs, targets)
-    classes, class_probability = predicted(outputs, kind)
+    classes, class_probability = predict_classes(outputs, kind)
     predictions = {"multilabel": (outputs > 0).long(), "regression": outputs}.get(kind or "", classes)
     labels = None if targets is None else targets.cpu() if kind in (None, "regression") else targets.cpu().long()
     has_classes = kind in ("classes", "binary", "multilabel")
@@ -85,7 +85,7 @@ def sample_views(batch: Any, outputs: Tensor, task: Task, ids: Sequence[int], di
             wrong=comparable is not None and not torch.equal(predictions[row].flatten(), comparable[row].flatten()),
             likeliest=_likeliest_classes(outputs[row : row + 1], kind, display),
         )
-        for row, index in zip(range(size(batch)), ids, strict=True)
+        for row, index in zip(range(count_samples(batch)), ids, strict=True)
     ]
 
 
