@@ -35,7 +35,7 @@ class Digits:
     def load(cls) -> Digits:
         x, y = load_digits(return_X_y=True)
         split = train_test_split(x / 16, y, test_size=360, random_state=0, stratify=y)
-        train_x, query_x, train_y, query_y = (torch.tensor(part) for part in split)
+        train_x, query_x, train_y, query_y = (torch.tensor(array) for array in split)
         return cls(train_x.float(), train_y, query_x[:QUERIES].float(), query_y[:QUERIES])
 
 
@@ -77,9 +77,9 @@ class Trained:
 
 def forward(recipe: Recipe, weights: Sequence[Tensor], x: Tensor) -> Tensor:
     """Return logits `(networks, n, classes)` of inputs `(networks, n, features)`."""
-    for place in range(0, len(weights), 2):
-        x = x if place == 0 else recipe.activation(x)
-        x = torch.baddbmm(weights[place + 1][:, None], x, weights[place].mT)
+    for index in range(0, len(weights), 2):
+        x = x if index == 0 else recipe.activation(x)
+        x = torch.baddbmm(weights[index + 1][:, None], x, weights[index].mT)
     return x
 
 
@@ -90,7 +90,7 @@ def start(recipe: Recipe, seeds: Sequence[int]) -> list[Tensor]:
         torch.manual_seed(seed)
         layers = [torch.nn.Linear(i, o) for i, o in zip(recipe.widths, recipe.widths[1:], strict=False)]
         weights.append([p.detach() for layer in layers for p in (layer.weight, layer.bias)])
-    return [torch.stack(same).requires_grad_() for same in zip(*weights, strict=True)]
+    return [torch.stack(copies).requires_grad_() for copies in zip(*weights, strict=True)]
 
 
 def train(recipe: Recipe, digits: Digits, rows: Tensor, seeds: Sequence[int]) -> Trained:
@@ -105,11 +105,11 @@ def train(recipe: Recipe, digits: Digits, rows: Tensor, seeds: Sequence[int]) ->
     rates = []
     for _ in range(recipe.epochs):
         order = torch.stack([torch.randperm(rows.shape[1], generator=draw) for draw in draws])
-        for chosen in rows.gather(1, order).split(recipe.batch, dim=1):
-            logits = forward(recipe, weights, digits.train_x[chosen])
-            loss = F.cross_entropy(logits.flatten(0, 1), digits.train_y[chosen].flatten(), reduction="sum")
+        for batch_indices in rows.gather(1, order).split(recipe.batch, dim=1):
+            logits = forward(recipe, weights, digits.train_x[batch_indices])
+            loss = F.cross_entropy(logits.flatten(0, 1), digits.train_y[batch_indices].flatten(), reduction="sum")
             optimizer.zero_grad()
-            (loss / chosen.shape[1]).backward()
+            (loss / batch_indices.shape[1]).backward()
             rates.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
             schedule.step()
@@ -148,14 +148,14 @@ def make(file: Path) -> None:
     trained = train(recipe, digits, torch.arange(n)[None], [0])
     losses = retrain(recipe, digits, halves, SEEDS)
     (group,) = trained.optimizer.param_groups
-    kept: dict[str, Any] = {"rate_sum": sum(trained.rates), "steps": len(trained.rates)}
+    arrays: dict[str, Any] = {"rate_sum": sum(trained.rates), "steps": len(trained.rates)}
     for name, parameter in zip(names_of(recipe), group["params"], strict=True):
         state = trained.optimizer.state[parameter]
         second_moment = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
-        kept |= {name: parameter[0].detach().numpy(), f"{name}.v": second_moment[0].numpy()}
-    kept["masks"] = np.packbits(members(halves, n).numpy(), axis=1)
-    kept |= {"loss": losses[:FEW].mean(0).numpy(), "loss_of_20_seeds": losses.mean(0).numpy()}
-    np.savez_compressed(file, **kept)
+        arrays |= {name: parameter[0].detach().numpy(), f"{name}.v": second_moment[0].numpy()}
+    arrays["masks"] = np.packbits(members(halves, n).numpy(), axis=1)
+    arrays |= {"loss": losses[:FEW].mean(0).numpy(), "loss_of_20_seeds": losses.mean(0).numpy()}
+    np.savez_compressed(file, **arrays)
 
 
 def members(halves: Tensor, n: int) -> Tensor:

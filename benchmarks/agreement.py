@@ -262,9 +262,9 @@ def streaming(net: nn.Module, loader: Batches) -> float:
     width_x, width_y = (net.get_parameter(f"{layer}.table").shape[1] for layer in ("x", "y"))
     metric = StreamingCKA(width_x, width_y)
     for index, _ in loader:
-        with capture(net, ["x", "y"], lambda _, __, output: output.clone()) as seen:
+        with capture(net, ["x", "y"], lambda _, __, output: output.clone()) as outputs:
             net(index)
-        metric.update(seen["x"][0], seen["y"][0])
+        metric.update(outputs["x"][0], outputs["y"][0])
     return float(metric.compute())
 
 
@@ -424,30 +424,30 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def cell(found: float | str, reference: float) -> str:
-    if isinstance(found, str):
-        return found
-    difference = found - reference
-    return f"{found:z.6f}" + (f" ({difference:+.2g})" if abs(difference) > SAME else "")
+def cell(value: float | str, reference: float) -> str:
+    if isinstance(value, str):
+        return value
+    difference = value - reference
+    return f"{value:z.6f}" + (f" ({difference:+.2g})" if abs(difference) > SAME else "")
 
 
-def verdict(other: str, found: Mapping[str, float | str], references: Mapping[str, float]) -> str:
+def verdict(other: str, values: Mapping[str, float | str], references: Mapping[str, float]) -> str:
     """Say in words what a row shows."""
-    if all(isinstance(each, str) for each in found.values()):
-        return f"no value: {next(iter(found.values()))}"
+    if all(isinstance(each, str) for each in values.values()):
+        return f"no value: {next(iter(values.values()))}"
     if other:
         return f"another quantity: {other}"
-    numbers = {name: each for name, each in found.items() if isinstance(each, float) and not math.isnan(each)}
-    defined = [name for name in found if not math.isnan(references[name])]
+    numbers = {name: each for name, each in values.items() if isinstance(each, float) and not math.isnan(each)}
+    defined = [name for name in values if not math.isnan(references[name])]
     differences = {name: abs(numbers[name] - references[name]) for name in defined if name in numbers}
     wrong = {name: difference for name, difference in differences.items() if difference > SAME}
-    parts = (
+    findings = (
         (f"wrong by up to {max(wrong.values(), default=0):.2g}", list(wrong)),
         ("no value", [name for name in defined if name not in numbers]),
         ("a number where nothing is defined", [name for name in numbers if name not in defined]),
     )
-    told = "; ".join(f"{what} ({listed(names, defined)})" for what, names in parts if names)
-    return f"same quantity: {told or 'right'}"
+    summary = "; ".join(f"{what} ({listed(names, defined)})" for what, names in findings if names)
+    return f"same quantity: {summary or 'right'}"
 
 
 def listed(names: Sequence[str], among: Sequence[str]) -> str:
@@ -532,19 +532,19 @@ def spread(
     """Return a peer's mean difference and its standard deviation over orders of the samples."""
     differences = []
     for order in orders:
-        found = value(lambda order=order: peer(net, batches(order, size)))  # type: ignore[misc]
-        if isinstance(found, str):
-            return found
-        differences.append(found - float(OURS[measure](x[order], y[order])))
+        result = value(lambda order=order: peer(net, batches(order, size)))  # type: ignore[misc]
+        if isinstance(result, str):
+            return result
+        differences.append(result - float(OURS[measure](x[order], y[order])))
     return f"{np.mean(differences):+.2g}" + (f" ± {np.std(differences):.2g}" if len(orders) > 1 else "")
 
 
 def main() -> None:
     torch.set_num_threads(1)
     for measure, confirmed in CONFIRMED.items():
-        found = float(OURS[measure](*golden()))
-        if abs(found - confirmed) > 1e-6:
-            raise SystemExit(f"{measure} of the golden pair: expected {confirmed}, got {found}")
+        result = float(OURS[measure](*golden()))
+        if abs(result - confirmed) > 1e-6:
+            raise SystemExit(f"{measure} of the golden pair: expected {confirmed}, got {result}")
     print(", ".join(f"{package} {version(package)}" for package in dict.fromkeys(peer.package for peer in PEERS)), "\n")
     of_features(inputs())
     print()

@@ -83,8 +83,8 @@ def to_input(case: Case) -> None:
 
 
 def captum(name: str, case: Case, **options: Any) -> Any:
-    found = getattr(load("captum.attr"), name)(case.net)
-    return found.attribute(case.images.clone(), target=case.target, **options)
+    method = getattr(load("captum.attr"), name)(case.net)
+    return method.attribute(case.images.clone(), target=case.target, **options)
 
 
 def captum_grad_cam(case: Case) -> Any:
@@ -122,7 +122,7 @@ def captum_lime(case: Case) -> Any:
 
 
 def grad_cam(case: Case) -> Any:
-    targets = [load("pytorch_grad_cam.utils.model_targets").ClassifierOutputTarget(int(one)) for one in case.target]
+    targets = [load("pytorch_grad_cam.utils.model_targets").ClassifierOutputTarget(int(label)) for label in case.target]
     with load("pytorch_grad_cam.grad_cam").GradCAM(case.net, [case.last]) as cam:
         return cam(case.images, targets)
 
@@ -138,8 +138,8 @@ def grad_cam_guided(case: Case) -> Any:
 
 def zennit(name: str, case: Case, composite: str | None = None, **options: Any) -> Any:
     rules = getattr(load("zennit.composites"), composite)() if composite else None
-    with getattr(load("zennit.attribution"), name)(case.net, composite=rules, **options) as found:
-        return found(case.images.clone(), torch.eye(10)[case.target])
+    with getattr(load("zennit.attribution"), name)(case.net, composite=rules, **options) as attributor:
+        return attributor(case.images.clone(), torch.eye(10)[case.target])
 
 
 # lime
@@ -232,17 +232,17 @@ def of_memory(method: str, whose: str) -> tuple[Work, Work]:
 
 def installed(runs: Mapping[str, Run]) -> dict[str, Run]:
     """Return those that work here, having run each on two images."""
-    case, found = Case(2), {}
+    case, available = Case(2), {}
     for whose, run in runs.items():
         if run is our_lime and not hasattr(attribution, "LIME"):
             print(f"{whose}: left out (no LIME)")
             continue
         try:
             run(case)
-            found[whose] = run
+            available[whose] = run
         except ImportError as error:
             print(f"{whose}: left out ({error})")
-    return found
+    return available
 
 
 def compared(methods: Mapping[str, Mapping[str, Run]], case: Case, rounds: int) -> None:
@@ -250,15 +250,20 @@ def compared(methods: Mapping[str, Mapping[str, Run]], case: Case, rounds: int) 
     works: dict[tuple[str, str], Work] = {}
     for method, runs in methods.items():
         works |= {(method, whose): partial(run, case) for whose, run in installed(runs).items()}
-    found: dict[tuple[str, str], list[float]] = {key: [] for key in works}
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in works}
     floors: list[tuple[float, float]] = []
     for _ in range(rounds):
         for key, work in works.items():
-            one = cpu_seconds(partial(training, case))
-            found[key].append(cpu_seconds(work) / one)
-            floors.append((cpu_seconds(partial(forward, case)) / one, cpu_seconds(partial(to_input, case)) / one))
+            training_seconds = cpu_seconds(partial(training, case))
+            times[key].append(cpu_seconds(work) / training_seconds)
+            floors.append(
+                (
+                    cpu_seconds(partial(forward, case)) / training_seconds,
+                    cpu_seconds(partial(to_input, case)) / training_seconds,
+                )
+            )
     alone, back = (statistics.median(column) for column in zip(*floors, strict=True))
-    for (method, whose), values in found.items():
+    for (method, whose), values in times.items():
         forwards, backwards = FLOORS[method]
         least = forwards * alone + backwards * back
         over = statistics.median(values) / least - 1

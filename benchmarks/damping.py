@@ -105,12 +105,12 @@ class Kronecker:
 
     def _split(self, flat: Tensor) -> list[Tensor]:
         """Return `(n, p)` as one `(n, out, in + 1)` a layer, bias last."""
-        found, start = [], 0
+        blocks, start = [], 0
         for i, o in zip(self.widths, self.widths[1:], strict=False):
             weight, bias = flat[:, start : start + o * i], flat[:, start + o * i : start + o * i + o]
-            found.append(torch.cat([weight.reshape(-1, o, i), bias[:, :, None]], dim=2).float())
+            blocks.append(torch.cat([weight.reshape(-1, o, i), bias[:, :, None]], dim=2).float())
             start += o * i + o
-        return found
+        return blocks
 
 
 class Elementwise(nn.Module):
@@ -125,8 +125,8 @@ class Elementwise(nn.Module):
 def datamodeling_score(scores: Tensor, masks: Tensor, losses: Tensor) -> float:
     """Return the mean over queries of the rank correlation between a subset's summed scores and minus its loss."""
     predicted = (masks.double() @ scores.double().T).numpy()
-    found = [spearmanr(p, -q).statistic for p, q in zip(predicted.T, losses.numpy().T, strict=True)]
-    return float(np.mean(found))
+    correlations = [spearmanr(p, -q).statistic for p, q in zip(predicted.T, losses.numpy().T, strict=True)]
+    return float(np.mean(correlations))
 
 
 def compare(name: str, recipe: Recipe, digits: Digits, subsets: int = 50, seeds: int = 3) -> None:
@@ -145,8 +145,8 @@ def compare(name: str, recipe: Recipe, digits: Digits, subsets: int = 50, seeds:
     dampings["trajectory without divisor"] = flat(recipe, known(Trajectory(plain).damping()))
     dampings |= {f"{share} × mean eigenvalue": share * mean_eigenvalue * torch.ones(1) for share in (0.03, 0.1, 0.3, 3)}
     for said, damping in dampings.items():
-        found = [datamodeling_score(kind.scores(damping), masks, losses) for kind in (exact, kronecker)]
-        print(f"  {said:28} exact {found[0]:.3f}  EK-FAC {found[1]:.3f}", flush=True)
+        scores = [datamodeling_score(kind.scores(damping), masks, losses) for kind in (exact, kronecker)]
+        print(f"  {said:28} exact {scores[0]:.3f}  EK-FAC {scores[1]:.3f}", flush=True)
 
 
 def known(damping: Damping | None) -> Damping:

@@ -31,13 +31,13 @@ class Fewer(Digits):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        kept = [index for index in self.train.indices if index not in self.without]
-        self.train = Subset(self.train.dataset, kept)
+        remaining = [index for index in self.train.indices if index not in self.without]
+        self.train = Subset(self.train.dataset, remaining)
 
 
 def losses(without: Sequence[int], queries: Sequence[int]) -> list[float]:
     """Return each query's loss after retraining, in the mean over seeds."""
-    found = []
+    batch_losses = []
     for seed in range(SEEDS):
         L.seed_everything(seed, verbose=False)
         digits, net = Fewer(without), SmallCNN()
@@ -53,8 +53,8 @@ def losses(without: Sequence[int], queries: Sequence[int]) -> list[float]:
         images, labels = default_collate([digits.train.dataset[query] for query in queries])
         with torch.no_grad():
             logits = net.eval()(images)
-        found.append(F.cross_entropy(logits, labels, reduction="none"))
-    means: list[float] = torch.stack(found).mean(0).tolist()
+        batch_losses.append(F.cross_entropy(logits, labels, reduction="none"))
+    means: list[float] = torch.stack(batch_losses).mean(0).tolist()
     return means
 
 
@@ -62,16 +62,16 @@ def main(run: Path) -> None:
     torch.set_num_threads(1)
     with open(run / "influence" / "influence.csv", newline="") as file:
         queries = list(dict.fromkeys(int(row["query_id"]) for row in csv.DictReader(file)))[:QUERIES]
-    held = load_file(run / "influence" / "scores.safetensors")
+    record = load_file(run / "influence" / "scores.safetensors")
     before = losses([], queries)
-    for place, query in enumerate(queries):
-        order = held["scores"][place].argsort(descending=True)
+    for position, query in enumerate(queries):
+        order = record["scores"][position].argsort(descending=True)
         for name, columns in (("helpful", order[:LEFT_OUT]), ("harmful", order[-LEFT_OUT:])):
-            after = losses(held["train_index"][columns].tolist(), queries)[place]
-            predicted = float(held["scores"][place][columns].sum())
+            after = losses(record["train_index"][columns].tolist(), queries)[position]
+            predicted = float(record["scores"][position][columns].sum())
             print(
-                f"query {query}: without its {LEFT_OUT} most {name}: loss {before[place]:.2f} → {after:.2f}"
-                f" ({after - before[place]:+.2f}); sum of scores {predicted:+.1f}"
+                f"query {query}: without its {LEFT_OUT} most {name}: loss {before[position]:.2f} → {after:.2f}"
+                f" ({after - before[position]:+.2f}); sum of scores {predicted:+.1f}"
             )
 
 

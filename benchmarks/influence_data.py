@@ -159,7 +159,7 @@ def ceiling() -> float:
     """Return how the losses of one half of the retrainings' seeds agree with those of the other half."""
     arrays = held(HERE / "data" / "digits_mlp_models.npz")
     halves = (arrays[f"loss_half_{which}"].T for which in "ab")
-    return float(np.mean([spearmanr(one, other)[0] for one, other in zip(*halves, strict=True)]))
+    return float(np.mean([spearmanr(first, second)[0] for first, second in zip(*halves, strict=True)]))
 
 
 def leave_one_out(scores: Tensor) -> float:
@@ -185,7 +185,7 @@ def _case(
 
 
 def _damping(paths: Mapping[str, Trained]) -> Damping:
-    found = Trajectory(paths).damping()
-    if found is None:
+    damping = Trajectory(paths).damping()
+    if damping is None:
         raise ValueError("paths: expected such that a damping follows from them")
-    return found
+    return damping

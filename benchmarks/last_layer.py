@@ -40,17 +40,17 @@ def strongest(scores: Tensor) -> list[tuple[int, int]]:
     return [(q, int(pick(scores[q]))) for q in range(QUERIES) for pick in (torch.argmax, torch.argmin)]
 
 
-def row(name: str, scores: Tensor, last: LastLayer, places: list[int], moved: Tensor) -> str:
+def row(name: str, scores: Tensor, last: LastLayer, positions: list[int], moved: Tensor) -> str:
     """Return correlations of centred scores with retraining, of the strongest and of random samples."""
     centred = scores.double() - scores.double().mean(1, keepdim=True)
     pairs = strongest(scores)
-    left_out = sorted({place for _, place in pairs})
+    left_out = sorted({position for _, position in pairs})
     alone = leave_one_out(last.retrain, last.losses, last.n, left_out)
     predicted, actual = zip(
         *((float(centred[q, i]), float(alone[q, left_out.index(i)])) for q, i in pairs), strict=True
     )
     signs = sum(p * a > 0 for p, a in zip(predicted, actual, strict=True))
-    every = Retrained(centred[:, places], moved)
+    every = Retrained(centred[:, positions], moved)
     strong = f"{statistics.correlation(predicted, actual):.2f}, {signs} of {len(pairs)} signs"
     return f"| {name} | {strong} | {every.pearson:.2f}, Spearman {every.spearman:.2f} |"
 
@@ -59,14 +59,14 @@ def main() -> None:
     torch.set_num_threads(1)
     for title, case in (("SGD", sgd_mlp()), ("Adam", adam_mlp())):
         last = LastLayer.of(case.net, case.train, case.query, damping=case.trained)
-        places = torch.randperm(last.n, generator=torch.Generator().manual_seed(0))[:RANDOM].tolist()
+        positions = torch.randperm(last.n, generator=torch.Generator().manual_seed(0))[:RANDOM].tolist()
         started = time.perf_counter()
-        moved = leave_one_out(last.retrain, last.losses, last.n, places)
+        actual = leave_one_out(last.retrain, last.losses, last.n, positions)
         seconds = (time.perf_counter() - started) / (RANDOM + 1)
         print(f"\n{title}: {seconds * 1e3:.0f} ms a retraining\n")
         print("| scores | strongest: r | random: r |\n|---|---|---|")
         for name, estimator in estimators(case, last.name).items():
-            print(row(name, estimator(case.net, case.train, case.query).scores, last, places, moved))
+            print(row(name, estimator(case.net, case.train, case.query).scores, last, positions, actual))
 
 
 if __name__ == "__main__":

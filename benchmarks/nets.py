@@ -67,9 +67,9 @@ class ResNet18(nn.Module):
 
 def digits(n: int) -> tuple[Tensor, Tensor]:
     """Return `n` real digits as images `(n, 3, 32, 32)` in [0, 1], and their labels."""
-    held = load_digits()
-    images = torch.tensor(held.images[:n], dtype=torch.float32)[:, None] / 16
-    return F.interpolate(images, (32, 32), mode="bilinear").repeat(1, 3, 1, 1), torch.tensor(held.target[:n])
+    dataset = load_digits()
+    images = torch.tensor(dataset.images[:n], dtype=torch.float32)[:, None] / 16
+    return F.interpolate(images, (32, 32), mode="bilinear").repeat(1, 3, 1, 1), torch.tensor(dataset.target[:n])
 
 
 def trained(seed: int = 0, epochs: int = 1) -> ResNet20:

@@ -78,8 +78,8 @@ def pairwise(net: nn.Module, images: Tensor) -> Tensor:
 
 def pytorch_cka(net: nn.Module, images: Tensor) -> Tensor:
     compute = importlib.import_module("cka").compute_cka
-    (found,) = compute(net, net, _loader(images), layers=LAYERS, progress=False)
-    return found
+    (similarity,) = compute(net, net, _loader(images), layers=LAYERS, progress=False)
+    return similarity
 
 
 def cka_pytorch(net: nn.Module, images: Tensor) -> Tensor:

@@ -26,15 +26,15 @@ def ratios(
     works: Mapping[str, Work], bare: Mapping[str, Work], rounds: int
 ) -> tuple[dict[str, list[float]], list[float]]:
     """Return each work's cost in the fastest bare runs of its round, and those runs' seconds."""
-    found: dict[str, list[float]] = {name: [] for name in works}
+    times: dict[str, list[float]] = {name: [] for name in works}
     fastest = []
     for work in (*bare.values(), *works.values()):
         work()
     for _ in range(rounds):
         fastest.append(min(cpu_seconds(work) for work in bare.values()))
         for name, work in works.items():
-            found[name].append(cpu_seconds(work) / fastest[-1])
-    return found, fastest
+            times[name].append(cpu_seconds(work) / fastest[-1])
+    return times, fastest
 
 
 def spread(values: Sequence[float]) -> str:

@@ -1,4 +1,4 @@
-"""The main job: train a small network on real digits with all three callbacks, and say where to look.
+"""The demo: trains a small network on real digits with all three callbacks, and prints where their results are.
 
 `python -m callbacks_demo NAME` runs an experiment instead: `correspondence` and `bottom_up` of similarity, `shapes`,
 `photographs`, `tokens` and `lime_text` of attribution, `leave_one_out`, `mislabelled` and `poisoned` of influence.
@@ -26,10 +26,10 @@ EXPERIMENTS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> L.Trainer:
-    """Train, write everything below `--folder`, and print where it is."""
+    """Train, write all results below `--folder`, and print where they are."""
     parser = argparse.ArgumentParser(prog="python -m callbacks_demo", description=__doc__)
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--folder", type=Path, default=Path("."), help="where lightning_logs is made")
+    parser.add_argument("--folder", type=Path, default=Path("."), help="lightning_logs is created in it")
     options = parser.parse_args(arguments)
 
     # With small layers a second thread gains little, and on a busy machine the two wait for each other.
@@ -43,26 +43,29 @@ def main(arguments: Sequence[str] | None = None) -> L.Trainer:
         callbacks=[RepresentationSimilarity(), InputAttribution(), DataInfluence()],
     )
     trainer.fit(SmallCNN(), datamodule=Digits())
-    tell(trainer)
+    print_where_to_look(trainer)
     return trainer
 
 
-def tell(trainer: L.Trainer) -> None:
-    """Say in plain words what came out and where to look."""
+def print_where_to_look(trainer: L.Trainer) -> None:
+    """Print the accuracy, and where to find and how to read the results."""
     run = Path(trainer.log_dir or ".")
     print(
         f"""
-Trained {trainer.current_epoch} epochs; validation accuracy {trainer.callback_metrics["val_accuracy"]:.1%}.
+Trained for {trainer.current_epoch} epochs: validation accuracy {trainer.callback_metrics["val_accuracy"]:.1%}. \
+Three callbacks recorded how the network learned.
 
-Watch how the layers changed and where the network looks, epoch after epoch:
-    {Path(sys.executable).parent / "tensorboard"} --logdir {run.parent} --samples_per_plugin images=1000
-  SCALARS  similarity_to_initial, similarity_to_final: each layer at each epoch
-  IMAGES   similarity_maps: all layers and epochs; attribution: drag a step slider to play the film;
-           influence: the training digits that helped and hurt
-
-Open the report of all three, or hand it around:
+1. The report of all three callbacks. Open this file in a browser; it needs no other file:
     {(run / "interp" / "report.html").absolute()}
-The scores as a table:
+
+2. The training, epoch by epoch, in TensorBoard. Start it, then open the address that it prints:
+    {Path(sys.executable).parent / "tensorboard"} --logdir {run.parent} --samples_per_plugin images=1000
+  SCALARS  similarity_to_initial, similarity_to_final: how similar each layer is to its first and last state
+  IMAGES   similarity_maps: all layers and epochs in one picture
+           attribution: the pixels that speak for the prediction; drag the step slider to go through the epochs
+           influence: the training digits that helped or harmed a prediction
+
+3. The influence scores as a table, for a spreadsheet or pandas:
     {(run / "interp" / "influence" / "influence.csv").absolute()}"""
     )
 

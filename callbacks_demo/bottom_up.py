@@ -1,13 +1,13 @@
-"""Who converges first? The lower layers are nearer to their end all along; they also start nearer to it.
+"""Which layers converge first? The lower ones are nearer to their final state all along, but they also start nearer.
 
-A network of nine layers is trained on 4,000 real digits from three seeds, with `RepresentationSimilarity` watching.
-From the files that the callback leaves: debiased linear CKA of each layer at each epoch with its own final state (Raghu
+A network of nine layers is trained on 4,000 real digits from three seeds, with the callback `RepresentationSimilarity`.
+From the files that the callback writes: debiased linear CKA of each layer at each epoch with its own final state (Raghu
 et al. 2017 saw with SVCCA that layers converge bottom-up), in the mean over the epochs between start and end; and its
 Spearman correlation with depth. Beside it, as controls:
 
-- start: the untrained network compared with its own end. If this falls with depth, much of the effect was there before
-  the first step: an untrained lower layer hands on most of what it sees.
-- own way: (s − s₀) / (1 − s₀), the share of its own way that a layer has gone, in the mean over epochs.
+- start: the untrained network compared with its own final state. If this falls with depth, much of the effect exists
+  before the first step: an untrained lower layer passes most of its input on.
+- own way: (s − s₀) / (1 − s₀), the share of the way from start to end that a layer has gone, in the mean over epochs.
 - untrained: the same layer of two untrained networks of different seeds.
 """
 
@@ -68,7 +68,7 @@ def block(inputs: int, outputs: int, stride: int) -> nn.Module:
 
 
 class Curves(NamedTuple):
-    """One run, by layer in order: nearness to its end and share of its own way, means over epochs; at first."""
+    """Of one run, by layer: nearness to the end and share of its own way, means over epochs; nearness at the start."""
 
     layers: tuple[str, ...]
     nearness: Tensor
@@ -77,9 +77,9 @@ class Curves(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Curves]:
-    """Train, print a table per seed, and say what it shows."""
+    """Train, print a table per seed and the conclusions."""
     parser = argparse.ArgumentParser(prog="python -m callbacks_demo bottom_up", description=__doc__)
-    parser.add_argument("--epochs", type=int, default=4, help="at least 2, so that there is a between")
+    parser.add_argument("--epochs", type=int, default=4, help="at least 2, for epochs between start and end")
     parser.add_argument("--folder", type=Path, help="where to keep the runs; a temporary folder when left out")
     options = parser.parse_args(arguments)
     if options.epochs < 2:
@@ -88,16 +88,16 @@ def main(arguments: Sequence[str] | None = None) -> list[Curves]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() if options.folder is None else nullcontext(options.folder) as folder:
         runs = [train(seed, options.epochs, Path(folder) / f"seed_{seed}") for seed in range(SEEDS)]
-        found = [read(run) for run in runs]
+        curves_of_runs = [curves_of(run) for run in runs]
         untrained = compare(*runs, measures=[MEASURE], epochs=0).same_layers(MEASURE.name)
-    for seed, curves in enumerate(found):
+    for seed, curves in enumerate(curves_of_runs):
         print("\n".join(table(seed, curves)))
-    print("\n".join(remarks(found, {layer: sum(values) / len(values) for layer, values in untrained.items()})))
-    return found
+    print("\n".join(remarks(curves_of_runs, {layer: sum(values) / len(values) for layer, values in untrained.items()})))
+    return curves_of_runs
 
 
 def train(seed: int, epochs: int, folder: Path) -> Path:
-    """Train one network; return where its run is."""
+    """Train one network; return the folder of its run."""
     L.seed_everything(seed, verbose=False)
     trainer = L.Trainer(
         max_epochs=epochs,
@@ -113,7 +113,7 @@ def train(seed: int, epochs: int, folder: Path) -> Path:
     return Path(trainer.log_dir or folder)
 
 
-def read(run: Path) -> Curves:
+def curves_of(run: Path) -> Curves:
     """Compare the stored snapshots of a run with its last one."""
     store = open_store(Folder(str(run / "interp" / "similarity")))
     history = histories({"cka": MEASURE}, [store.read(step) for step in store.steps])["cka"]
@@ -128,23 +128,25 @@ def read(run: Path) -> Curves:
 
 def by_depth(values: Tensor) -> float:
     """Return Spearman's correlation of depth with a value per layer, over the layers that have one."""
-    known = ~values.isnan()
-    return float(spearmanr(torch.arange(len(values))[known], values[known]).statistic)
+    defined = ~values.isnan()
+    return float(spearmanr(torch.arange(len(values))[defined], values[defined]).statistic)
 
 
 def table(seed: int, curves: Curves) -> list[str]:
     """Return one run's lines: a heading, its layers, and the correlations with depth."""
     lines = [f"\n{f'seed {seed}':16}{'to its end':>12}{'own way':>12}{'start':>12}"]
     columns = (curves.nearness, curves.own_way, curves.start)
-    for place, layer in enumerate(curves.layers):
-        lines.append(f"{layer:16}" + "".join(f"{float(column[place]):12.3f}" for column in columns))
+    for index, layer in enumerate(curves.layers):
+        lines.append(f"{layer:16}" + "".join(f"{float(column[index]):12.3f}" for column in columns))
     lines.append(f"{'with depth':16}" + "".join(f"{by_depth(column):12.2f}" for column in columns))
     return lines
 
 
-def remarks(found: Sequence[Curves], untrained: dict[str, float]) -> list[str]:
-    """Return what a reader must know beside the tables."""
-    near, way, start = ([by_depth(column) for column in columns] for columns in list(zip(*found, strict=True))[1:])
+def remarks(curves_of_runs: Sequence[Curves], untrained: dict[str, float]) -> list[str]:
+    """Return the conclusions and how to read the tables."""
+    near, way, start = (
+        [by_depth(column) for column in columns] for columns in list(zip(*curves_of_runs, strict=True))[1:]
+    )
     shared = torch.tensor(list(untrained.values()))
     each = " ".join(f"{value:.2f}" for value in shared.tolist())
     return [
@@ -159,10 +161,10 @@ def remarks(found: Sequence[Curves], untrained: dict[str, float]) -> list[str]:
 
 
 def answer(correlations: Sequence[float]) -> str:
-    """Say whether something falls with depth in each run: clearly, not so clearly, or not."""
+    """Return in words whether a value falls with depth in each run: clearly, less clearly, or not."""
     low, high = min(correlations), max(correlations)
-    said = "Yes" if high <= -0.9 else "Less clearly so" if high <= -0.3 else "No"
-    return f"{said}: {low:.2f} to {high:.2f}"
+    verdict = "Yes" if high <= -0.9 else "Less clearly so" if high <= -0.3 else "No"
+    return f"{verdict}: {low:.2f} to {high:.2f}"
 
 
 if __name__ == "__main__":

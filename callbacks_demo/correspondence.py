@@ -1,8 +1,8 @@
 """Which measure finds the layer of the same position in another network? The sanity check of Kornblith et al. 2019.
 
 Networks of one architecture are trained from several random initialisations on scikit-learn's 8 × 8 digits. For each
-layer of one network, which layer of another one is the most similar? A measure that sees what the layers of trained
-networks have in common answers: the one of the same position. The share of right answers, over all layers and all
+layer of one network, which layer of another one is the most similar? A good measure answers: the one at
+the same position. The share of right answers, over all layers and all
 ordered pairs of networks, is the measure's accuracy (section 6.1 of "Similarity of Neural Network Representations
 Revisited").
 
@@ -13,10 +13,10 @@ The held-out digits are read in two ways. "Flattened", the headline, has one fea
 paper: 512 to 2,048 features of 512 digits, so that plain CCA and PWCCA are not defined for most layers, and a layer for
 which a measure is not defined counts as not found. "Pooled" has one feature per channel, 32 to 128: fair to CCA.
 
-Two things to know before citing the numbers. What CCA finds in pooled features hangs on the layers' widths: where they
-differ, it takes wide layers for similar ones; where all are equally wide and samples are many, plain CCA finds nearly
-as many layers as CKA, see `--widths 64 64 64`. And dropout, weight decay and small batches were chosen so that the
-networks come out alike on so few images: in trials without dropout, in batches of 64, linear CKA found 50 to 65%.
+Two things to know before citing the numbers. What CCA finds in pooled features depends on the layers' widths: where
+they differ, it takes wide layers for similar ones; where all are equally wide and samples are many, plain CCA finds
+nearly as many layers as CKA, see `--widths 64 64 64`. And dropout, weight decay and small batches were chosen so that
+the networks come out alike on so few images: in trials without dropout, in batches of 64, linear CKA found 50 to 65%.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ Loader = DataLoader[tuple[Tensor, ...]]
 
 
 class Row(NamedTuple):
-    """A measure as the table shows it.
+    """A row of the table: a measure and the paper's number.
 
     Args:
         name: of the measure in words.
         measure: the measure.
-        paper: its accuracy in percent on CIFAR-10 in the paper's table 2, where it is there.
+        paper: its accuracy in percent on CIFAR-10 in the paper's table 2; None where the paper has none.
     """
 
     name: str
@@ -107,9 +107,9 @@ class TinyDigits(L.LightningDataModule):
         pixels, labels = load_digits(return_X_y=True)
         images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        held_out, rest = order[:HELD_OUT], order[HELD_OUT:]
+        held_out, training = order[:HELD_OUT], order[HELD_OUT:]
         targets = torch.tensor(labels)
-        self.train = TensorDataset(images[rest], targets[rest])
+        self.train = TensorDataset(images[training], targets[training])
         self.val = TensorDataset(images[held_out], targets[held_out])
 
     def train_dataloader(self) -> Loader:
@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[Score]]:
 
 
 def train(seed: int, epochs: int, widths: Sequence[int], folder: Path) -> L.Trainer:
-    """Train one network; the callback keeps what its blocks give on the held-out digits at the end."""
+    """Train one network; the callback stores the activations of its blocks on the held-out digits at the end."""
     L.seed_everything(seed, verbose=False)
     record = RepresentationSimilarity(
         layers=["blocks.?"],
@@ -217,7 +217,7 @@ def train(seed: int, epochs: int, widths: Sequence[int], folder: Path) -> L.Trai
 
 
 def layers_of(trainer: L.Trainer) -> list[Representation]:
-    """Read from disk what a run's layers gave at its end."""
+    """Read the final activations of a run's layers from disk."""
     store = open_store(Folder(str(trainer.log_dir)).folder("interp/similarity"))
     return list(store.read(store.steps[-1]).layers.values())
 
@@ -241,16 +241,19 @@ def score(measure: Measure, networks: Sequence[Sequence[Representation]]) -> Sco
 
 def tally(tables: dict[tuple[int, int], Tensor]) -> Score:
     """Count the layers found in tables of similarities, layers of network a × layers of network b, by (a, b)."""
-    shares = {pair: torch.cat([found(values), found(values.T)]).double().mean() for pair, values in tables.items()}
+    shares = {
+        pair: torch.cat([finds_its_counterpart(values), finds_its_counterpart(values.T)]).double().mean()
+        for pair, values in tables.items()
+    }
     networks = sorted({network for pair in tables for network in pair})
-    of_each = [torch.stack([share for pair, share in shares.items() if n in pair]).mean() for n in networks]
+    of_networks = [torch.stack([share for pair, share in shares.items() if n in pair]).mean() for n in networks]
     accuracy = torch.stack(list(shares.values())).mean()
     undefined = torch.stack([values.diagonal().isnan() for values in tables.values()]).double().mean()
-    return Score(float(accuracy), float(torch.stack(of_each).std()), float(undefined))
+    return Score(float(accuracy), float(torch.stack(of_networks).std()), float(undefined))
 
 
-def found(values: Tensor) -> Tensor:
-    """Say of each row's layer whether its most similar column is the one of the same position; not where undefined."""
+def finds_its_counterpart(values: Tensor) -> Tensor:
+    """Return for each row whether its most similar column is at the same position; False where that is undefined."""
     best = values.nan_to_num(nan=-torch.inf).argmax(1)
     return (best == torch.arange(len(values))) & ~values.diagonal().isnan()
 
@@ -271,7 +274,7 @@ def cell(score: Score) -> str:
 
 
 def remarks(scores: dict[str, list[Score]], accuracies: Sequence[float]) -> list[str]:
-    """Return what a reader must know beside the table."""
+    """Return the conclusions and how to read the table."""
     lines = [
         "Share of layers whose most similar layer in another network is that of the same position, over all ordered",
         "pairs of networks; ± standard deviation over networks. Flattened: a feature per channel and position, as in",
@@ -280,9 +283,9 @@ def remarks(scores: dict[str, list[Score]], accuracies: Sequence[float]) -> list
     if gaps := [f"{name} for {flat.undefined:.0%}" for name, (flat, _) in scores.items() if flat.undefined]:
         lines += ["* Not defined where a layer has as many directions as there are samples, which counts as not found:"]
         lines += [f"  {', '.join(gaps)} of the layers."]
-    for place, reading in enumerate(("flattened", "pooled")):
-        best = max(CCA_KINDS, key=lambda row: scores[row.name][place].accuracy)
-        ours, theirs = scores[LINEAR_CKA.name][place].accuracy, scores[best.name][place].accuracy
+    for column, reading in enumerate(("flattened", "pooled")):
+        best = max(CCA_KINDS, key=lambda row: scores[row.name][column].accuracy)
+        ours, theirs = scores[LINEAR_CKA.name][column].accuracy, scores[best.name][column].accuracy
         lines.append(
             f"{reading.capitalize()}: linear CKA finds {ours:.1%}, the best kind of CCA ({best.name}) {theirs:.1%}."
         )

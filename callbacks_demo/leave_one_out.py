@@ -1,15 +1,15 @@
-"""Does the loss move as predicted when a training sample is left out? Predicted against actual, by retraining.
+"""Does the loss change as predicted when a training sample is left out? Predicted against actual, by retraining.
 
 Logistic regression: scikit-learn's digits, 8 × 8, 1,437 to train on, 100 held-out ones as queries. Scores in closed
 form, plain and with the correction for leverage. Each removal is retrained by scikit-learn, from the weights of all
-samples to a gradient below 1e-8. The problem is convex: no seed takes part in it.
+samples to a gradient below 1e-8. The problem is convex: no seed matters.
 
 Network: two convolutions with tanh and a linear layer, 1,898 parameters, on 1,000 real digits of MNIST at half their
 size, with a weight decay of 1e-2. Scores from the exact Gauss–Newton matrix with that decay as its damping and nothing
-tuned. It is trained with L-BFGS on all samples at once until the gradient is below 1e-6. Retraining goes on from there
+tuned. It is trained with L-BFGS on all samples at once until the gradient is below 1e-6. Retraining starts from there
 without the sample (the others keep their weight 1/n), again with L-BFGS, in coordinates in which the curvature is
-round, so that a few dozen steps are enough; how far from an optimum it stops is printed. Nothing is random but the
-start (`--seed`). Twenty queries: the ten validation digits with the largest loss and ten at random.
+round, so that a few dozen steps are enough; how far from an optimum it stops is printed. Only the start is random
+(`--seed`). Twenty queries: the ten validation digits with the largest loss and ten at random.
 
 In both, half of the removals are those with the largest absolute score for any query and half are drawn at random from
 the rest. All are chosen before the first retraining, by prediction alone; none is left out of the numbers afterwards.
@@ -17,10 +17,10 @@ the rest. All are chosen before the first retraining, by prediction alone; none 
 Seeds 0, 1 and 2 give the network r = 0.90, 0.92 and 0.86 (Spearman 0.52 to 0.54, slope 1.25 to 1.46), of the random
 removals alone 0.73, 0.30 and 0.69: it is the large effects that are predicted. The decay is strong, at the cost of
 accuracy (89% instead of 92%): with 3e-3 and 40 removals r was 0.86, 0.63 and 0.84. Not every retraining reaches its
-optimum: the gradient that is left is 1e-6 or less in the median, 1e-3 at most.
+optimum: the remaining gradient is 1e-6 or less in the median, 1e-3 at most.
 
 Koh & Liang (2017) report r = 0.86 for the 500 most influential removals from a convolutional network, one query, with
-retraining that goes on from the trained weights.
+retraining that starts from the trained weights.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.utils.data import TensorDataset
 
-from callbacks_demo.pictures import keep
+from callbacks_demo.pictures import write_pictures
 from lightning_interp.influence import (
     GaussNewton,
     InfluenceFunction,
@@ -64,7 +64,7 @@ SIZES = (50, 100, 200, 400, 800, 1437)
 PLAIN, CORRECTED, NETWORK = "logistic regression", "with leverage correction", "small CNN"
 
 
-class Picked(NamedTuple):
+class Removals(NamedTuple):
     """Samples to leave out, and which of them were drawn at random."""
 
     which: list[int]
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, RetrainingPanel]:
     panels, pictures = logistic_regression(options.removals)
     panels[NETWORK] = network(options.network_removals, options.seed)
     pictures["scatter"] = scatter(list(panels.values()))
-    keep({f"leave_one_out/{name}": pixels for name, pixels in pictures.items()}, options.folder)
+    write_pictures({f"leave_one_out/{name}": pixels for name, pixels in pictures.items()}, options.folder)
     print("\n".join(["", *table(panels), "", *remarks(panels)]))
     print(f"Pictures, also as TensorBoard images: {options.folder.absolute()}")
     print(f"Took {time.perf_counter() - started:.0f} s, {time.process_time() - worked:.0f} s of one core.")
@@ -93,25 +93,29 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, RetrainingPanel]:
 
 
 def logistic_regression(removals: int) -> tuple[dict[str, RetrainingPanel], dict[str, Pixels]]:
-    """Return what the plain and the corrected scores predict beside retraining; and the pictures of the factors."""
+    """Return the predictions of the plain and the corrected scores beside retraining, and pictures of the factors."""
     train, query = digits()
     weights = fit_logistic_regression(*train, 10, LOGISTIC_DECAY)
     plain, corrected = (multinomial_factors(weights, train, query, LOGISTIC_DECAY, lev) for lev in (False, True))
-    picked = pick(plain.scores, removals)
+    removed = pick_removals(plain.scores, removals)
     print(f"Retraining a logistic regression without each of {removals} samples ...")
 
     def losses(at: Tensor) -> Tensor:
         return F.cross_entropy(query[0] @ at.T, query[1], reduction="none")
 
-    actual = leave_one_out(lambda kept: refit(train, kept, weights), losses, len(train[0]), picked.which, bar)
+    actual = leave_one_out(
+        lambda remaining: refit(train, remaining, weights), losses, len(train[0]), removed.which, bar
+    )
     panels = {
         name: RetrainingPanel(
-            name, Retrained(group_scores(found.scores, [[i] for i in picked.which]), actual), picked.random
+            name,
+            Retrained(group_scores(score_factors.scores, [[i] for i in removed.which]), actual),
+            removed.random,
         )
-        for name, found in ((PLAIN, plain), (CORRECTED, corrected))
+        for name, score_factors in ((PLAIN, plain), (CORRECTED, corrected))
     }
     sizes = impact(SIZES, impact_by_size(train, query, SIZES, LOGISTIC_DECAY))
-    return panels, {"factors": factors(plain, telling(plain, train, query)), "impact": sizes}
+    return panels, {"factors": factors(plain, telling_pairs(plain, train, query)), "impact": sizes}
 
 
 def digits() -> tuple[Labelled, Labelled]:
@@ -122,73 +126,81 @@ def digits() -> tuple[Labelled, Labelled]:
     return (F.pad(train_x, (0, 1), value=1), train_y), (F.pad(test_x[:100], (0, 1), value=1), test_y[:100])
 
 
-def refit(train: Labelled, kept: list[int], start: Tensor) -> Tensor:
-    """Train on the samples that are kept, each with the weight 1/n of before, from the weights given."""
+def refit(train: Labelled, remaining: list[int], start: Tensor) -> Tensor:
+    """Train on the remaining samples, each still with the weight 1/n, from the weights `start`."""
     strength = 1 / (len(train[0]) * LOGISTIC_DECAY)
     model = LogisticRegression(C=strength, fit_intercept=False, tol=1e-8, max_iter=10_000, warm_start=True)
     model.classes_, model.coef_, model.intercept_ = range(10), start.numpy().copy(), torch.zeros(10).numpy()
-    model.fit(train[0][kept].numpy(), train[1][kept].numpy())
+    model.fit(train[0][remaining].numpy(), train[1][remaining].numpy())
     return torch.tensor(model.coef_)
 
 
-def telling(found: Factors, train: Labelled, query: Labelled) -> list[QuerySamplePair]:
+def telling_pairs(score_factors: Factors, train: Labelled, query: Labelled) -> list[QuerySamplePair]:
     """Return pairs that show what each factor does.
 
-    The most helpful and harmful for the query with the largest loss; what is near to it, yet fitted; and the most
-    helpful for a query that is answered rightly.
+    The most helpful and harmful for the query with the largest loss; samples near to it that are fitted well; and the
+    most helpful for a query that is classified correctly.
     """
-    order = found.query_residual.argsort(descending=True)
+    order = score_factors.query_residual.argsort(descending=True)
     hard, easy = int(order[0]), int(order[len(order) // 2])
-    fitted = found.training_loss < 0.01
-    chosen = [
-        (hard, "helpful", found.scores[hard].argsort(descending=True)[:3]),
-        (hard, "harmful", found.scores[hard].argsort()[:3]),
-        (hard, "near, fitted", (found.labels[hard] * found.features[hard] * fitted).argsort(descending=True)[:2]),
-        (easy, "helpful", found.scores[easy].argsort(descending=True)[:2]),
+    fitted = score_factors.training_loss < 0.01
+    groups = [
+        (hard, "helpful", score_factors.scores[hard].argsort(descending=True)[:3]),
+        (hard, "harmful", score_factors.scores[hard].argsort()[:3]),
+        (
+            hard,
+            "near, fitted",
+            (score_factors.labels[hard] * score_factors.features[hard] * fitted).argsort(descending=True)[:2],
+        ),
+        (easy, "helpful", score_factors.scores[easy].argsort(descending=True)[:2]),
     ]
     return [
         QuerySamplePair(q, int(i), f"query {q}, a {int(query[1][q])}; {kind}: #{int(i)}, a {int(train[1][i])}")
-        for q, kind, some in chosen
-        for i in some
+        for q, kind, indices in groups
+        for i in indices
     ]
 
 
-def pick(scores: Tensor, count: int) -> Picked:
+def pick_removals(scores: Tensor, count: int) -> Removals:
     """Return half of the samples by their largest absolute score for any query, half at random from the rest."""
     order = scores.abs().amax(0).argsort(descending=True)
-    top, rest = order[: count // 2], order[count // 2 :]
-    drawn = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(0))[: count - count // 2]]
-    return Picked([*top.tolist(), *drawn.tolist()], torch.arange(count) >= count // 2)
+    top, remainder = order[: count // 2], order[count // 2 :]
+    random = remainder[torch.randperm(len(remainder), generator=torch.Generator().manual_seed(0))[: count - count // 2]]
+    return Removals([*top.tolist(), *random.tolist()], torch.arange(count) >= count // 2)
 
 
 def network(removals: int, seed: int) -> RetrainingPanel:
-    """Return what the scores of a small network predict, beside retraining."""
+    """Return the predictions of a small network's scores beside retraining."""
     train, validation = small_digits(TRAINED_ON)
     torch.manual_seed(seed)
     net = small_cnn()
     problem = Problem(net, train, len(train[0]), NETWORK_DECAY)
     trained, root = problem.optimum(torch.cat([p.detach().flatten() for p in net.parameters()]))
-    net.load_state_dict(parts(net, trained))
-    query = asked(net, validation)
-    found = InfluenceFunction(GaussNewton(), damping=NETWORK_DECAY)(net, TensorDataset(*train), TensorDataset(*query))
-    picked = pick(found.scores, removals)
+    net.load_state_dict(parameters_in(net, trained))
+    query = query_digits(net, validation)
+    influence = InfluenceFunction(GaussNewton(), damping=NETWORK_DECAY)(
+        net, TensorDataset(*train), TensorDataset(*query)
+    )
+    removed = pick_removals(influence.scores, removals)
     print(f"Retraining it without each of {removals} samples ...")
     left: list[float] = []
 
-    def retrain(kept: list[int]) -> Tensor:
-        without = problem.without(kept)
+    def retrain(remaining: list[int]) -> Tensor:
+        without = problem.without(remaining)
         end = minimise(without, trained, 80, root)
         left.append(gradient_norm(without, end))
         return end
 
     def losses(at: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(net, parts(net, at), (query[0],)), query[1], reduction="none").detach()
+        return F.cross_entropy(
+            functional_call(net, parameters_in(net, at), (query[0],)), query[1], reduction="none"
+        ).detach()
 
-    actual = leave_one_out(retrain, losses, len(train[0]), picked.which, bar)
+    actual = leave_one_out(retrain, losses, len(train[0]), removed.which, bar)
     norms = torch.tensor(left)
     print(f"Gradient after retraining: {norms.median():.1g} in the median, {norms.max():.1g} at most.")
-    predicted = group_scores(found.scores.double(), [[i] for i in picked.which])
-    return RetrainingPanel(f"{NETWORK}, seed {seed}", Retrained(predicted, actual), picked.random)
+    predicted = group_scores(influence.scores.double(), [[i] for i in removed.which])
+    return RetrainingPanel(f"{NETWORK}, seed {seed}", Retrained(predicted, actual), removed.random)
 
 
 def small_digits(n: int) -> tuple[Labelled, Labelled]:
@@ -206,17 +218,17 @@ def small_cnn() -> nn.Module:
     return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(64, 10)).double()
 
 
-def asked(net: nn.Module, validation: Labelled) -> Labelled:
-    """Return the ten validation digits with the largest loss, and ten at random; say how good the network is."""
+def query_digits(net: nn.Module, validation: Labelled) -> Labelled:
+    """Return the ten validation digits with the largest loss, and ten at random; print the network's accuracy."""
     with torch.no_grad():
         logits = net(validation[0])
     loss = F.cross_entropy(logits, validation[1], reduction="none")
     right = float((logits.argmax(1) == validation[1]).double().mean())
     print(f"The network names {right:.1%} of {len(loss):,} validation digits right.")
     order = loss.argsort(descending=True)
-    drawn = torch.randperm(len(order) - 10, generator=torch.Generator().manual_seed(0))[:10] + 10
-    chosen = order[torch.cat([torch.arange(10), drawn])]
-    return validation[0][chosen], validation[1][chosen]
+    random = torch.randperm(len(order) - 10, generator=torch.Generator().manual_seed(0))[:10] + 10
+    indices = order[torch.cat([torch.arange(10), random])]
+    return validation[0][indices], validation[1][indices]
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,14 +248,14 @@ class Problem:
     decay: float
 
     def __call__(self, at: Tensor) -> Tensor:
-        logits = functional_call(self.net, parts(self.net, at), (self.data[0],))
+        logits = functional_call(self.net, parameters_in(self.net, at), (self.data[0],))
         return F.cross_entropy(logits, self.data[1], reduction="sum") / self.n + self.decay / 2 * at.square().sum()
 
-    def without(self, kept: list[int]) -> Problem:
-        return replace(self, data=(self.data[0][kept], self.data[1][kept]))
+    def without(self, remaining: list[int]) -> Problem:
+        return replace(self, data=(self.data[0][remaining], self.data[1][remaining]))
 
     def optimum(self, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Train to a gradient below 1e-6; return where, and a root of the curvature there."""
+        """Train to a gradient below 1e-6; return the parameters, and a root of the curvature there."""
         at = minimise(self, start, 400)
         for _ in range(10):
             root = self.root(at)
@@ -258,7 +270,7 @@ class Problem:
         """Return L with L Lᵀ = the Gauss–Newton matrix + λI."""
 
         def logits(flat: Tensor, image: Tensor) -> Tensor:
-            return functional_call(self.net, parts(self.net, flat), (image[None],))[0]
+            return functional_call(self.net, parameters_in(self.net, flat), (image[None],))[0]
 
         matrix = self.decay * torch.eye(len(at)).double()
         for images in self.data[0].split(250):
@@ -270,22 +282,22 @@ class Problem:
 
 
 def minimise(objective: Callable[[Tensor], Tensor], start: Tensor, steps: int, root: Tensor | None = None) -> Tensor:
-    """Return where L-BFGS gets to; with a root L of the curvature in coordinates u, θ = start + L⁻ᵀ u."""
-    moved = torch.zeros_like(start).requires_grad_()
+    """Return the end point of L-BFGS; with a root L of the curvature, in coordinates u where θ = start + L⁻ᵀ u."""
+    u = torch.zeros_like(start).requires_grad_()
 
-    def place() -> Tensor:
+    def theta() -> Tensor:
         if root is None:
-            return start + moved
-        return start + torch.linalg.solve_triangular(root.mT, moved[:, None], upper=True)[:, 0]
+            return start + u
+        return start + torch.linalg.solve_triangular(root.mT, u[:, None], upper=True)[:, 0]
 
     def closure() -> float:
         optimizer.zero_grad()
-        value = objective(place())
+        value = objective(theta())
         value.backward()
         return float(value.detach())
 
     optimizer = torch.optim.LBFGS(
-        [moved],
+        [u],
         max_iter=steps,
         max_eval=2 * steps,
         tolerance_grad=1e-7,
@@ -294,7 +306,7 @@ def minimise(objective: Callable[[Tensor], Tensor], start: Tensor, steps: int, r
         line_search_fn="strong_wolfe",
     )
     optimizer.step(closure)
-    return place().detach()
+    return theta().detach()
 
 
 def gradient_norm(objective: Callable[[Tensor], Tensor], at: Tensor) -> float:
@@ -302,28 +314,28 @@ def gradient_norm(objective: Callable[[Tensor], Tensor], at: Tensor) -> float:
     return float(torch.autograd.grad(objective(at), at)[0].norm())
 
 
-def parts(net: nn.Module, flat: Tensor) -> dict[str, Tensor]:
-    """Return the parameters that a vector holds, by name."""
-    named = dict(net.named_parameters())
-    pieces = flat.split([p.numel() for p in named.values()])
-    return {name: piece.view_as(p) for (name, p), piece in zip(named.items(), pieces, strict=True)}
+def parameters_in(net: nn.Module, flat: Tensor) -> dict[str, Tensor]:
+    """Return the parameters in a vector, by name."""
+    parameters = dict(net.named_parameters())
+    pieces = flat.split([p.numel() for p in parameters.values()])
+    return {name: piece.view_as(p) for (name, p), piece in zip(parameters.items(), pieces, strict=True)}
 
 
 def table(panels: dict[str, RetrainingPanel]) -> list[str]:
-    """Return the lines of the table: of all pairs, and of the two kinds of removals."""
+    """Return the lines of the table: for all pairs, and for each kind of removals."""
     lines = [f"{'predicted and actual':26}{'removals':>18}{'r':>8}{'Spearman':>10}{'slope':>8}{'error':>8}"]
-    for name, (_, found, random) in panels.items():
+    for name, (_, retrained, random) in panels.items():
         kinds = {"all": random | ~random, "most influential": ~random, "random": random}
-        for kind, chosen in kinds.items():
-            part = Retrained(found.predicted[:, chosen], found.actual[:, chosen])
-            removals = f"{int(chosen.sum())} {kind}"
-            numbers = f"{part.pearson:8.3f}{part.spearman:10.3f}{part.slope:8.2f}{part.relative_error:8.2f}"
+        for kind, columns in kinds.items():
+            subset = Retrained(retrained.predicted[:, columns], retrained.actual[:, columns])
+            removals = f"{int(columns.sum())} {kind}"
+            numbers = f"{subset.pearson:8.3f}{subset.spearman:10.3f}{subset.slope:8.2f}{subset.relative_error:8.2f}"
             lines.append(f"{name if kind == 'all' else '':26}{removals:>18}{numbers}")
     return lines
 
 
 def remarks(panels: dict[str, RetrainingPanel]) -> list[str]:
-    """Return what a reader must know beside the table."""
+    """Return the conclusions and how to read the table."""
     convex, net = panels[PLAIN].retrained, panels[NETWORK].retrained
     each = torch.tensor(
         [Retrained(*pair).pearson for pair in zip(net.predicted.split(1), net.actual.split(1), strict=True)]

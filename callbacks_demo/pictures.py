@@ -1,4 +1,4 @@
-"""Pictures of an experiment, as files and in TensorBoard."""
+"""Pictures of an experiment, written as PNG files and to TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lightning_interp.views.canvas import Pixels
 
 
-def keep(pictures: Mapping[str, Pixels], folder: Path) -> None:
+def write_pictures(pictures: Mapping[str, Pixels], folder: Path) -> None:
     """Write each picture as a PNG, named by the last part of its tag, and as a TensorBoard image."""
     folder.mkdir(parents=True, exist_ok=True)
     with SummaryWriter(str(folder)) as writer:

@@ -1,22 +1,22 @@
-"""Can one training image, changed by less than the eye sees, turn a prediction around?
+"""Can one training image, changed by less than the eye sees, flip a prediction?
 
 Threes and fives of MNIST, enlarged to 160 × 160 pixels of 8 bits. EfficientNet-Lite0 with its published ImageNet
-weights is kept as it is; a logistic regression on its 1,280 features, retrained to its optimum at each step, tells the
-two apart from 50 training images. As in Koh & Liang (2017, section 5.2), for each query one or two training images
-are changed by at most one grey level of 255 in each pixel, step by step against the query (`craft`): chosen are those
-whose pixels together could raise its loss most, by first order, among the eight that could in the features.
+weights stays as it is; a logistic regression on its 1,280 features, retrained to its optimum at each step, tells the
+two apart from 50 training images. As in Koh & Liang (2017, section 5.2), for each query one or two training images are
+changed by at most one grey level of 255 in each pixel, step by step against the query (`craft`). Of the eight whose
+features could raise its loss most, they are those whose pixels together could, by first order.
 
-Queries are the first 20 test images, in random order, that the regression names rightly, however surely. The final
-images are rounded to 8 bits, the regression is trained once more on them, and only then it is counted. With `--levels
+Queries are the first 20 test images, in random order, that the regression classifies correctly, with any confidence.
+The final images are rounded to 8 bits, the regression is retrained on them, and then flips are counted. With `--levels
 0.49` nothing is rounded and the image's 8-bit file does not change at all, as in the paper; there were 1,800 training
 images, and one of them flipped 57% of the predictions, two 77%.
 
-A check of robustness: how much of an answer hangs on how few training samples, where they are few and the network in
-front is not robust. What was tried: with small networks trained on the other digits in front and 200 or 400 training
-images, changes of 4 or 8 levels flipped none of 10 or 20 queries; with 100 training images and EfficientNet at 112
-pixels 10 to 30% were flipped by one image, 10 to 50% by two. The sizes were chosen so, on another random order of the
-same digits; with them seed 0 gave 45% and 80%, seed 1 30% and 60%, seed 2 35% and 55%; seed 0 with `--levels 0.49` 25%
-and 70%.
+A check of robustness: how far a prediction depends on very few training samples, where there are few of them and the
+frozen network is not robust. What was tried: with small networks trained on the other digits in front and 200 or 400
+training images, changes of 4 or 8 levels flipped none of 10 or 20 queries; with 100 training images and EfficientNet at
+112 pixels 10 to 30% were flipped by one image, 10 to 50% by two. The sizes were chosen so, on another random order of
+the same digits; with them seed 0 gave 45% and 80%, seed 1 30% and 60%, seed 2 35% and 55%; seed 0 with `--levels 0.49`
+25% and 70%.
 
 It needs the packages of `photographs`; nothing is downloaded when it runs.
 """
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from callbacks_demo.photographs import pretrained
-from callbacks_demo.pictures import keep
+from callbacks_demo.pictures import write_pictures
 from lightning_interp.influence import GaussNewton, InfluenceFunction
 from lightning_interp.influence.perturbation import Front, Steps, craft, input_influence
 from lightning_interp.views.canvas import Pixels, render
@@ -53,11 +53,11 @@ BARS = {1: 0.2, 2: 0.6}
 
 
 class Attack(NamedTuple):
-    """What became of one query.
+    """The result of attacking one query.
 
     Args:
-        query: its place among the test images.
-        places: of the changed training images.
+        query: its position among all images.
+        positions: of the changed training images.
         before: probability of the query's class.
         after: the same, from the regression trained on the changed images.
         originals: training images, `(m, 1, H, W)` in [0, 1].
@@ -65,7 +65,7 @@ class Attack(NamedTuple):
     """
 
     query: int
-    places: list[int]
+    positions: list[int]
     before: float
     after: float
     originals: Tensor
@@ -77,7 +77,7 @@ class Attack(NamedTuple):
 
 
 class Features(nn.Module):
-    """What the frozen network makes of grey images, averaged over positions: `(n, 1, H, W)` → `(n, 1280)`."""
+    """The frozen network's features of grey images, averaged over positions: `(n, 1, H, W)` → `(n, 1280)`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,9 +110,9 @@ class Problem:
         """Features and labels of the training images."""
         return TensorDataset(self.features[:TRAINED_ON], self.labels[:TRAINED_ON])
 
-    def query(self, place: int) -> TensorDataset:
+    def query(self, position: int) -> TensorDataset:
         """Return the features and the label of one image."""
-        return TensorDataset(self.features[place : place + 1], self.labels[place : place + 1])
+        return TensorDataset(self.features[position : position + 1], self.labels[position : position + 1])
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[int, list[Attack]]:
@@ -130,16 +130,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[int, list[Attack]]:
     started, worked = time.perf_counter(), time.process_time()
     problem = problem_of(options.size, options.seed)
     model = logistic_regression(problem.train)
-    queries = right(problem, model)[: options.queries]
-    found = {}
+    queries = rightly_classified(problem, model)[: options.queries]
+    attacks_by_count = {}
     for count in BARS:
-        found[count] = [attack(problem, model, q, count, options.levels, options.steps) for q in queries]
-        print(line(count, found[count]), flush=True)
-    keep({"poisoned": draw(found, problem)}, options.folder)
-    print("\n".join(remarks(found, options.levels)))
+        attacks_by_count[count] = [attack(problem, model, q, count, options.levels, options.steps) for q in queries]
+        print(summary_line(count, attacks_by_count[count]), flush=True)
+    write_pictures({"poisoned": draw(attacks_by_count, problem)}, options.folder)
+    print("\n".join(remarks(attacks_by_count, options.levels)))
     print(f"Picture, also as TensorBoard image: {options.folder.absolute()}")
     print(f"Took {time.perf_counter() - started:.0f} s, {time.process_time() - worked:.0f} s of one core.")
-    return found
+    return attacks_by_count
 
 
 def problem_of(size: int, seed: int) -> Problem:
@@ -148,23 +148,23 @@ def problem_of(size: int, seed: int) -> Problem:
     labels = torch.tensor(digits)
     pair = ((labels == CLASSES[0]) | (labels == CLASSES[1])).nonzero()[:, 0]
     draws = torch.Generator().manual_seed(seed)
-    chosen = pair[torch.randperm(len(pair), generator=draws)[: TRAINED_ON + TESTED_ON]]
-    small = torch.tensor(pixels).float().view(-1, 1, 28, 28)[chosen]
+    order = pair[torch.randperm(len(pair), generator=draws)[: TRAINED_ON + TESTED_ON]]
+    small = torch.tensor(pixels).float().view(-1, 1, 28, 28)[order]
     images = F.interpolate(small, (size, size), mode="bicubic", align_corners=False).clamp(0, 255).round() / 255
     front = Features()
     with torch.no_grad():
-        features = torch.cat([front(some) for some in images.split(AT_ONCE)])
+        features = torch.cat([front(batch) for batch in images.split(AT_ONCE)])
     front.scale = NORM / float(features[:TRAINED_ON].norm(dim=1).mean())
-    return Problem(front, images, features * front.scale, (labels[chosen] == CLASSES[1]).float()[:, None])
+    return Problem(front, images, features * front.scale, (labels[order] == CLASSES[1]).float()[:, None])
 
 
 def logistic_regression(data: TensorDataset) -> nn.Module:
-    """Train a logistic regression, the bias with weight decay too, to its optimum.
+    """Train a logistic regression, with weight decay on the bias too, to its optimum.
 
     There θ = Σ αᵢ xᵢ with αᵢ = (yᵢ − pᵢ)/(nλ): Newton's method finds the n numbers, halving steps that do not help.
 
     Raises:
-        FloatingPointError: it has not arrived after 50 steps.
+        FloatingPointError: it has not converged after 50 steps.
     """
     x, y = F.pad(data.tensors[0], (0, 1), value=1).double(), data.tensors[1][:, 0].double()
     gram, strength = x @ x.mT, len(x) * DECAY
@@ -197,40 +197,45 @@ def probability(model: nn.Module, query: TensorDataset) -> float:
         return float((model(features) * (2 * label - 1)).sigmoid())
 
 
-def right(problem: Problem, model: nn.Module) -> list[int]:
-    """Return the places of the test images that are named rightly; say how many those are."""
-    places = range(TRAINED_ON, len(problem.images))
-    chances = torch.tensor([probability(model, problem.query(place)) for place in places])
+def rightly_classified(problem: Problem, model: nn.Module) -> list[int]:
+    """Return the positions of the test images that are classified correctly; print their share."""
+    positions = range(TRAINED_ON, len(problem.images))
+    probabilities = torch.tensor([probability(model, problem.query(position)) for position in positions])
+    share = float((probabilities > 0.5).float().mean())
     print(
-        f"{CLASSES[0]} or {CLASSES[1]}: {TRAINED_ON} training images; {float((chances > 0.5).float().mean()):.1%} of"
-        f" {len(places)} test images named rightly."
+        f"{CLASSES[0]} or {CLASSES[1]}: {TRAINED_ON} training images; {share:.1%} of {len(positions)} test images"
+        " classified correctly."
     )
-    return [place for place, chance in zip(places, chances, strict=True) if chance > 0.5]
+    return [
+        position
+        for position, probability_of_class in zip(positions, probabilities, strict=True)
+        if probability_of_class > 0.5
+    ]
 
 
-def attack(problem: Problem, model: nn.Module, place: int, count: int, levels: float, steps: int) -> Attack:
-    """Change training images so that the prediction of one query turns around."""
-    query, estimator = problem.query(place), InfluenceFunction(GaussNewton(columns=2 * TRAINED_ON), damping=DECAY)
+def attack(problem: Problem, model: nn.Module, position: int, count: int, levels: float, steps: int) -> Attack:
+    """Change training images so that the prediction of one query flips."""
+    query, estimator = problem.query(position), InfluenceFunction(GaussNewton(columns=2 * TRAINED_ON), damping=DECAY)
     slopes = input_influence(estimator.fit(model, problem.train), query, range(TRAINED_ON))[0]
-    places = strongest(problem, slopes, count)
+    changed_positions = strongest_images(problem, slopes, count)
     radius = levels / 255
 
-    def turned(model: nn.Module) -> bool:
+    def has_flipped(model: nn.Module) -> bool:
         return probability(model, query) < 0.48
 
-    way = Steps(steps, radius / 4, radius, stop=turned)
-    front = Front(problem.front, problem.images[places])
-    changed = craft(estimator, logistic_regression, problem.train, query, places, way, front).inputs
+    way = Steps(steps, radius / 4, radius, stop=has_flipped)
+    front = Front(problem.front, problem.images[changed_positions])
+    changed = craft(estimator, logistic_regression, problem.train, query, changed_positions, way, front).inputs
     if levels >= 1:
         changed = (changed * 255).round() / 255
     features = problem.features[:TRAINED_ON].clone()
     with torch.no_grad():
-        features[places] = problem.front(changed)
+        features[changed_positions] = problem.front(changed)
     after = probability(logistic_regression(TensorDataset(features, problem.labels[:TRAINED_ON])), query)
-    return Attack(place, places, probability(model, query), after, front.inputs, changed)
+    return Attack(position, changed_positions, probability(model, query), after, front.inputs, changed)
 
 
-def strongest(problem: Problem, slopes: Tensor, count: int) -> list[int]:
+def strongest_images(problem: Problem, slopes: Tensor, count: int) -> list[int]:
     """Return the training images whose pixels, moved together, raise the loss most by first order."""
     short = slopes.norm(dim=1).topk(min(SHORTLIST, len(slopes))).indices
     leaf = problem.images[short].clone().requires_grad_()
@@ -239,57 +244,67 @@ def strongest(problem: Problem, slopes: Tensor, count: int) -> list[int]:
     return best
 
 
-def line(count: int, attacks: Sequence[Attack]) -> str:
-    """Return what changing so many images did."""
-    flips = sum(one.flipped for one in attacks)
-    fallen = torch.tensor([one.before - one.after for one in attacks]).median()
+def summary_line(count: int, attacks: Sequence[Attack]) -> str:
+    """Return in words what changing so many images did."""
+    flips = sum(attacked.flipped for attacked in attacks)
+    fallen = torch.tensor([attacked.before - attacked.after for attacked in attacks]).median()
     images = "1 image" if count == 1 else f"{count} images"
     return (
         f"{images} changed: {flips} of {len(attacks)} predictions flipped; probability fell by {fallen:.2f} (median)."
     )
 
 
-def remarks(found: dict[int, list[Attack]], levels: float) -> list[str]:
-    """Return what a reader must know beside the counts."""
+def remarks(attacks_by_count: dict[int, list[Attack]], levels: float) -> list[str]:
+    """Return the conclusions and how to read the counts."""
     lines = []
-    for count, attacks in found.items():
-        share = sum(one.flipped for one in attacks) / len(attacks)
+    for count, attacks in attacks_by_count.items():
+        share = sum(attacked.flipped for attacked in attacks) / len(attacks)
         lines.append(
             f"With {count}: at least {BARS[count]:.0%}? {'Yes' if share >= BARS[count] else 'No'}: {share:.0%}"
             f" (Koh & Liang: {'57%' if count == 1 else '77%'})."
         )
-    largest = max(float((one.changed - one.originals).abs().max()) for held in found.values() for one in held) * 255
-    same = all(
-        torch.equal((one.changed * 255).round(), (one.originals * 255).round())
-        for held in found.values()
-        for one in held
+    largest = (
+        max(
+            float((attacked.changed - attacked.originals).abs().max())
+            for attacks_of_count in attacks_by_count.values()
+            for attacked in attacks_of_count
+        )
+        * 255
     )
-    said = "their 8-bit files are the same" if same else "their 8-bit files differ"
-    return [*lines, f"No pixel moved by more than {largest:.2f} grey levels of 255 ({levels:g} allowed); {said}."]
+    unchanged = all(
+        torch.equal((attacked.changed * 255).round(), (attacked.originals * 255).round())
+        for attacks_of_count in attacks_by_count.values()
+        for attacked in attacks_of_count
+    )
+    files = "their 8-bit files are the same" if unchanged else "their 8-bit files differ"
+    return [*lines, f"No pixel moved by more than {largest:.2f} grey levels of 255 ({levels:g} allowed); {files}."]
 
 
-def draw(found: dict[int, list[Attack]], problem: Problem, rows: int = 4) -> Pixels:
+def draw(attacks_by_count: dict[int, list[Attack]], problem: Problem, rows: int = 4) -> Pixels:
     """Draw attacks with one image, flips first: the query, the training image, the changed one, and their difference.
 
     Returns:
         `(height, width, 3)`, 0 to 255.
     """
-    attacks = sorted(found[1], key=lambda one: not one.flipped)[:rows]
+    attacks = sorted(attacks_by_count[1], key=lambda attacked: not attacked.flipped)[:rows]
     figure = Figure(figsize=(8.4, 2.2 * len(attacks)), dpi=100, layout="constrained")
-    for axes, one in zip(figure.subplots(len(attacks), 4, squeeze=False), attacks, strict=True):
-        name = CLASSES[int(problem.labels[one.query])]
-        trained = CLASSES[int(problem.labels[one.places[0]])]
-        moved = (one.changed[0, 0] - one.originals[0, 0]) * 255
+    for axes, attacked in zip(figure.subplots(len(attacks), 4, squeeze=False), attacks, strict=True):
+        name = CLASSES[int(problem.labels[attacked.query])]
+        trained = CLASSES[int(problem.labels[attacked.positions[0]])]
+        difference = (attacked.changed[0, 0] - attacked.originals[0, 0]) * 255
         pictures = [
-            (problem.images[one.query, 0], f"query, a {name}: {one.before:.0%} → {one.after:.0%}"),
-            (one.originals[0, 0], f"training image, a {trained}"),
-            (one.changed[0, 0], "changed"),
+            (
+                problem.images[attacked.query, 0],
+                f"query, a {name}: {attacked.before:.0%} → {attacked.after:.0%}",
+            ),
+            (attacked.originals[0, 0], f"training image, a {trained}"),
+            (attacked.changed[0, 0], "changed"),
         ]
         for ax, (image, title) in zip(axes, pictures, strict=False):
             ax.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
             ax.set_title(title, fontsize=8)
-        axes[3].imshow(moved.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
-        axes[3].set_title(f"difference, at most {float(moved.abs().max()):.2f} levels", fontsize=8)
+        axes[3].imshow(difference.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
+        axes[3].set_title(f"difference, at most {float(difference.abs().max()):.2f} levels", fontsize=8)
         for ax in axes:
             ax.set_axis_off()
     return render(figure)

@@ -1,8 +1,8 @@
-"""Do the maps point at the object? Shapes whose place is known, in clutter.
+"""Do the maps point at the object? Shapes at known positions, in clutter.
 
 A convolutional network with global average pooling learns to tell discs, squares, triangles, crosses and rings apart:
-one of random place, size, angle and colour in an image of 48 × 48, on an uneven, noisy background, among strokes and
-dots that mean nothing. For unseen images, maps of the true class's logit are held against the shape's box:
+one of random position, size, angle and colour in an image of 48 × 48, on an uneven, noisy background, among strokes and
+dots that mean nothing. For unseen images, maps of the true class's logit are compared with the shape's box:
 
 - error 0.2: share of images where the box around the largest connected part above 0.2 of the map's maximum overlaps
   the true one by no more than half (Zhou et al. 2016); best error: at the threshold that suits the method best.
@@ -81,8 +81,8 @@ METHODS: Mapping[str, Attributor] = {
 Loader = DataLoader[tuple[Tensor, ...]]
 
 
-class Found(NamedTuple):
-    """What a method's maps find, in one network; means over images.
+class MapScores(NamedTuple):
+    """How well a method's maps point at the shapes, in one network; means over images.
 
     Args:
         error: localisation error at a threshold of 0.2.
@@ -90,7 +90,7 @@ class Found(NamedTuple):
         threshold: the best one.
         pointing: share of maps whose largest value lies in the box.
         energy: share of the map inside the box.
-        kept: rank correlation with the map after the last layer was drawn anew; over the images that have one.
+        similarity: rank correlation with the map of the network whose last layer is drawn anew, printed as "kept".
     """
 
     error: float
@@ -98,11 +98,11 @@ class Found(NamedTuple):
     threshold: float
     pointing: float
     energy: float
-    kept: float
+    similarity: float
 
 
-class Drawn(NamedTuple):
-    """Images with what is in them.
+class ShapeImages(NamedTuple):
+    """Images with the classes and boxes of their shapes.
 
     Args:
         images: `(n, 3, 48, 48)` in [0, 1].
@@ -115,14 +115,14 @@ class Drawn(NamedTuple):
     boxes: Tensor
 
 
-def draw(n: int, seed: int) -> Drawn:
+def draw_images(n: int, seed: int) -> ShapeImages:
     """Return n images of shapes, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    parts = [draw_some(min(AT_A_TIME, n - start), generator) for start in range(0, n, AT_A_TIME)]
-    return Drawn(*map(torch.cat, zip(*parts, strict=True)))
+    batches = [draw_batch(min(AT_A_TIME, n - start), generator) for start in range(0, n, AT_A_TIME)]
+    return ShapeImages(*map(torch.cat, zip(*batches, strict=True)))
 
 
-def draw_some(n: int, generator: torch.Generator) -> Drawn:
+def draw_batch(n: int, generator: torch.Generator) -> ShapeImages:
     """Return n images of shapes: background, clutter, a shape, noise, one above the other."""
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -142,14 +142,14 @@ def draw_some(n: int, generator: torch.Generator) -> Drawn:
     way = F.normalize(uniform(-1, 1, 3), dim=1) * uniform(0.4, 0.8, 1)
     images = paint(images, inside, behind + way)
     images = images + 0.04 * torch.randn(images.shape, generator=generator)
-    return Drawn(images.clamp(0, 1), labels, box(inside > 0))
+    return ShapeImages(images.clamp(0, 1), labels, box(inside > 0))
 
 
 def local(centre: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     """Return each pixel's coordinates around a centre, turned by an angle; two of `(n, 48, 48)`."""
-    place = torch.arange(SIZE) + 0.5
-    x = place[None, None, :] - centre[:, 0, None, None]
-    y = place[None, :, None] - centre[:, 1, None, None]
+    centres = torch.arange(SIZE) + 0.5
+    x = centres[None, None, :] - centre[:, 0, None, None]
+    y = centres[None, :, None] - centre[:, 1, None, None]
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
     return cos * x + sin * y, cos * y - sin * x
 
@@ -159,13 +159,13 @@ def depth(labels: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     far, wide, high = (x.square() + y.square()).sqrt(), x.abs(), y.abs()
     sides = torch.stack([y, 0.866 * x - y / 2, -0.866 * x - y / 2])
     bar = torch.minimum(0.3 * radius - wide, radius - high)
-    other = torch.minimum(0.3 * radius - high, radius - wide)
+    crossbar = torch.minimum(0.3 * radius - high, radius - wide)
     of_class = torch.stack(
         [
             0.85 * radius - far,
             0.75 * radius - torch.maximum(wide, high),
             0.55 * radius - sides.amax(0),
-            torch.maximum(bar, other),
+            torch.maximum(bar, crossbar),
             0.2 * radius - (far - 0.75 * radius).abs(),
         ]
     )
@@ -186,12 +186,12 @@ def box(inside: Tensor) -> Tensor:
 
 
 class Shapes(L.LightningDataModule):
-    """Images of shapes: some to train on, some to validate."""
+    """Images of shapes, to train on and to validate."""
 
     def __init__(self, train: int, validate: int, seed: int = 0, batch_size: int = 50) -> None:
         super().__init__()
         self.batch_size = batch_size
-        self.train, self.held_out = draw(train, 2 * seed), draw(validate, 2 * seed + 1)
+        self.train, self.held_out = draw_images(train, 2 * seed), draw_images(validate, 2 * seed + 1)
 
     def train_dataloader(self) -> Loader:
         return DataLoader(TensorDataset(*self.train[:2]), self.batch_size, shuffle=True)
@@ -201,7 +201,7 @@ class Shapes(L.LightningDataModule):
 
 
 class Classifier(L.LightningModule):
-    """What the experiments' networks have in common: how they learn. Each adds its own `forward`."""
+    """How the experiments' networks are trained. Each adds its own `forward`."""
 
     def __init__(self, classes: int, learning_rate: float) -> None:
         super().__init__()
@@ -249,7 +249,7 @@ def convolution(inputs: int, outputs: int, size: int, stride: int = 1) -> tuple[
 def fit(
     net: L.LightningModule, data: L.LightningDataModule, epochs: int, folder: Path, *callbacks: L.Callback
 ) -> float:
-    """Train a network; return its accuracy on what it has not seen."""
+    """Train a network; return its accuracy on unseen samples."""
     trainer = L.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -266,8 +266,8 @@ def fit(
     return float(trainer.callback_metrics["val_accuracy"])
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, list[Found]]:
-    """Train from each seed, measure, print the table and what it shows, and draw a few maps."""
+def main(arguments: Sequence[str] | None = None) -> dict[str, list[MapScores]]:
+    """Train from each seed, measure, print the table and its conclusions, and draw a few maps."""
     parser = argparse.ArgumentParser(prog="python -m callbacks_demo shapes", description=__doc__)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--images", type=int, default=4000, help="to train on")
@@ -278,18 +278,18 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[Found]]:
 
     torch.set_num_threads(1)
     started, worked = time.perf_counter(), time.process_time()
-    found: dict[str, list[Found]] = {name: [] for name in METHODS}
+    scores: dict[str, list[MapScores]] = {name: [] for name in METHODS}
     with tempfile.TemporaryDirectory() if options.folder is None else nullcontext(options.folder) as folder:
         for seed in range(SEEDS):
             net, data = train(seed, options.epochs, options.images, max(options.measured, 500), Path(folder))
-            drawn = Drawn(*(part[: options.measured] for part in data.held_out))
+            images = ShapeImages(*(tensor[: options.measured] for tensor in data.held_out))
             for name, method in METHODS.items():
-                found[name].append(measure(method, net, drawn))
+                scores[name].append(measure(method, net, images))
             if options.picture and seed == 0:
-                sheet(net, drawn).save(options.picture, optimize=True)
-    print("\n".join([*table(found), "", *remarks(found)]))
+                sheet(net, images).save(options.picture, optimize=True)
+    print("\n".join([*table(scores), "", *remarks(scores)]))
     print(f"Took {time.perf_counter() - started:.0f} s, {time.process_time() - worked:.0f} s of one core.")
-    return found
+    return scores
 
 
 def train(seed: int, epochs: int, images: int, held_out: int, folder: Path) -> tuple[ShapesNet, Shapes]:
@@ -302,52 +302,52 @@ def train(seed: int, epochs: int, images: int, held_out: int, folder: Path) -> t
     return net, data
 
 
-def measure(method: Attributor, net: nn.Module, drawn: Drawn) -> Found:
-    """Hold a method's maps of the true classes against the boxes."""
+def measure(method: Attributor, net: nn.Module, unseen: ShapeImages) -> MapScores:
+    """Compare a method's maps of the true classes with the boxes."""
     error, best, points, energy = LocalizationError(0.2), BestLocalizationError(), PointingGame(), EnergyInside()
-    kept: list[Tensor] = []
-    for images, labels, boxes in zip(*(part.split(AT_A_TIME) for part in drawn), strict=True):
+    similarities: list[Tensor] = []
+    for images, labels, boxes in zip(*(tensor.split(AT_A_TIME) for tensor in unseen), strict=True):
         maps = method(net, images, labels).maps
         for metric in (error, best, points, energy):
             metric.update(maps, boxes)
-        kept.append(sanity_similarity(method, net, images, labels))
+        similarities.append(sanity_similarity(method, net, images, labels))
     at_best = best.compute()
-    return Found(
+    return MapScores(
         float(error.compute()),
         float(at_best["error"]),
         float(at_best["threshold"]),
         float(points.compute()),
         float(energy.compute()),
-        float(torch.cat(kept).nanmean()),
+        float(torch.cat(similarities).nanmean()),
     )
 
 
-def table(found: Mapping[str, Sequence[Found]]) -> list[str]:
+def table(scores: Mapping[str, Sequence[MapScores]]) -> list[str]:
     """Return the lines of the table: mean and standard deviation over networks."""
     heads = ("error 0.2", "best error", "at", "pointing", "energy", "kept")
     lines = [f"{'':18}" + "".join(f"{head:>14}" for head in heads)]
-    for name, networks in found.items():
+    for name, networks in scores.items():
         columns = torch.tensor(networks).T
         cells = [f"{mean:.2f} ± {spread:.2f}" for mean, spread in zip(columns.mean(1), columns.std(1), strict=True)]
         lines.append(f"{name:18}" + "".join(f"{cell:>14}" for cell in cells))
     return lines
 
 
-def remarks(found: Mapping[str, Sequence[Found]]) -> list[str]:
+def remarks(scores: Mapping[str, Sequence[MapScores]]) -> list[str]:
     """Answer the three questions, from means over networks."""
-    mean = {name: Found(*torch.tensor(networks).mean(0).tolist()) for name, networks in found.items()}
+    mean = {name: MapScores(*torch.tensor(networks).mean(0).tolist()) for name, networks in scores.items()}
     gradient = mean["saliency"]
     below = all(cam.error < gradient.error and cam.best < gradient.best for cam in (mean["CAM"], mean["Grad-CAM"]))
-    kept = [mean[name].kept for name in ("guided backprop", "saliency", "Grad-CAM")]
+    similarities = [mean[name].similarity for name in ("guided backprop", "saliency", "Grad-CAM")]
     points = mean["Grad-CAM"].pointing
-    said = " > ".join(f"{value:.2f}" for value in kept)
+    values = " > ".join(f"{value:.2f}" for value in similarities)
     return [
-        f"Means over {len(found['CAM'])} networks ± standard deviation. Good are low errors, much pointing and",
+        f"Means over {len(scores['CAM'])} networks ± standard deviation. Good are low errors, much pointing and",
         "energy, and little that is kept.",
         f"Do CAM and Grad-CAM localise better than saliency, at 0.2 and at best? {answer(below)}.",
         f"Does Grad-CAM's maximum lie in the box in at least 95%? {answer(points >= 0.95)}: {points:.1%}.",
         "Is more kept of guided backpropagation than of the gradient, and of that than of Grad-CAM, when the last",
-        f"layer is drawn anew? {answer(kept[0] > kept[1] > kept[2])}: {said}.",
+        f"layer is drawn anew? {answer(similarities[0] > similarities[1] > similarities[2])}: {values}.",
     ]
 
 
@@ -355,36 +355,36 @@ def answer(holds: bool) -> str:
     return "Yes" if holds else "No"
 
 
-def sheet(net: nn.Module, drawn: Drawn, rows: int = 5) -> Image.Image:
+def sheet(net: nn.Module, unseen: ShapeImages, rows: int = 5) -> Image.Image:
     """Draw an image of each class beside its maps, with the true box around."""
-    chosen = torch.stack([(drawn.labels == label).nonzero()[0, 0] for label in range(len(CLASSES))])[:rows]
-    few = Drawn(*(part[chosen] for part in drawn))
-    maps = {name: method(net, few.images, few.labels).maps for name, method in METHODS.items()}
-    figure = Figure(figsize=(1.1 * (1 + len(maps)), 1.1 * len(chosen) + 0.3), dpi=100, layout="constrained")
-    for row, axes in enumerate(figure.subplots(len(chosen), 1 + len(maps), squeeze=False)):
-        for place, (ax, name) in enumerate(zip(axes, ("", *maps), strict=True)):
-            image = few.images[row].permute(1, 2, 0)
-            ax.imshow((overlay(image, maps[name][row]) if place else image).numpy())
-            ax.contour(few.boxes[row].numpy(), levels=[0.5], colors="white", linewidths=0.8)
+    rows_drawn = torch.stack([(unseen.labels == label).nonzero()[0, 0] for label in range(len(CLASSES))])[:rows]
+    examples = ShapeImages(*(tensor[rows_drawn] for tensor in unseen))
+    maps = {name: method(net, examples.images, examples.labels).maps for name, method in METHODS.items()}
+    figure = Figure(figsize=(1.1 * (1 + len(maps)), 1.1 * len(rows_drawn) + 0.3), dpi=100, layout="constrained")
+    for row, axes in enumerate(figure.subplots(len(rows_drawn), 1 + len(maps), squeeze=False)):
+        for column, (ax, name) in enumerate(zip(axes, ("", *maps), strict=True)):
+            image = examples.images[row].permute(1, 2, 0)
+            ax.imshow((overlay(image, maps[name][row]) if column else image).numpy())
+            ax.contour(examples.boxes[row].numpy(), levels=[0.5], colors="white", linewidths=0.8)
             ax.set_axis_off()
             if row == 0:
                 ax.set_title(name, fontsize=8)
     return with_palette(Image.fromarray(render(figure)))
 
 
-def with_palette(drawn: Image.Image) -> Image.Image:
+def with_palette(picture: Image.Image) -> Image.Image:
     """Return a picture in 256 colours: its file is a third as large."""
-    palette = drawn.quantize(256, Image.Quantize.MAXCOVERAGE)
-    return drawn.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+    palette = picture.quantize(256, Image.Quantize.MAXCOVERAGE)
+    return picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
 
 
 def overlay(image: Tensor, attribution: Tensor) -> Tensor:
-    """Return a darkened grey image with what is positive of a map in colours on it; all `(H, W, 3)` in [0, 1].
+    """Return a darkened grey image with the positive part of a map in colours on it; all `(H, W, 3)` in [0, 1].
 
     Of maps with channels the largest absolute value is shown. Colours end where 0.5% of the positions lie above.
     """
-    shown = attribution.abs().amax(0) if attribution.ndim == 3 else attribution.relu()
-    share = (shown / shown.flatten().quantile(0.995).clamp(min=1e-12)).clamp(0, 1)[..., None]
+    strength = attribution.abs().amax(0) if attribution.ndim == 3 else attribution.relu()
+    share = (strength / strength.flatten().quantile(0.995).clamp(min=1e-12)).clamp(0, 1)[..., None]
     colours = torch.from_numpy(colormaps["inferno"](share[..., 0].numpy())[..., :3]).float()
     grey = 0.6 * image.mean(-1, keepdim=True)
     return grey + share.sqrt() * (colours - grey)

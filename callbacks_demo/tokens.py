@@ -119,8 +119,8 @@ class Source(L.LightningDataModule):
     def __init__(self, train: int, validate: int, seed: int = 0, batch_size: int = 50) -> None:
         super().__init__()
         self.batch_size = batch_size
-        first, rest, self.vocabulary = source()
-        self.train, self.held_out = Windows(first, train, 2 * seed), Windows(rest, validate, 2 * seed + 1)
+        first, following, self.vocabulary = source()
+        self.train, self.held_out = Windows(first, train, 2 * seed), Windows(following, validate, 2 * seed + 1)
 
     def train_dataloader(self) -> DataLoader[Sample]:
         return DataLoader(self.train, self.batch_size, shuffle=True)
@@ -137,13 +137,13 @@ def source(files: int = 60, size: int = 1000) -> tuple[Tensor, Tensor, tuple[str
     half = len(texts) // 2
     counts = Counter(word for text in texts[:half] for word in text if word not in FIRST_WORDS)
     vocabulary = (*FIRST_WORDS, *(word for word, _ in counts.most_common(size)))
-    known = {word: place for place, word in enumerate(vocabulary) if word not in FIRST_WORDS}
+    index_of = {word: index for index, word in enumerate(vocabulary) if word not in FIRST_WORDS}
     unknown = FIRST_WORDS.index(UNKNOWN)
-    first, rest = (
-        torch.tensor([known.get(word, unknown) for text in part for word in text])
-        for part in (texts[:half], texts[half:])
+    first, following = (
+        torch.tensor([index_of.get(word, unknown) for text in half_of_texts for word in text])
+        for half_of_texts in (texts[:half], texts[half:])
     )
-    return first, rest, vocabulary
+    return first, following, vocabulary
 
 
 def words(path: Path) -> Iterator[str]:
@@ -172,8 +172,8 @@ class TextNet(Classifier):
             counts = F.pad(counts, (1, 0), value=True)
         tokens = self.blocks(tokens, src_key_padding_mask=~counts)
         share = counts / counts.sum(1, keepdim=True)
-        read = tokens[:, 0] if self.answer is not None else (tokens * share[..., None]).sum(1)
-        logits: Tensor = self.head(read)
+        state = tokens[:, 0] if self.answer is not None else (tokens * share[..., None]).sum(1)
+        logits: Tensor = self.head(state)
         return logits
 
 
@@ -208,8 +208,8 @@ def blocks(width: int, depth: int) -> nn.TransformerEncoder:
     return nn.TransformerEncoder(block, depth, enable_nested_tensor=False)
 
 
-class Pointed(NamedTuple):
-    """What a method's maps point at, in one network; means over windows, or over images.
+class PointingScores(NamedTuple):
+    """How well a method's maps point at what decides, in one network; means over windows, or over images.
 
     Args:
         first: share whose largest value is at a planted word, or in the box.
@@ -224,7 +224,7 @@ class Pointed(NamedTuple):
     layer: str
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[Pointed]]]:
+def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[PointingScores]]]:
     """Train, measure and print one table per network."""
     parser = argparse.ArgumentParser(prog="python -m callbacks_demo tokens", description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="networks on text, of each kind")
@@ -237,68 +237,68 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[Poi
 
     torch.set_num_threads(1)
     started, worked = time.perf_counter(), time.process_time()
-    found: dict[str, dict[str, list[Pointed]]] = {}
+    scores: dict[str, dict[str, list[PointingScores]]] = {}
     with tempfile.TemporaryDirectory() if options.folder is None else nullcontext(options.folder) as folder:
         for kind in NETS:
             runs = [on_text(kind, seed, options, Path(folder)) for seed in range(options.seeds)]
-            found[kind] = {name: [run[name] for run in runs] for name in runs[0]}
-            print("\n".join(table(f"text, {kind}", found[kind])))
+            scores[kind] = {name: [run[name] for run in runs] for name in runs[0]}
+            print("\n".join(table(f"text, {kind}", scores[kind])))
         images = on_images(options, Path(folder))
-        found["images"] = {name: [one] for name, one in images.items()}
-        print("\n".join([*table("images, class token", found["images"]), "", *remarks(found)]))
+        scores["images"] = {name: [score] for name, score in images.items()}
+        print("\n".join([*table("images, class token", scores["images"]), "", *remarks(scores)]))
     print(f"Took {time.perf_counter() - started:.0f} s, {time.process_time() - worked:.0f} s of one core.")
-    return found
+    return scores
 
 
-def on_text(kind: str, seed: int, options: argparse.Namespace, folder: Path) -> dict[str, Pointed]:
+def on_text(kind: str, seed: int, options: argparse.Namespace, folder: Path) -> dict[str, PointingScores]:
     """Train a network on text and explain unseen windows."""
     L.seed_everything(seed, verbose=False)
     data = Source(options.windows, max(options.measured, 500), seed)
     net = TextNet(len(data.vocabulary), class_token=NETS[kind])
     accuracy = fit(net, data, options.epochs, folder)
     print(f"text, {kind}, seed {seed}: accuracy on unseen windows {accuracy:.1%}")
-    few = next(iter(DataLoader(data.held_out, options.measured)))
-    labels, mask = few.pop("labels"), few["attention_mask"]
+    windows = next(iter(DataLoader(data.held_out, options.measured)))
+    labels, mask = windows.pop("labels"), windows["attention_mask"]
     planted = torch.zeros_like(mask).scatter(1, data.held_out.places[: len(mask)], True)
-    found = {name: pointed(method(net, few, labels), planted) for name, method in OF_TEXT.items()}
-    return {**found, "chance": chance(mask.sum(1).double())}
+    scores = {name: pointing_scores(method(net, windows, labels), planted) for name, method in OF_TEXT.items()}
+    return {**scores, "chance": chance(mask.sum(1).double())}
 
 
-def on_images(options: argparse.Namespace, folder: Path) -> dict[str, Pointed]:
+def on_images(options: argparse.Namespace, folder: Path) -> dict[str, PointingScores]:
     """Train a vision transformer on shapes and explain unseen images."""
     L.seed_everything(0, verbose=False)
     data, net = Shapes(options.images, max(options.measured, 500)), VisionTransformer()
     accuracy = fit(net, data, options.epochs, folder)
     print(f"images: accuracy on unseen images {accuracy:.1%}")
-    images, labels, boxes = (part[: options.measured] for part in data.held_out)
-    return {name: pointed(method(net, images, labels), boxes) for name, method in OF_IMAGES.items()}
+    images, labels, boxes = (tensor[: options.measured] for tensor in data.held_out)
+    return {name: pointing_scores(method(net, images, labels), boxes) for name, method in OF_IMAGES.items()}
 
 
-def pointed(explanation: Explanation, there: Tensor) -> Pointed:
-    """Hold maps against where the deciding tokens, `(n, tokens)`, or the boxes, `(n, H, W)`, are."""
+def pointing_scores(explanation: Explanation, there: Tensor) -> PointingScores:
+    """Compare maps with the deciding tokens, `(n, tokens)`, or the boxes, `(n, H, W)`."""
     maps, layer = explanation.maps, explanation.layer or ""
     if there.ndim == 3:
-        return Pointed(mean(pointing(maps, there)), float("nan"), mean(energy_inside(maps, there)), layer)
+        return PointingScores(mean(pointing(maps, there)), float("nan"), mean(energy_inside(maps, there)), layer)
     two = torch.zeros_like(there).scatter(1, maps.topk(2, dim=1).indices, True)
-    both = (two & there).sum(1) == 2
-    line, where = maps[:, None], there[:, None]
-    return Pointed(mean(pointing(line, where)), mean(both), mean(energy_inside(line, where)), layer)
+    both_found = (two & there).sum(1) == 2
+    line, planted = maps[:, None], there[:, None]
+    return PointingScores(mean(pointing(line, planted)), mean(both_found), mean(energy_inside(line, planted)), layer)
 
 
-def chance(lengths: Tensor) -> Pointed:
-    """Return what maps have that know nothing of windows of these lengths."""
-    return Pointed(mean(2 / lengths), mean(2 / (lengths * (lengths - 1))), mean(2 / lengths), "")
+def chance(lengths: Tensor) -> PointingScores:
+    """Return the expected scores of uninformed maps of windows of these lengths."""
+    return PointingScores(mean(2 / lengths), mean(2 / (lengths * (lengths - 1))), mean(2 / lengths), "")
 
 
 def mean(values: Tensor) -> float:
     return float(values.double().mean())
 
 
-def table(heading: str, found: Mapping[str, Sequence[Pointed]]) -> list[str]:
+def table(heading: str, scores: Mapping[str, Sequence[PointingScores]]) -> list[str]:
     """Return the lines of a table: means over networks, with standard deviations where there are several."""
     lines = [f"\n{heading:24}{'first':>14}{'both':>14}{'mass':>14}   layer"]
-    for name, networks in found.items():
-        columns = torch.tensor([one[:3] for one in networks]).T
+    for name, networks in scores.items():
+        columns = torch.tensor([score[:3] for score in networks]).T
         lines.append(f"{name:24}" + "".join(f"{cell(column):>14}" for column in columns) + f"   {networks[0].layer}")
     return lines
 
@@ -309,10 +309,10 @@ def cell(values: Tensor) -> str:
     return f"{values.mean():.2f} ± {values.std():.2f}" if len(values) > 1 else f"{values.mean():.2f}"
 
 
-def remarks(found: Mapping[str, Mapping[str, Sequence[Pointed]]]) -> list[str]:
-    """Say which methods point at what decides, and which do not."""
-    text = {kind: {name: mean_first(networks) for name, networks in found[kind].items()} for kind in NETS}
-    images = {name: mean_first(networks) for name, networks in found["images"].items()}
+def remarks(scores: Mapping[str, Mapping[str, Sequence[PointingScores]]]) -> list[str]:
+    """Return in words which methods point at what decides, and which do not."""
+    text = {kind: {name: mean_first(networks) for name, networks in scores[kind].items()} for kind in NETS}
+    images = {name: mean_first(networks) for name, networks in scores["images"].items()}
     lines = []
     for kind, first in text.items():
         shares = ", ".join(f"{name} {first[name]:.0%}" for name in OF_TEXT if "embedding" not in name)
@@ -328,8 +328,8 @@ def remarks(found: Mapping[str, Mapping[str, Sequence[Pointed]]]) -> list[str]:
     return lines
 
 
-def mean_first(networks: Sequence[Pointed]) -> float:
-    return sum(one.first for one in networks) / len(networks)
+def mean_first(networks: Sequence[PointingScores]) -> float:
+    return sum(score.first for score in networks) / len(networks)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ def main(run: Path, target: Path) -> None:
     strips = [strip(title, images) for title, images in rows]
     sheet = Image.new("RGB", (WIDTH, sum(s.height for s in strips) + GAP), "white")
     y = GAP // 2
-    for part in strips:
-        sheet.paste(part, (0, y))
-        y += part.height
+    for band in strips:
+        sheet.paste(band, (0, y))
+        y += band.height
     sheet.save(target, optimize=True)
 
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from callbacks_demo import shapes, tokens
-from callbacks_demo.shapes import CLASSES, SIZE, Found
-from callbacks_demo.tokens import LABELS, LONGEST, Pointed
+from callbacks_demo.shapes import CLASSES, SIZE, MapScores
+from callbacks_demo.tokens import LABELS, LONGEST, PointingScores
 from lightning_interp.attribution.results import Explanation
 
 SMALL = ["--epochs", "1", "--images", "60", "--measured", "10"]
@@ -19,7 +19,7 @@ NAN = float("nan")
 
 
 def test_shapes_are_the_same_for_the_same_seed() -> None:
-    first, again, other = (shapes.draw(120, seed) for seed in (3, 3, 4))
+    first, again, other = (shapes.draw_images(120, seed) for seed in (3, 3, 4))
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a, b)
     assert not torch.equal(first.images, other.images)
@@ -56,26 +56,26 @@ def test_the_box_is_the_smallest_around_the_shape() -> None:
 
 
 def test_a_shape_stands_out_inside_its_box_alone() -> None:
-    drawn = shapes.draw(200, 0)
+    drawn = shapes.draw_images(200, 0)
     share = drawn.boxes.float().mean((1, 2))
     assert float(share.min()) > (1.1 * shapes.SMALLEST) ** 2 / SIZE**2
     assert float(share.max()) < (2.2 * shapes.LARGEST) ** 2 / SIZE**2
 
 
 def test_the_questions_are_answered_from_means() -> None:
-    found = {name: [Found(0.6, 0.6, 0.2, 0.5, 0.3, 0.6)] * 2 for name in shapes.METHODS}
-    found["CAM"] = [Found(0.5, 0.1, 0.4, 0.9, 0.6, 0.5)] * 2
-    found["Grad-CAM"] = [Found(0.5, 0.1, 0.4, 0.94, 0.6, 0.1), Found(0.5, 0.1, 0.4, 0.98, 0.6, 0.3)]
-    found["guided backprop"] = [Found(0.5, 0.5, 0.2, 0.8, 0.5, 0.9)] * 2
+    found = {name: [MapScores(0.6, 0.6, 0.2, 0.5, 0.3, 0.6)] * 2 for name in shapes.METHODS}
+    found["CAM"] = [MapScores(0.5, 0.1, 0.4, 0.9, 0.6, 0.5)] * 2
+    found["Grad-CAM"] = [MapScores(0.5, 0.1, 0.4, 0.94, 0.6, 0.1), MapScores(0.5, 0.1, 0.4, 0.98, 0.6, 0.3)]
+    found["guided backprop"] = [MapScores(0.5, 0.5, 0.2, 0.8, 0.5, 0.9)] * 2
     said = "\n".join(shapes.remarks(found))
     assert said.count("Yes") == 3
     assert "Yes: 96.0%" in said
     assert "Yes: 0.90 > 0.60 > 0.20" in said
     assert "0.20 ± 0.14" in "\n".join(shapes.table(found))
     for name, worse in (
-        ("CAM", Found(0.5, 0.6, 0.4, 0.9, 0.6, 0.5)),
-        ("Grad-CAM", Found(0.5, 0.1, 0.4, 0.94, 0.6, 0.1)),
-        ("guided backprop", Found(0.5, 0.5, 0.2, 0.8, 0.5, 0.55)),
+        ("CAM", MapScores(0.5, 0.6, 0.4, 0.9, 0.6, 0.5)),
+        ("Grad-CAM", MapScores(0.5, 0.1, 0.4, 0.94, 0.6, 0.1)),
+        ("guided backprop", MapScores(0.5, 0.5, 0.2, 0.8, 0.5, 0.55)),
     ):
         assert "\n".join(shapes.remarks({**found, name: [worse] * 2})).count("No") == 1, name
 
@@ -104,8 +104,8 @@ def test_shapes_on_small_networks(
             assert all(0 <= value <= 1 for value in (one.error, one.best, one.pointing, one.energy))
             assert one.best <= one.error, "0.2 is one of the thresholds"
     for control in ("Centre", "Edges"):
-        assert [one.kept for one in found[control]] == pytest.approx([1, 1])
-    assert all(one.kept < 0.99 for one in found["CAM"])
+        assert [one.similarity for one in found[control]] == pytest.approx([1, 1])
+    assert all(one.similarity < 0.99 for one in found["CAM"])
     assert width(tmp_path / "sheet.png") > 800
     assert list(tmp_path.rglob("events.out.tfevents*"))
 
@@ -148,18 +148,22 @@ def test_the_network_on_text_does_not_see_padding(class_token: bool) -> None:
 def test_what_token_maps_point_at() -> None:
     maps = torch.tensor([[0.0, 3.0, 1.0, 0.0], [2.0, 1.0, -9.0, 0.0], [0.0, 1.0, 3.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     planted = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 1], [1, 1, 0, 0], [1, 1, 0, 0]]).bool()
-    found = tokens.pointed(Explanation("M", maps, torch.zeros(4).long(), "layer"), planted)
+    found = tokens.pointing_scores(Explanation("M", maps, torch.zeros(4).long(), "layer"), planted)
     assert found.first == pytest.approx(2 / 4)
     assert found.mass == pytest.approx((1 + 2 / 3 + 1 / 4 + 0) / 4)
     assert found.layer == "layer"
-    assert tokens.pointed(Explanation("M", maps[:3], torch.zeros(3).long()), planted[:3]).both == pytest.approx(1 / 3)
+    assert tokens.pointing_scores(Explanation("M", maps[:3], torch.zeros(3).long()), planted[:3]).both == pytest.approx(
+        1 / 3
+    )
 
 
 def test_chance_is_what_maps_without_knowledge_have() -> None:
     generator = torch.Generator().manual_seed(0)
     planted = torch.zeros(20_000, 8).bool()
     planted[:, [2, 5]] = True
-    found = tokens.pointed(Explanation("M", torch.rand(20_000, 8, generator=generator), planted[:, 0].long()), planted)
+    found = tokens.pointing_scores(
+        Explanation("M", torch.rand(20_000, 8, generator=generator), planted[:, 0].long()), planted
+    )
     expected = tokens.chance(torch.tensor([8.0]))
     assert found[:3] == pytest.approx(expected[:3], abs=0.01)
     assert expected.both == pytest.approx(1 / 28)
@@ -178,7 +182,7 @@ def test_tokens_on_small_networks(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert found["class token"]["Grad-CAM"][0].layer == "blocks.layers.1.norm1"
     assert found["mean of tokens"]["Grad-CAM"][0].layer == "blocks.layers.1"
     assert found["images"]["Grad-CAM"][0].layer == "blocks.layers.1.norm1"
-    assert "–" in "\n".join(tokens.table("images", {"Centre": [Pointed(0.5, NAN, 0.2, "")]}))
+    assert "–" in "\n".join(tokens.table("images", {"Centre": [PointingScores(0.5, NAN, 0.2, "")]}))
 
 
 def test_photographs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,7 +195,7 @@ def test_photographs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for photograph in photographs.PHOTOGRAPHS:
         one = found[photograph.thing]
         assert one.label in photograph.classes, "the network knows what it is"
-        pixels, inside = photographs.read(photograph)
+        pixels, inside = photographs.read_photograph(photograph)
         assert pixels.shape == (3, 224, 224)
         assert one.area == pytest.approx(float(inside.float().mean()))
         assert one.hits["Grad-CAM"]
@@ -206,7 +210,7 @@ def test_a_box_stays_at_its_thing_when_the_photograph_is_squeezed() -> None:
     from callbacks_demo import photographs
 
     rocket = photographs.PHOTOGRAPHS[2]
-    _, inside = photographs.read(rocket)
+    _, inside = photographs.read_photograph(rocket)
     rows, columns = inside.nonzero().T
     x0, y0, x1, y1 = rocket.box
     assert (int(columns.min()), int(columns.max()) + 1) == pytest.approx((x0 * 224 / 640, x1 * 224 / 640), abs=1)

@@ -60,7 +60,7 @@ def test_impact_lies_on_the_line_where_the_number_alone_makes_it() -> None:
 
 def test_half_of_the_removals_are_the_most_influential() -> None:
     scores = torch.randn(3, 50, dtype=torch.float64)
-    found = demo.pick(scores, 11)
+    found = demo.pick_removals(scores, 11)
     assert len(set(found.which)) == 11
     assert found.random.tolist() == [False] * 5 + [True] * 6
     assert set(found.which[:5]) == set(scores.abs().amax(0).topk(5).indices.tolist())

@@ -38,7 +38,7 @@ def test_words_on_the_path() -> None:
     assert len(set(tree.tree_.feature.tolist())) < (tree.tree_.feature >= 0).sum(), (
         "words are asked about in two places"
     )
-    asked = lime_text.on_path(tree, documents.present)
+    asked = lime_text.words_on_path(tree, documents.present)
     for document, found in zip(documents.present, asked, strict=True):
         expected, node = set(), 0
         while tree.tree_.children_left[node] >= 0:
@@ -108,7 +108,7 @@ def test_recall_of_random_picks_is_the_expected_one() -> None:
     document = torch.zeros(100)
     document[:40] = 1
     assert float(lime_text.at_random(nn.Identity(), document)[0]) == pytest.approx(0.25)
-    model = lime_text.Reasoned(nn.Identity(), lambda d: (torch.arange(100) < 4) & (d > 0), 1.0)
+    model = lime_text.KnownModel(nn.Identity(), lambda d: (torch.arange(100) < 4) & (d > 0), 1.0)
     empty = torch.zeros(100)
     empty[50:] = 1
     documents = Documents(torch.stack([document, empty]), torch.tensor([0, 1]), [])

@@ -26,17 +26,17 @@ def test_a_tenth_of_the_labels_is_flipped_to_another_one() -> None:
 
 def test_what_a_ranking_finds() -> None:
     wrong = torch.tensor([True, False, False, True, False, False, False, False, False, False])
-    curve = demo.found(torch.tensor([3, 1, 0, 2, 4, 5, 6, 7, 8, 9]), wrong)
+    curve = demo.share_found(torch.tensor([3, 1, 0, 2, 4, 5, 6, 7, 8, 9]), wrong)
     assert curve.tolist() == [0.5, 0.5] + [1.0] * 8
-    assert demo.at(curve, 0.2) == 0.5
-    assert demo.at(curve, 0.3) == 1.0
+    assert demo.value_at_share(curve, 0.2) == 0.5
+    assert demo.value_at_share(curve, 0.3) == 1.0
 
 
 def test_remarks_say_who_wins_and_whether_the_bars_are_met() -> None:
     true = torch.arange(10)
     labels = true.clone()
     labels[3] = 7
-    data = demo.Flipped(torch.zeros(10, 1, 28, 28), labels, true)
+    data = demo.NoisyDigits(torch.zeros(10, 1, 28, 28), labels, true)
     scores = torch.zeros(10)
     scores[3] = 1
     checked = SelfInfluence(scores, torch.arange(10), labels, scores, true, scores)

@@ -51,7 +51,9 @@ def attacked(after: float, levels: float) -> demo.Attack:
 
 def test_counts_and_remarks() -> None:
     found = {1: [attacked(0.4, 0.4), attacked(0.8, 0.4)], 2: [attacked(0.4, -0.4), attacked(0.6, 0.4)]}
-    assert demo.line(1, found[1]).startswith("1 image changed: 1 of 2 predictions flipped; probability fell by 0.10")
+    assert demo.summary_line(1, found[1]).startswith(
+        "1 image changed: 1 of 2 predictions flipped; probability fell by 0.10"
+    )
     said = "\n".join(demo.remarks(found, 0.49))
     assert "With 1: at least 20%? Yes: 50%" in said
     assert "With 2: at least 60%? No: 50%" in said
@@ -68,7 +70,7 @@ def test_a_small_attack_lowers_the_probability_within_its_levels(
     found = demo.main(small)
     said = capsys.readouterr().out
     for count, attacks in found.items():
-        assert [len(one.places) for one in attacks] == [count] * 3
+        assert [len(one.positions) for one in attacks] == [count] * 3
         for one in attacks:
             moved = (one.changed - one.originals).abs() * 255
             assert one.before > 0.5

@@ -20,13 +20,13 @@ SHIFTED = torch.tensor([[0.1, 0.9, 0.0], [0.0, 0.1, 0.9], [0.9, 0.0, 0.1]])
 
 def test_a_layer_is_found_where_its_own_column_is_the_largest() -> None:
     values = torch.tensor([[0.9, 0.7, 0.1], [0.95, 0.8, 0.1], [0.2, 0.3, 0.4]])
-    assert correspondence.found(values).tolist() == [True, False, True]
-    assert correspondence.found(values.T).tolist() == [False, True, True]
+    assert correspondence.finds_its_counterpart(values).tolist() == [True, False, True]
+    assert correspondence.finds_its_counterpart(values.T).tolist() == [False, True, True]
 
 
 def test_what_is_not_defined_is_not_found() -> None:
     values = torch.tensor([[NAN, NAN, NAN], [NAN, 0.1, NAN], [0.9, NAN, 0.5]])
-    assert correspondence.found(values).tolist() == [False, True, False]
+    assert correspondence.finds_its_counterpart(values).tolist() == [False, True, False]
     score = correspondence.tally({(0, 1): values, (0, 2): torch.eye(3), (1, 2): torch.eye(3)})
     assert score.undefined == pytest.approx(1 / 9)
 
