@@ -18,7 +18,7 @@ from lightning_interp.callbacks.publish import room_of
 from lightning_interp.checks import ArgumentError
 from lightning_interp.network.undisturbed import undisturbed
 
-Value = TypeVar("T")
+T = TypeVar("T")
 OnError = Literal["warn", "raise"]
 Work = Callable[[pl.Trainer, pl.LightningModule], None]
 SHARDED_STRATEGIES = ("FSDP", "DeepSpeed", "ModelParallel")
@@ -123,13 +123,13 @@ class Guard:
         for rank, why in reasons.items():
             raise RuntimeError(f"{self.owner} failed on rank {rank or 'zero'}: {why}")
 
-    def _from_all_ranks(self, trainer: pl.Trainer, value: Value) -> list[Value]:
+    def _from_all_ranks(self, trainer: pl.Trainer, value: T) -> list[T]:
         """Return each rank's value where the work is shared, else this rank's alone."""
         if not self.on_every_rank or trainer.world_size == 1:
             return [value]
-        values: list[Value | None] = [None] * trainer.world_size
+        values: list[T | None] = [None] * trainer.world_size
         torch.distributed.all_gather_object(values, value)
-        return cast(list[Value], values)
+        return cast(list[T], values)
 
     def _works(self, trainer: pl.Trainer) -> bool:
         return self.on and (self.on_every_rank or trainer.is_global_zero)
@@ -154,7 +154,7 @@ class Guard:
             self.log_error(trainer, message)
 
 
-def started_run(run: Value | None) -> Value:
+def started_run(run: T | None) -> T:
     """Return what `on_train_start` left behind.
 
     Raises:

@@ -99,8 +99,8 @@ def _all_sections(folder: Folder) -> list[str]:
 
 def _reading_position(room: str) -> tuple[int, int, str]:
     kind, number = _split_number(room)
-    known = READING_ORDER.index(kind) if kind in READING_ORDER else len(READING_ORDER)
-    return known, number, room
+    rank = READING_ORDER.index(kind) if kind in READING_ORDER else len(READING_ORDER)
+    return rank, number, room
 
 
 def _split_number(room: str) -> tuple[str, int]:
@@ -113,8 +113,8 @@ def room_of(callback: Callback, trainer: pl.Trainer, kind: str) -> str:
 
     Its tags begin likewise (see `Loggers`), so that callbacks of one class never overwrite each other's results.
     """
-    same_class = [other for other in getattr(trainer, "callbacks", []) if type(other) is type(callback)]
-    index = next((i for i, other in enumerate(same_class) if other is callback), 0)
+    same_class = [c for c in getattr(trainer, "callbacks", []) if type(c) is type(callback)]
+    index = next((i for i, c in enumerate(same_class) if c is callback), 0)
     return kind if index == 0 else f"{kind}-{index + 1}"
 
 

@@ -33,7 +33,7 @@ class Source(NamedTuple):
 
 @contextmanager
 def validating(trainer: pl.Trainer) -> Iterator[None]:
-    """Let the user's data hooks see a validating trainer, so that none of them augments."""
+    """Let the user's data hooks see a trainer that validates, so that none of them augments."""
     stage = trainer.state.stage
     trainer.state.stage = RunningStage.VALIDATING
     try:
@@ -43,7 +43,7 @@ def validating(trainer: pl.Trainer) -> Iterator[None]:
 
 
 def validation_source(trainer: pl.Trainer, owner: str) -> Source:
-    """Return the first validation loader's dataset; the training set, said aloud, if there is none."""
+    """Return the first validation loader's dataset; the training set, with a warning, if there is none."""
     loaders = _validation_loaders(trainer)
     if loaders:
         return Source(_read(trainer, loaders[0], f"{owner}(probe=...)"), "validation set")
@@ -70,11 +70,11 @@ def evaluation_source(trainer: pl.Trainer, stage: str) -> Source:
 
 def given_samples(trainer: pl.Trainer, dataset: Any) -> Samples:
     """Return the user's own dataset or loader; a dataset is read with the training loader's batch size and collate."""
-    like = next(iter(_flat(trainer.train_dataloader)), None)
-    given = Samples.of(dataset, move=mover(trainer))
-    if isinstance(dataset, DataLoader) or not isinstance(like, DataLoader) or not _indexed(like):
-        return given
-    return dataclasses.replace(Samples.of(like, move=given.move), dataset=given.dataset)
+    loader = next(iter(_flat(trainer.train_dataloader)), None)
+    samples = Samples.of(dataset, move=mover(trainer))
+    if isinstance(dataset, DataLoader) or not isinstance(loader, DataLoader) or not _indexed(loader):
+        return samples
+    return dataclasses.replace(Samples.of(loader, move=samples.move), dataset=samples.dataset)
 
 
 def with_ids(samples: Samples, ids: Sequence[int]) -> Samples:
@@ -83,14 +83,14 @@ def with_ids(samples: Samples, ids: Sequence[int]) -> Samples:
     Raises:
         ArgumentError: an index is not one of the data set's.
     """
-    places = {index: place for place, index in enumerate(samples.ids)}
-    if not ids or (missing := [index for index in ids if index not in places]):
+    positions = {index: position for position, index in enumerate(samples.ids)}
+    if not ids or (missing := [index for index in ids if index not in positions]):
         got = ", ".join(map(str, missing[:8])) if ids else "none"
-        some = ", ".join(map(str, list(places)[:3]))
+        examples = ", ".join(map(str, list(positions)[:3]))
         raise ArgumentError(
-            f"query: expected dataset indices of the {len(places):,} validation samples ({some}, ...), got {got}"
+            f"query: expected dataset indices of the {len(positions):,} validation samples ({examples}, ...), got {got}"
         )
-    return samples.at([places[index] for index in dict.fromkeys(ids)])
+    return samples.at([positions[index] for index in dict.fromkeys(ids)])
 
 
 def indexed_training_set(trainer: pl.Trainer) -> Samples:
@@ -143,8 +143,8 @@ def settled_task(trainer: pl.Trainer, module: nn.Module, task: Task, samples: Sa
     """Return the task in the trainer's precision, its kind decided from many targets."""
     task = in_precision(trainer, task)
     first = next(iter(dataclasses.replace(samples, workers=0).spread(2) if isinstance(samples, Samples) else samples))
-    more = samples.spread(SAMPLES_TO_SETTLE) if isinstance(samples, Samples) else [first]
-    return settle_kind(task, module, slice_samples(first, 0, 2), more)
+    larger_batches = samples.spread(SAMPLES_TO_SETTLE) if isinstance(samples, Samples) else [first]
+    return settle_kind(task, module, slice_samples(first, 0, 2), larger_batches)
 
 
 def _validation_loaders(trainer: pl.Trainer) -> list[Any]:

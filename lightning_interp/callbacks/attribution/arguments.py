@@ -30,8 +30,8 @@ def check_target(target: Any, classes: Any) -> None:
     whole = isinstance(target, int) and not isinstance(target, bool) and target >= 0
     if not (whole or callable(target) or target in ("predicted", "label")):
         raise ValueError(
-            f'{ATTRIBUTION}(target=...): expected "predicted", "label", a class index, or a function from outputs to one'
-            f" number per sample, got {target!r}"
+            f'{ATTRIBUTION}(target=...): expected "predicted", "label", a class index, or a function from outputs to'
+            f" one number per sample, got {target!r}"
         )
     check_count(ATTRIBUTION, "classes", classes)
     if classes > 1 and target != "predicted":

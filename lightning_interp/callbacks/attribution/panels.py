@@ -139,7 +139,9 @@ def _explained_in_one_pass(
 
     methods, inputs = list(setup.methods.values()), setup.task.inputs(batch)
     _, target, explanations = explain_outputs(methods, module, inputs, choose, setup.task)
-    return ExplainedBatch(**vars(answers[0]), targets=[target], explanations=[[explanation] for explanation in explanations])
+    return ExplainedBatch(
+        **vars(answers[0]), targets=[target], explanations=[[explanation] for explanation in explanations]
+    )
 
 
 def _batches_with_ids(module: nn.Module, probe: Probe) -> Iterator[tuple[Any, list[int]]]:
@@ -210,7 +212,8 @@ def explanations_of(
     own_target = target if callable(target) else target[rows.to(target.device)]
     new_explanations = explain(list(setup.methods.values()), module, inputs, own_target, setup.task)
     return {
-        name: _with_rows_replaced(first[name], rows, new_explanation) for name, new_explanation in zip(setup.methods, new_explanations, strict=True)
+        name: _with_rows_replaced(first[name], rows, new_explanation)
+        for name, new_explanation in zip(setup.methods, new_explanations, strict=True)
     }
 
 
@@ -222,7 +225,10 @@ def _with_rows_replaced(explanation: Explanation, rows: Tensor, new_explanation:
         return values.index_copy(0, rows.to(values.device), new.to(values))
 
     facts = {name: replaced(values, new_explanation.facts[name]) for name, values in explanation.facts.items()}
-    maps, target = replaced(explanation.maps, new_explanation.maps), replaced(explanation.target, new_explanation.target)
+    maps, target = (
+        replaced(explanation.maps, new_explanation.maps),
+        replaced(explanation.target, new_explanation.target),
+    )
     return dataclasses.replace(explanation, maps=maps, target=target, facts=facts)
 
 
@@ -271,7 +277,12 @@ def _panel(
     moment: str,
 ) -> Panel:
     maps = [TitledMap(word, explanation.maps[index]) for word, explanation in zip(words, explanations, strict=True)]
-    top = max([setup.scales.get(key, 0.0), *(scale_of(explanation.map) for explanation in maps if not reason_not_drawn(explanation.map))])
+    top = max(
+        [
+            setup.scales.get(key, 0.0),
+            *(scale_of(explanation.map) for explanation in maps if not reason_not_drawn(explanation.map)),
+        ]
+    )
     setup.scales[key] = top
     layer, facts = explanations[0].layer, explanations[0].facts
     at = f" at {layer}" if layer else ""

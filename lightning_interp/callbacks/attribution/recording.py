@@ -151,7 +151,9 @@ def at_one_size(maps: list[Tensor]) -> list[Tensor]:
     if len({sample_maps.shape[1:] for sample_maps in maps}) == 1 or any(sample_maps.ndim != 3 for sample_maps in maps):
         return maps
     size = (LARGEST_STORED_SIDE, LARGEST_STORED_SIDE)
-    return [F.interpolate(sample_maps[:, None], size, mode="bilinear", align_corners=False)[:, 0] for sample_maps in maps]
+    return [
+        F.interpolate(sample_maps[:, None], size, mode="bilinear", align_corners=False)[:, 0] for sample_maps in maps
+    ]
 
 
 def _score(

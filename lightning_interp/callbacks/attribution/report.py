@@ -135,7 +135,9 @@ def _films(run: AttributionRun, snapshots: Sequence[MapSnapshot], batches: Seque
     films: dict[str, Film] = {}
     for method in run.setup.methods:
         for index, (view, words) in enumerate(views):
-            maps = [TitledMap(title, snapshot.maps[method][index]) for title, snapshot in frames if method in snapshot.maps]
+            maps = [
+                TitledMap(title, snapshot.maps[method][index]) for title, snapshot in frames if method in snapshot.maps
+            ]
             if maps and maps[-1].map.ndim in (1, 2):
                 films[f"{method}/{view.id}"] = Film(view, maps, f"{method} of {words}", run.setup.display)
     return films
@@ -154,9 +156,9 @@ def _notes(run: AttributionRun) -> list[str]:
     layers_read = "; ".join(f"{method} at {layer}" for method, layer in layers.items() if layer)
     scored = min(run.scored, run.probe.n)
     notes = [
-        f"Maps of {run.probe.n} samples of the {run.probe.source}{f', {layers_read}' if layers_read else ''}. Panels explain what the"
-        " network answers at that moment, or what was asked for; numbers and films are of one target throughout, the"
-        " label where there is one class, else what was answered before training.",
+        f"Maps of {run.probe.n} samples of the {run.probe.source}{f', {layers_read}' if layers_read else ''}."
+        " Panels explain what the network answers at that moment, or the target that was chosen; numbers and films are"
+        " of one target throughout, the label where there is one class, else what was answered before training.",
         "Dead maps: share that is zero everywhere or not finite. Drift: rank correlation with the evaluation before."
         f" Deletion and insertion, of {scored} samples: the target's mean probability while the most important parts"
         " are removed (lower is better) or brought back (higher is better). Sanity, of the same: rank correlation with"

@@ -38,7 +38,7 @@ from lightning_interp.data.task import Task
 from lightning_interp.storage.folder import Folder
 from lightning_interp.views.tables import as_csv
 
-MetricT = TypeVar("M", bound=Metric)
+MetricT = TypeVar("MetricT", bound=Metric)
 SCORES = {"multilabel": label_probability, "regression": logit}
 TRIVIAL_MAPS = {"Centre": Centre(), "Edges": Edges()}
 
@@ -138,7 +138,9 @@ def against_truth(
     for explained, batch in zip(explain_probe(module, probe, setup, fixed=True), probe.batches, strict=True):
         height, width = setup.task.explained(explained.inputs).shape[-2:]
         masks = _masks(truth(to_device(batch, device_of(module))), (height, width))
-        explanations = {name: by_target[0] for name, by_target in zip(setup.methods, explained.explanations, strict=True)}
+        explanations = {
+            name: by_target[0] for name, by_target in zip(setup.methods, explained.explanations, strict=True)
+        }
         trivial = _trivial_maps(explained.inputs, setup.task)
         explanations |= _explained_by(trivial, module, explained.inputs, explained.targets[0], setup.task)
         for name, explanation in explanations.items():

@@ -19,9 +19,9 @@ AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 TOLERANCE = 1e-3
 
 
-def augmentation_warning(task: Task, first: Any, again: Any) -> str:
-    """Say so, if a dataset gave other inputs the second time it was read."""
-    pairs = zip(tensors(task.inputs(first)), tensors(task.inputs(again)), strict=True)
+def augmentation_warning(task: Task, batch: Any, batch_again: Any) -> str:
+    """Return a warning if a dataset gave other inputs the second time it was read, else nothing."""
+    pairs = zip(tensors(task.inputs(batch)), tensors(task.inputs(batch_again)), strict=True)
     if all(a.shape == b.shape and bool(((a == b) | (a != a)).all()) for a, b in pairs):
         return ""
     return (
@@ -31,22 +31,22 @@ def augmentation_warning(task: Task, first: Any, again: Any) -> str:
 
 
 def averaging_warning(trainer: pl.Trainer, callback: Callback) -> str:
-    """Say so, if a callback will put averaged weights into the network after this one has looked at it."""
-    held = getattr(trainer, "callbacks", [])
-    later = held[held.index(callback) + 1 :] if callback in held else []
-    kinds = [type(other).__name__ for other in later if {k.__name__ for k in type(other).__mro__} & set(AVERAGING)]
+    """Return a warning if a later callback puts averaged weights into the network, else nothing."""
+    callbacks = getattr(trainer, "callbacks", [])
+    later = callbacks[callbacks.index(callback) + 1 :] if callback in callbacks else []
+    kinds = [type(c).__name__ for c in later if {k.__name__ for k in type(c).__mro__} & set(AVERAGING)]
     if not kinds:
         return ""
     return f"scores are those of the weights before {kinds[0]} averages them; list DataInfluence after it"
 
 
 def unrecorded_steps_warning(trainer: pl.Trainer, recorded: int) -> str:
-    """Say so, if training goes on from a checkpoint whose steps nobody recorded."""
+    """Return a warning if training resumes from a checkpoint whose steps were not recorded, else nothing."""
     if recorded or not trainer.global_step or trainer.should_stop:
         return ""
     return (
-        f"the first {trainer.global_step:,} steps were trained without this callback, so that the damping, which goes"
-        " by the learning rates of the others, comes out too large; pass an estimator with damping="
+        f"the first {trainer.global_step:,} steps were trained without this callback, so that the damping, which"
+        " follows from the learning rates of the others, comes out too large; pass an estimator with damping="
     )
 
 
@@ -66,10 +66,10 @@ def loss_disagreement(module: pl.LightningModule, task: Task, batch: Any) -> str
     Raises:
         ValueError: the Task cannot read the batch or call the model.
     """
-    few = slice_samples(batch, 0, 4)
+    samples = slice_samples(batch, 0, 4)
     with torch.no_grad():
-        ours = float(task.losses(module, few)[2].mean())
-    theirs = _loss_of_step(module, few)
+        ours = float(task.losses(module, samples)[2].mean())
+    theirs = _loss_of_step(module, samples)
     if theirs is None or abs(ours - theirs) <= TOLERANCE * max(1.0, abs(theirs)):
         return ""
     return (

@@ -45,14 +45,16 @@ class Recorder:
 
     def finish(self, trainer: pl.Trainer, module: pl.LightningModule) -> Trajectory:
         """Return what was recorded; to be called in `on_train_end`, while the optimizers still have their state."""
-        held = _groups_of_parameters(trainer.optimizers)
-        found: dict[Tensor, Path | str] = {}
+        groups = _groups_of_parameters(trainer.optimizers)
+        path_or_reason: dict[Tensor, Path | str] = {}
         for name, parameter in module.named_parameters():
             if name in self._steps:
-                found[parameter] = self._path(name, parameter, held.get(parameter, []))
-        named = [(name, found[p]) for name, p in module.named_parameters(remove_duplicate=False) if p in found]
-        paths = {name: path for name, path in named if isinstance(path, Path)}
-        return Trajectory(paths, {name: why for name, why in named if isinstance(why, str)})
+                path_or_reason[parameter] = self._path(name, parameter, groups.get(parameter, []))
+        # A tied parameter has several names, and its path belongs to each of them.
+        all_names = module.named_parameters(remove_duplicate=False)
+        by_name = {name: path_or_reason[p] for name, p in all_names if p in path_or_reason}
+        paths = {name: path for name, path in by_name.items() if isinstance(path, Path)}
+        return Trajectory(paths, {name: reason for name, reason in by_name.items() if isinstance(reason, str)})
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint has to hold for the sums to go on."""
@@ -65,11 +67,11 @@ class Recorder:
     def _name(self, parameter: Tensor, module: nn.Module) -> str:
         """Return a parameter's name, empty where the module has none for it."""
         if parameter not in self._names:
-            self._meet(module)
+            self._learn_names(module)
         return self._names.setdefault(parameter, "")
 
-    def _meet(self, module: nn.Module) -> None:
-        """Learn the names of all parameters; one that took another's place, as in another module, starts anew."""
+    def _learn_names(self, module: nn.Module) -> None:
+        """Learn the names of all parameters; one that replaces another, as in another module, starts anew."""
         before = {name: parameter for parameter, name in self._names.items()}
         for name, parameter in module.named_parameters():
             if before.get(name, parameter) is not parameter:
@@ -78,13 +80,13 @@ class Recorder:
                 self._rate_sums.pop(name, None)
             self._names[parameter] = name
 
-    def _path(self, name: str, parameter: Tensor, held: list[tuple[Optimizer, Group]]) -> Path | str:
+    def _path(self, name: str, parameter: Tensor, groups: list[tuple[Optimizer, Group]]) -> Path | str:
         """Return how a parameter was trained, or why that is not known."""
-        if not held:
+        if not groups:
             return "the optimizer that trained it was gone at the end"
-        if len(held) > 1:
+        if len(groups) > 1:
             return "several optimizers trained it"
-        optimizer, group = held[0]
+        optimizer, group = groups[0]
         try:
             return Path.of(optimizer, group, parameter, self._steps[name], self._rate_sums[name])
         except ValueError as error:
@@ -93,9 +95,9 @@ class Recorder:
 
 def _groups_of_parameters(optimizers: list[Optimizer]) -> dict[Tensor, list[tuple[Optimizer, Group]]]:
     """Return for each parameter the optimizers, and their groups, that hold it."""
-    held: dict[Tensor, list[tuple[Optimizer, Group]]] = {}
+    groups: dict[Tensor, list[tuple[Optimizer, Group]]] = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                held.setdefault(parameter, []).append((optimizer, group))
-    return held
+                groups.setdefault(parameter, []).append((optimizer, group))
+    return groups

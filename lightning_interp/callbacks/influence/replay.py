@@ -1,4 +1,4 @@
-"""The end of a training run, lived through again from its checkpoint."""
+"""The end of a training run, run again from its checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ProgressBar
 
-from lightning_interp.callbacks.influence.checkpoint import Held, weights_only
+from lightning_interp.callbacks.influence.checkpoint import CheckpointContent, weights_only
 
 MUTED = ("on_fit_start", "on_train_start", "on_train_end", "on_fit_end", "teardown", "configure_callbacks")
 
@@ -53,9 +53,9 @@ def run_folder_of(path: str | os.PathLike[str]) -> str:
 def replay_end(
     callback: Callback,
     module: Any,
-    data: Held,
+    data: CheckpointContent,
     path: str | os.PathLike[str],
-    held: Held,
+    content: CheckpointContent,
     folder: str,
     device: str = "auto",
     precision: Any = "32-true",
@@ -73,7 +73,7 @@ def replay_end(
         module: with the checkpoint's weights.
         data: keywords for `Trainer.fit`.
         path: the checkpoint.
-        held: what it holds.
+        content: what it holds.
         folder: the run's, where TensorBoard's events and the callback's files go.
         device: "auto", "cpu", "cuda", "cuda:1", "mps", ...
         precision: the trainer's.
@@ -89,14 +89,14 @@ def replay_end(
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
         warnings.filterwarnings("ignore", category=package.utilities.warnings.PossibleUserWarning)
         try:
-            trainer = _trainer(package, [_NoStep(trained), ProgressBar(), callback], folder, held, device, precision)
+            trainer = _trainer(package, [_NoStep(trained), ProgressBar(), callback], folder, content, device, precision)
         except (ValueError, wrong) as error:
             raise ValueError(f"device, precision: {_one_line(error)}") from error
-        resumed: Held = {}
-        if "optimizer_states" in held:
+        resumed: CheckpointContent = {}
+        if "optimizer_states" in content:
             resumed = {"ckpt_path": os.fspath(path)} | weights_only(trainer.fit, trusted)
-        elif "loops" in held:  # Lightning resumes from no file without optimizers
-            trainer.fit_loop.load_state_dict(held["loops"]["fit_loop"])
+        elif "loops" in content:  # Lightning resumes from no file without optimizers
+            trainer.fit_loop.load_state_dict(content["loops"]["fit_loop"])
         try:
             trainer.fit(module, **data, **resumed)
         except wrong as error:
@@ -110,7 +110,9 @@ def replay_end(
             ) from error
 
 
-def _trainer(package: Any, callbacks: list[Callback], folder: str, held: Held, device: str, precision: Any) -> Any:
+def _trainer(
+    package: Any, callbacks: list[Callback], folder: str, content: CheckpointContent, device: str, precision: Any
+) -> Any:
     name, _, number = device.partition(":")
     return package.Trainer(
         accelerator=name,
@@ -121,8 +123,8 @@ def _trainer(package: Any, callbacks: list[Callback], folder: str, held: Held, d
         callbacks=callbacks,
         min_epochs=0,
         min_steps=0,
-        max_epochs=int(held.get("epoch", 0)) + 2,
-        max_steps=int(held.get("global_step", 0)) + 1,
+        max_epochs=int(content.get("epoch", 0)) + 2,
+        max_steps=int(content.get("global_step", 0)) + 1,
         num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -136,7 +138,7 @@ def _one_line(error: Exception) -> str:
 @contextmanager
 def _muted(module: Any) -> Iterator[None]:
     """Keep a network from what it does around a run: it may load weights, save, log or upload."""
-    kept = {name: vars(module)[name] for name in MUTED if name in vars(module)}
+    own_attributes = {name: vars(module)[name] for name in MUTED if name in vars(module)}
     for name in MUTED:
         setattr(module, name, lambda *_, **__: [])
     try:
@@ -144,7 +146,7 @@ def _muted(module: Any) -> Iterator[None]:
     finally:
         for name in MUTED:
             delattr(module, name)
-        vars(module).update(kept)
+        vars(module).update(own_attributes)
 
 
 def _package(module: Any) -> str:

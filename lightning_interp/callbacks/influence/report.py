@@ -291,8 +291,8 @@ def _caption(sample: ScoredSample) -> str:
 
 def draw_suspects(report: InfluenceReport) -> Pixels:
     """Draw the training samples to look at first, `(height, width, 3)`, 0 to 255."""
-    shown, scored = len(report.suspects), report.n_self_influence
-    title = f"look at these first: the {shown} of {scored:,} training samples with the largest self-influence"
+    count, scored = len(report.suspects), report.n_self_influence
+    title = f"look at these first: the {count} of {scored:,} training samples with the largest self-influence"
     return suspects_sheet(report.suspects, title, report.display)
 
 

@@ -31,7 +31,8 @@ def check_measures(measures: Any) -> None:
     for measure in measures:
         if isinstance(measure, type) or not (callable(measure) or callable(getattr(measure, "between", None))):
             raise TypeError(
-                f"{SIMILARITY}(measures=...): expected measures such as CKA() or functions of two tensors, got {measure!r}"
+                f"{SIMILARITY}(measures=...): expected measures such as CKA() or functions of two tensors, got"
+                f" {measure!r}"
             )
     names = [tag(measure) for measure in measures]
     if len(set(names)) < len(names):
@@ -65,15 +66,15 @@ def warn_beyond_budget(budget_mb: float, store: SnapshotStore) -> None:
     least = 2 * store.manifest["snapshots"][0]["bytes"] / 1e6
     if least > budget_mb:
         rank_zero_warn(
-            f"{SIMILARITY}: the first and the last snapshot alone take {least:.2g} MB, more than budget_mb={budget_mb:g};"
-            " they stay"
+            f"{SIMILARITY}: the first and the last snapshot alone take {least:.2g} MB, more than"
+            f" budget_mb={budget_mb:g}; they stay"
         )
 
 
-def length(given: Any) -> str:
+def length(collection: Any) -> str:
     """Return how many items something has, in words."""
     try:
-        return str(len(given))
+        return str(len(collection))
     except TypeError:
         return "unknown length"
 

@@ -245,7 +245,9 @@ class RepresentationSimilarity(Callback):
         probe = take_probe(source.samples, self.samples, source.name, self.task)
         if probe.n < FEWEST_SAMPLES:
             kind = ValueError if self.probe is None else ArgumentError
-            raise kind(f"probe: expected at least {FEWEST_SAMPLES} samples to compare, got {probe.n} of the {source.name}")
+            raise kind(
+                f"probe: expected at least {FEWEST_SAMPLES} samples to compare, got {probe.n} of the {source.name}"
+            )
         return probe
 
     def _choose_layers(self, trainer: pl.Trainer, module: pl.LightningModule, probe: Probe) -> Activations:
@@ -281,7 +283,9 @@ class RepresentationSimilarity(Callback):
             try:
                 float(similarity(measure, layer, layer))
             except Exception as error:
-                raise ArgumentError(f"{SIMILARITY}(measures=...): {name} failed on a layer and itself: {error}") from error
+                raise ArgumentError(
+                    f"{SIMILARITY}(measures=...): {name} failed on a layer and itself: {error}"
+                ) from error
 
     def _forward(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
         task = in_precision(trainer, self.task)
@@ -323,8 +327,8 @@ class RepresentationSimilarity(Callback):
         thinned_before = run.store.thinned
         if run.store.thin(self.budget_mb * 1e6) and not thinned_before:
             rank_zero_warn(
-                f"{SIMILARITY}: the snapshots outgrow budget_mb={self.budget_mb:g}; from now on those between the first and"
-                " the last are thinned, evenly"
+                f"{SIMILARITY}: the snapshots outgrow budget_mb={self.budget_mb:g}; from now on those between the first"
+                " and the last are thinned, evenly"
             )
 
     @contextmanager

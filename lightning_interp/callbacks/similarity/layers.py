@@ -21,47 +21,51 @@ def check_names(module: nn.Module, patterns: Sequence[str]) -> None:
     match_layers(module, _of_submodules(patterns), ARGUMENT)
 
 
-def chosen_layers(module: nn.Module, patterns: Sequence[str] | None, found: Activations, batch: Any) -> Activations:
-    """Return what to watch of all that a forward called; say where the batch's mask does not fit it.
+def chosen_layers(module: nn.Module, patterns: Sequence[str] | None, called: Activations, batch: Any) -> Activations:
+    """Return which activations to record of all that a forward gives; warn where the batch's mask does not fit them.
 
     Args:
         module: the network.
         patterns: names or glob patterns; a choice of its own when None.
-        found: all that a forward called.
+        called: all layers that a forward calls.
         batch: one that was run.
 
     Raises:
         ArgumentError: of a name or pattern, nothing was called.
         ValueError: nothing was called at all.
     """
-    watched = found.of(_by_default(module, found) if patterns is None else _asked(module, patterns, found))
-    if not watched.layouts:
-        raise ValueError(f"{SIMILARITY}: {type(module).__name__}'s forward calls no layer to look at")
-    if unmasked := watched.unmasked(batch):
-        rank_zero_warn(
-            f"{SIMILARITY}: task.mask tells of another number of tokens than {', '.join(unmasked)} have; all of theirs count"
+    layers = _layers_by_default(module, called) if patterns is None else _matched_layers(module, patterns, called)
+    activations = called.of(layers)
+    if not activations.layouts:
+        raise ValueError(
+            f"{SIMILARITY}: {type(module).__name__}'s forward calls no layer whose activations could be recorded"
         )
-    return watched
+    if unmasked := activations.unmasked(batch):
+        rank_zero_warn(
+            f"{SIMILARITY}: task.mask is of another number of tokens than {', '.join(unmasked)} have; all of"
+            " theirs count"
+        )
+    return activations
 
 
-def _by_default(module: nn.Module, found: Activations) -> list[str]:
+def _layers_by_default(module: nn.Module, called: Activations) -> list[str]:
     """Return the default layers, and the network itself where none of them gives what it does."""
-    layers = default_layers(module, found.layouts)
-    return layers if "" not in found.layouts or found.ends & set(layers) else [*layers, ""]
+    layers = default_layers(module, called.layouts)
+    return layers if "" not in called.layouts or called.ends & set(layers) else [*layers, ""]
 
 
-def _asked(module: nn.Module, patterns: Sequence[str], found: Activations) -> list[str]:
+def _matched_layers(module: nn.Module, patterns: Sequence[str], called: Activations) -> list[str]:
     """Return the called layers that names or patterns mean."""
-    meant = {
-        pattern: [""] if pattern == OUTPUT and "" in found.layouts else match_layers(module, [pattern], ARGUMENT)
+    matches = {
+        pattern: [""] if pattern == OUTPUT and "" in called.layouts else match_layers(module, [pattern], ARGUMENT)
         for pattern in patterns
     }
-    if silent := [pattern for pattern, layers in meant.items() if not found.layouts.keys() & set(layers)]:
+    if uncalled := [pattern for pattern, layers in matches.items() if not called.layouts.keys() & set(layers)]:
         raise ArgumentError(
             f"{ARGUMENT}: expected layers that forward calls and that give floats with one row per sample, got"
-            f" {', '.join(silent)}"
+            f" {', '.join(uncalled)}"
         )
-    return [layer for layers in meant.values() for layer in layers]
+    return [layer for layers in matches.values() for layer in layers]
 
 
 def _of_submodules(patterns: Sequence[str]) -> list[str]:

@@ -71,28 +71,28 @@ def similarity_findings(
     """
     snapshots = [store.read(step) for step in store.steps]
     n = int(store.manifest["probe"]["n"])
-    found: dict[str, MeasureFindings] = {}
+    results: dict[str, MeasureFindings] = {}
     for name, history in histories(measures, snapshots, progress, failed).items():
         with isolated(name, failed):
-            found[name] = _of_measure(name, measures[name], snapshots, history, n)
-    used = {name: result.measure for name, result in found.items()}
+            results[name] = _of_measure(name, measures[name], snapshots, history, n)
+    used = {name: result.measure for name, result in results.items()}
     remarks = [
         *notes,
         *meanings(used),
-        *(f"{name}: {result.caution}." for name, result in found.items() if result.caution),
+        *(f"{name}: {result.caution}." for name, result in results.items() if result.caution),
     ]
     remarks += [f"{name} failed, and is left out: {error}" for name, error in (failed or {}).items()]
-    texts = {f"similarity_doubt/{clean(name)}": as_markdown(result.reliability) for name, result in found.items()}
+    texts = {f"similarity_doubt/{clean(name)}": as_markdown(result.reliability) for name, result in results.items()}
     blocks: list[Block] = [Paragraph(remark) for remark in remarks]
-    for name, result in found.items():
+    for name, result in results.items():
         trust = Fold("How far to trust them", [Table(result.reliability)])
         pictures = [(f"{name}: {file}", picture) for file, picture in result.pictures]
         blocks += [Heading(name), Pictures(pictures, "map"), trust]
     return Findings(
         step=snapshots[-1].step,
         section=Section(SIMILARITY_TITLE, blocks),
-        curves=[curve for result in found.values() for curve in result.curves],
-        pictures=[picture for result in found.values() for _, picture in result.pictures],
+        curves=[curve for result in results.values() for curve in result.curves],
+        pictures=[picture for result in results.values() for _, picture in result.pictures],
         texts={**texts, "similarity_notes/probe": "\n\n".join(remarks)},
     )
 
@@ -101,12 +101,16 @@ def _of_measure(
     name: str, measure: AnyMeasure, snapshots: Sequence[Snapshot], history: History, n: int
 ) -> MeasureFindings:
     reliability = reliability_by_layer(measure, snapshots[0], snapshots[-1], n)
-    pictures = [(picture.file, picture) for picture in _similarity_pictures(name, measure, snapshots, history, n, reliability)]
+    pictures = [
+        (picture.file, picture) for picture in _similarity_pictures(name, measure, snapshots, history, n, reliability)
+    ]
     for _, picture in pictures:
         _ = picture.png  # drawn here, so that a map that cannot be drawn takes no other measure with it
     table = reliability_table(reliability, is_distance(measure))
     caution = cautions(measure, snapshots[0], snapshots[-1])
-    return MeasureFindings(measure, _curves_to_final(name, [s.step for s in snapshots], history), pictures, table, caution)
+    return MeasureFindings(
+        measure, _curves_to_final(name, [s.step for s in snapshots], history), pictures, table, caution
+    )
 
 
 def meanings(measures: Mapping[str, AnyMeasure]) -> list[str]:

@@ -27,10 +27,10 @@ def restored_state(callback: Callback, callbacks: Sequence[Callback], saved: Map
     """
     if callback.state_key in saved:
         return dict(saved[callback.state_key])
-    current_keys = {other.state_key for other in callbacks}
+    current_keys = {c.state_key for c in callbacks}
     free_keys = [key for key in saved if key.startswith(type(callback).__qualname__) and key not in current_keys]
-    changed = [other for other in callbacks if type(other) is type(callback) and other.state_key not in saved]
-    index = next((i for i, other in enumerate(changed) if other is callback), len(free_keys))
+    changed = [c for c in callbacks if type(c) is type(callback) and c.state_key not in saved]
+    index = next((i for i, c in enumerate(changed) if c is callback), len(free_keys))
     return dict(saved[free_keys[index]]) if index < len(free_keys) else {}
 
 
