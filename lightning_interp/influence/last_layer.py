@@ -30,7 +30,7 @@ NEWTON_TOLERANCE = 1e-2  # a more exact Newton step would not save one while the
 MOST_NEWTON_STEPS = 30  # a step that is halved counts, too
 LARGEST_PROBE = 4  # samples that are enough to tell which layer is the last
 SAMPLES_PER_CHUNK = 8192  # whose outputs and their graph are in memory together
-MOST_FEATURES = 2**28  # 1 GB in float32
+MOST_LAST_LAYER_FEATURES = 2**28  # 1 GB in float32
 
 
 class Head(NamedTuple):
@@ -225,10 +225,10 @@ def _read_head(model: nn.Module, name: str, task: Task, samples: Samples, progre
             shape = tuple(task.outputs(model, task.inputs(batch)).shape[1:])
             targets.append(task.targets(batch).cpu())
             elements = features[0].numel() // len(features[0]) * len(samples)
-            if elements > MOST_FEATURES:
+            if elements > MOST_LAST_LAYER_FEATURES:
                 raise ValueError(
-                    f"train, query: expected at most {MOST_FEATURES:,} features of the last layer to hold, got"
-                    f" {elements:,}"
+                    f"train, query: expected at most {MOST_LAST_LAYER_FEATURES:,} features of the last layer to hold,"
+                    f" got {elements:,}"
                 )
     inputs = torch.cat(features)
     if model.get_submodule(name).bias is not None:

@@ -94,14 +94,14 @@ def _check_layer(model: nn.Module, call: _LinearCall) -> None:
         )
     if not all(parameter.requires_grad for parameter in parameters.values()):
         raise ValueError(f"model: expected a last layer that is trained, got {name!r}, which is frozen, or its bias is")
-    if len(call.args) != 1 or not _is_linear(call.args[0], parameters["weight"], bias, call.output):
+    if len(call.args) != 1 or not _returns_linear_map(call.args[0], parameters["weight"], bias, call.output):
         raise ValueError(
             f"model: expected a last layer that is called as layer(x) and returns W x + b, got {name!r}, a"
             f" {type(layer).__name__} that does not"
         )
 
 
-def _is_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> bool:
+def _returns_linear_map(inputs: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> bool:
     """Say whether a layer's output is W x + b, as closely as half precision would give it."""
     output = output.to(weight)
     expected = nn.functional.linear(inputs.to(weight), weight, bias)

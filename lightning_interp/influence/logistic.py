@@ -280,17 +280,17 @@ def _outer(directions: Tensor, features: Tensor) -> Tensor:
     return (directions[:, :, None] * features[:, None, :]).flatten(1)
 
 
-def _softmax_curvature(chances: Tensor) -> Tensor:
-    return torch.diag_embed(chances) - chances[:, :, None] * chances[:, None, :]
+def _softmax_curvature(probabilities: Tensor) -> Tensor:
+    return torch.diag_embed(probabilities) - probabilities[:, :, None] * probabilities[:, None, :]
 
 
-def _curvature(features: Tensor, chances: Tensor, decay: float) -> Tensor:
+def _curvature(features: Tensor, probabilities: Tensor, decay: float) -> Tensor:
     if not decay > 0:
         raise ValueError(f"decay: expected a positive number, got {decay}")
-    if not bool(features.isfinite().all() and chances.isfinite().all()):
+    if not bool(features.isfinite().all() and probabilities.isfinite().all()):
         raise FloatingPointError("weights, features: expected finite numbers, got NaN or infinity")
-    (n, classes), width = chances.shape, features.shape[1]
-    in_logits = _softmax_curvature(chances) / n
+    (n, classes), width = probabilities.shape, features.shape[1]
+    in_logits = _softmax_curvature(probabilities) / n
     hessian = features.new_zeros(classes, width, classes, width)
     for a in range(classes):
         for b in range(a, classes):

@@ -116,7 +116,7 @@ def trust(influence: Influence, duplicates: Sequence[Duplicate] = (), spot_check
         findings.append(Finding("doubtful", "neither another setting nor retraining was used to check the scores"))
     findings += [Finding("doubtful", caution) for caution in influence.doubts]
     level = max((finding.level for finding in findings), key=LEVELS.index)
-    return Trust(level, tuple(findings), (*_table(influence, duplicates), *_last_layer_rows(spot_checks)))
+    return Trust(level, tuple(findings), (*_trust_rows(influence, duplicates), *_last_layer_rows(spot_checks)))
 
 
 def _judge_spot_checks(checks: Sequence[SpotCheck]) -> list[Finding]:
@@ -159,7 +159,7 @@ def _agreement(setting: str, share: float) -> str:
     return f"{percentage} of each query's strongest samples stay among the strongest with {setting}"
 
 
-def _table(influence: Influence, duplicates: Sequence[Duplicate]) -> tuple[tuple[str, str], ...]:
+def _trust_rows(influence: Influence, duplicates: Sequence[Duplicate]) -> tuple[tuple[str, str], ...]:
     origin = [note for note in influence.notes if note.startswith("damping: ")]
     choice = [note for note in influence.notes if " was chosen: " in note]
     notes = [note for note in influence.notes if note not in (*origin, *choice)]

@@ -14,7 +14,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lightning_interp.progress import Progress, quiet
 
-M = TypeVar("M")
+TrainedModel = TypeVar("TrainedModel")
 FEWEST_PAIRS = 3  # two points always correlate by ±1
 
 
@@ -73,8 +73,8 @@ class Retrained:
 
 
 def leave_one_out(
-    retrain: Callable[[list[int]], M],
-    losses: Callable[[M], Tensor],
+    retrain: Callable[[list[int]], TrainedModel],
+    losses: Callable[[TrainedModel], Tensor],
     n: int,
     which: Sequence[int],
     progress: Progress = quiet,
@@ -92,8 +92,8 @@ def leave_one_out(
 
 
 def leave_k_out(
-    retrain: Callable[[list[int]], M],
-    losses: Callable[[M], Tensor],
+    retrain: Callable[[list[int]], TrainedModel],
+    losses: Callable[[TrainedModel], Tensor],
     n: int,
     groups: Sequence[Sequence[int]],
     progress: Progress = quiet,
@@ -264,7 +264,7 @@ def _ranks(values: Tensor) -> Tensor:
     return (counts.cumsum(0) - (counts - 1) / 2)[rank_index].double()
 
 
-def _checked_losses(losses: Callable[[M], Tensor], model: M) -> Tensor:
+def _checked_losses(losses: Callable[[TrainedModel], Tensor], model: TrainedModel) -> Tensor:
     values = losses(model)
     if values.ndim != 1:
         raise ValueError(f"losses: expected one loss per query, shape (q,), got {tuple(values.shape)}")

@@ -302,9 +302,9 @@ def test_a_small_damping_keeps_its_value_in_half_precision(data: TensorDataset) 
 
 
 def test_features_that_do_not_fit_are_refused(data: TensorDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(last_layer, "MOST_FEATURES", N * 6)
+    monkeypatch.setattr(last_layer, "MOST_LAST_LAYER_FEATURES", N * 6)
     LastLayer.of(network(), data, data, damping=0.1)
-    monkeypatch.setattr(last_layer, "MOST_FEATURES", N * 6 - 1)
+    monkeypatch.setattr(last_layer, "MOST_LAST_LAYER_FEATURES", N * 6 - 1)
     with pytest.raises(ValueError, match="at most 359 features of the last layer to hold, got 360"):
         LastLayer.of(network(), data, data, damping=0.1)
 
