@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lightning_interp.data.batch import take, tensors
+from lightning_interp.data.batch import slice_samples, tensors
 from lightning_interp.data.task import Task
 
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
@@ -66,7 +66,7 @@ def loss_disagreement(module: pl.LightningModule, task: Task, batch: Any) -> str
     Raises:
         ValueError: the Task cannot read the batch or call the model.
     """
-    few = take(batch, 0, 4)
+    few = slice_samples(batch, 0, 4)
     with torch.no_grad():
         ours = float(task.losses(module, few)[2].mean())
     theirs = _loss_of_step(module, few)

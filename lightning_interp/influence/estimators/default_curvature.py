@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_interp.data.batch import take
+from lightning_interp.data.batch import slice_samples
 from lightning_interp.influence.curvature import EKFAC, Curvature, GaussNewton
 from lightning_interp.influence.damping import Damping
 from lightning_interp.influence.gradients.coverage import Coverage
@@ -50,7 +50,7 @@ def default_curvature(coverage: Coverage, few: Any, damping: Damping | None) -> 
 def _held(coverage: Coverage, few: Any, damping: Damping) -> int:
     """Return how many numbers a column takes: its factors, but the gradient where damping differs within a block."""
     shift = damping.shift(coverage)
-    rows = PerSampleGradients(coverage.watched_model, take(few, 0, 1)).loss_gradients()
+    rows = PerSampleGradients(coverage.watched_model, slice_samples(few, 0, 1)).loss_gradients()
     return sum(
         row.size if isinstance(shift[name], Tensor) else min(row.stored_elements, row.size)
         for name, row in rows.items()

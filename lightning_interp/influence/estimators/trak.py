@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_interp.data.samples import Samples, both
+from lightning_interp.data.samples import Samples, train_and_query_samples
 from lightning_interp.data.task import Problem, Task
 from lightning_interp.influence.curvature import IdentityCurvature
 from lightning_interp.influence.curvature.curvature import sum_of
@@ -96,7 +96,7 @@ class TRAK:
                 than `dim`, or a checkpoint does not fit the model.
             FloatingPointError: gradients or scores are not finite, or ΦᵀΦ cannot be inverted.
         """
-        samples, asked = both(train, query)
+        samples, asked = train_and_query_samples(train, query)
         if not self.damping and len(samples) < self.dim:
             raise ValueError(
                 f"TRAK(dim=...): expected at most {len(samples)} (the training samples) without damping, got {self.dim}"
@@ -136,7 +136,9 @@ class TRAK:
         train, query = data
         projection = Projection(self.dim, self.seed + place)
         with using_checkpoint(model, weights):
-            reader = InfluenceFunction(IdentityCurvature(), 1.0, self.layers).fit(model, train, task, progress).reader
+            reader = (
+                InfluenceFunction(IdentityCurvature(), 1.0, self.layers).prepare(model, train, task, progress).reader
+            )
             queries = list(_margins(reader, query, projection, "queries"))
             seen = (part.seen for part in _margins(reader, train, projection, "training gradients"))
             factor = damped_factor(second_moment(seen) / len(train), self.damping)
