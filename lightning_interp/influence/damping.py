@@ -42,24 +42,24 @@ class Damping:
         """The λ itself, or the median over all elements where it differs."""
         if not isinstance(self.values, Mapping):
             return self.values
-        parts = [torch.as_tensor(value, dtype=torch.float64).flatten() for value in self.values.values()]
-        return float(torch.cat(parts).median())
+        values = [torch.as_tensor(value, dtype=torch.float64).flatten() for value in self.values.values()]
+        return float(torch.cat(values).median())
 
     def shift(self, coverage: Coverage) -> dict[str, float | Tensor]:
         """Return λ per block: a number where it is the same throughout, else `(groups, o, i)`."""
-        held = dict(coverage.model.named_parameters())
-        found: dict[str, float | Tensor] = {}
+        parameters = dict(coverage.model.named_parameters())
+        shifts: dict[str, float | Tensor] = {}
         for name, block in coverage.blocks.items():
             values = {parameter: self.on(parameter) for parameter in block.parameters}
             numbers = {value for value in values.values() if not isinstance(value, Tensor)}
             if len(numbers) == 1 and not any(isinstance(value, Tensor) for value in values.values()):
-                found[name] = numbers.pop()
+                shifts[name] = numbers.pop()
             else:
-                spread = {
-                    parameter: value.to(held[parameter])
+                expanded = {
+                    parameter: value.to(parameters[parameter])
                     if isinstance(value, Tensor)
-                    else torch.full_like(held[parameter], value)
+                    else torch.full_like(parameters[parameter], value)
                     for parameter, value in values.items()
                 }
-                found[name] = block.pack(spread).detach()
-        return found
+                shifts[name] = block.pack(expanded).detach()
+        return shifts

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-MOST_STEPS = 100
+NEWTON_STEPS = 100  # far more than Newton's method takes where it converges
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,14 +19,14 @@ class Factors:
 
     scores[q, i] = (1/n) query_residual[q] · training_loss[i] · closeness[q, i]. With two classes the closeness is the
     product of `labels` and `features`. With more it is not: each pair of classes has a curvature of its own, which
-    couples the two; `labels` and `features` then say what they would be if all pairs had the mean one. With `leverage`
+    couples the two; `labels` and `features` are then what they would be if all pairs had the mean one. With `leverage`
     the closeness holds the correction, too.
 
     Args:
-        query_residual: chance that the model gives to the wrong classes of each query, `(q,)`, 0 to 1.
-        training_loss: the same of each training sample, `(n,)`: σ(−y θᵀx) with two classes. What is fitted has none.
-        labels: closeness of labels, `(q, n)`: y_q y with two classes; else 1 where the same class should rise at the
-            cost of the same other, −1 where each one's should rise at the cost of the other's.
+        query_residual: probability that the model gives to the wrong classes of each query, `(q,)`, 0 to 1.
+        training_loss: the same of each training sample, `(n,)`: σ(−y θᵀx) with two classes; 0 where it is fitted.
+        labels: closeness of labels, `(q, n)`: y_q y with two classes; else 1 where both gradients raise the same
+            class at the cost of the same other one, −1 where each raises the class that the other lowers.
         features: closeness of features, x_qᵀ H⁻¹ x, `(q, n)`.
         closeness: of features and labels together, `(q, n)`.
     """
@@ -73,14 +73,16 @@ def binary_factors(
         if not bool((labels.abs() == 1).all()):
             raise ValueError(f"{name}: expected labels −1 and 1, got {labels.unique().tolist()[:5]}")
     (x, y), (query_x, query_y) = ((features.double(), labels.double()) for features, labels in (train, query))
-    chances = (x @ weights.double()).sigmoid()[:, None]
-    inverse = inverse_curvature(x, chances, decay)
+    probabilities = (x @ weights.double()).sigmoid()[:, None]
+    inverse = inverse_curvature(x, probabilities, decay)
     features, labels = query_x @ inverse @ x.T, query_y[:, None] * y
-    grown = leverage_corrected(x, chances, torch.ones_like(chances), inverse)[:, 0] if leverage else torch.ones_like(y)
-    missed, lost = (
+    correction = torch.ones_like(y)
+    if leverage:
+        correction = leverage_corrected(x, probabilities, torch.ones_like(probabilities), inverse)[:, 0]
+    query_residual, training_loss = (
         (-side_y * (side_x @ weights.double())).sigmoid() for side_x, side_y in ((query_x, query_y), (x, y))
     )
-    return Factors(missed, lost, labels, features, labels * features * grown)
+    return Factors(query_residual, training_loss, labels, features, labels * features * correction)
 
 
 def multinomial_factors(
@@ -92,7 +94,7 @@ def multinomial_factors(
 ) -> Factors:
     """Return the factors of influence in a multinomial logistic regression, in float64.
 
-    The gradient is t (d ⊗ x): t the chance of the wrong classes, d = (their chances)/t − e_y. With it
+    The gradient is t (d ⊗ x): t the probability of the wrong classes, d = (their probabilities)/t − e_y. With it
     scores[q, i] = (1/n) t_q t_i (d_q ⊗ x_q)ᵀ H⁻¹ (d_i ⊗ x_i), H = (1/n) Σ (diag p − p pᵀ) ⊗ x xᵀ + λI. Labels are
     d_qᵀd_i / 2; features x_qᵀ M x_i, M = 2 Σ_c (P H⁻¹ P)_cc / (C − 1) over the blocks of classes, P the projection off
     the vector of ones. Two classes with λ are the binary regression with λ/2, factor by factor.
@@ -110,16 +112,18 @@ def multinomial_factors(
     """
     classes, width = weights.shape
     _check_classes(classes, train=train[1], query=query[1])
-    weights, x, query_x = (part.double() for part in (weights, train[0], query[0]))
-    lost, pull = _pulls(x @ weights.T, train[1])
-    missed, query_pull = _pulls(query_x @ weights.T, query[1])
-    chances = (x @ weights.T).softmax(1)
-    inverse = inverse_curvature(x, chances, decay)
-    used = leverage_corrected(x, chances, pull, inverse) if leverage else pull
-    closeness = _outer(query_pull, query_x) @ inverse @ _outer(used, x).T
+    weights, x, query_x = (tensor.double() for tensor in (weights, train[0], query[0]))
+    logits = x @ weights.T
+    training_loss, direction = _residuals(logits, train[1])
+    query_residual, query_direction = _residuals(query_x @ weights.T, query[1])
+    probabilities = logits.softmax(1)
+    inverse = inverse_curvature(x, probabilities, decay)
+    corrected = leverage_corrected(x, probabilities, direction, inverse) if leverage else direction
+    closeness = _outer(query_direction, query_x) @ inverse @ _outer(corrected, x).T
     blocks = inverse.reshape(classes, width, classes, width)
     mean = 2 * (torch.einsum("cdce->de", blocks) - blocks.sum((0, 2)) / classes) / (classes - 1)
-    return Factors(missed, lost, query_pull @ pull.T / 2, query_x @ mean @ x.T, closeness)
+    labels, features = query_direction @ direction.T / 2, query_x @ mean @ x.T
+    return Factors(query_residual, training_loss, labels, features, closeness)
 
 
 def inverse_curvature(
@@ -148,12 +152,12 @@ def leverage_corrected(
     residuals: Float[Tensor, "n c"],
     inverse: Float[Tensor, "cd cd"],
 ) -> Float[Tensor, "n c"]:
-    """Return residuals that allow for what removing their own sample takes from the curvature.
+    """Return residuals corrected for what removing their own sample takes from the curvature.
 
     r̃_i = (I − S_i A_i / n)⁻¹ r_i, S_i = diag p_i − p_i p_iᵀ, A_i = (I ⊗ x_i)ᵀ H⁻¹ (I ⊗ x_i): the rank-c identity of
     Woodbury for (H − (I ⊗ x_i) S_i (I ⊗ x_i)ᵀ / n)⁻¹. With one output it is r_i / (1 − h_i), h_i the leverage. A last
-    layer is such a regression on the features that reach it, while those stay as they are. What remains is the loss's
-    own bend: it is one Newton step, on a curvature that is right where the step starts.
+    layer is such a regression on the features that reach it, while those stay as they are. What remains is how
+    the curvature changes along the way: it is one Newton step, on a curvature that is right where the step starts.
 
     Reference: Pregibon, Logistic Regression Diagnostics, 1981; Rad & Maleki, A Scalable Estimate of the
     Out-of-sample Prediction Error via Approximate Leave-one-out, 2020.
@@ -165,7 +169,7 @@ def leverage_corrected(
         inverse: (H + λI)⁻¹; see `inverse_curvature`.
 
     Raises:
-        ValueError: the shapes do not fit, or a sample alone holds a direction of the curvature (leverage 1).
+        ValueError: the shapes do not fit, or a sample alone determines a direction of the curvature (leverage 1).
     """
     n, classes = chances.shape
     if inverse.shape != (classes * features.shape[1],) * 2 or residuals.shape != chances.shape:
@@ -174,15 +178,15 @@ def leverage_corrected(
             f" got {tuple(residuals.shape)} and {tuple(inverse.shape)}"
         )
     rows = inverse.reshape(classes, features.shape[1], -1)
-    alike = torch.stack(
+    quadratic_forms = torch.stack(
         [torch.einsum("ncd,nd->nc", (features @ row).reshape(n, classes, -1), features) for row in rows], dim=1
     )
-    kept = torch.eye(classes).to(alike) - _softmax_curvature(chances) @ alike / n
-    if not bool((torch.linalg.eigvals(kept).real > 0).all()):
+    correction = torch.eye(classes).to(quadratic_forms) - _softmax_curvature(chances) @ quadratic_forms / n
+    if not bool((torch.linalg.eigvals(correction).real > 0).all()):
         raise ValueError(
             "inverse: expected leverages below 1, got more: is it of these features and chances, with λ > 0?"
         )
-    return torch.linalg.solve(kept, residuals)
+    return torch.linalg.solve(correction, residuals)
 
 
 def fit_logistic_regression(
@@ -209,16 +213,16 @@ def fit_logistic_regression(
     features = features.double()
     shape = classes, features.shape[1]
     weights = features.new_zeros(shape) if start is None else start.double()
-    goal = F.one_hot(targets.long(), classes).double()
-    for _ in range(MOST_STEPS):
-        chances = (features @ weights.T).softmax(1)
-        gradient = (chances - goal).T @ features / len(features) + decay * weights
+    one_hot = F.one_hot(targets.long(), classes).double()
+    for _ in range(NEWTON_STEPS):
+        probabilities = (features @ weights.T).softmax(1)
+        gradient = (probabilities - one_hot).T @ features / len(features) + decay * weights
         if float(gradient.norm()) < 1e-10:
             return weights
-        step = torch.linalg.solve(_curvature(features, chances, decay), gradient.flatten()).reshape(shape)
-        weights = weights - _length(weights, step, gradient, features, targets, decay) * step
+        step = torch.linalg.solve(_curvature(features, probabilities, decay), gradient.flatten()).reshape(shape)
+        weights = weights - _step_length(weights, step, gradient, features, targets, decay) * step
     raise FloatingPointError(
-        f"fit: expected a gradient below 1e-10 after {MOST_STEPS} steps, got {gradient.norm():.2g}"
+        f"fit: expected a gradient below 1e-10 after {NEWTON_STEPS} steps, got {gradient.norm():.2g}"
     )
 
 
@@ -232,8 +236,8 @@ def impact_by_size(
 ) -> Float[Tensor, "sizes draws"]:
     """Return the mean absolute score of one training sample, Σ |scores| / (q n), in fits to subsets of each size.
 
-    The 1/n of the score alone would halve it when n doubles. The rest of the score bends that: with fewer samples their
-    losses are smaller and the queries' larger, and H is flatter. What it does is measured, not assumed.
+    The 1/n of the score alone would halve it when n doubles. The other factors change it: with fewer samples their
+    losses are smaller and the queries' larger, and H is flatter. The sum of these effects is measured, not assumed.
 
     Args:
         train: features, with a column of ones where there is a bias, and classes.
@@ -256,45 +260,48 @@ def impact_by_size(
     generator = torch.Generator().manual_seed(seed)
 
     def impact(size: int) -> Tensor:
-        chosen = torch.randperm(len(features), generator=generator)[:size]
-        some = features[chosen], targets[chosen]
-        weights = fit_logistic_regression(*some, classes, decay)
-        return multinomial_factors(weights, some, (query[0].double(), query[1]), decay).scores.abs().mean()
+        indices = torch.randperm(len(features), generator=generator)[:size]
+        subset = features[indices], targets[indices]
+        weights = fit_logistic_regression(*subset, classes, decay)
+        return multinomial_factors(weights, subset, (query[0].double(), query[1]), decay).scores.abs().mean()
 
     return torch.stack([torch.stack([impact(size) for _ in range(draws)]) for size in sizes])
 
 
-def _pulls(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the chance t of the wrong classes and the direction d of the gradient in the logits, t d."""
-    own = F.one_hot(targets.long(), logits.shape[1]).to(logits)
-    wrong = logits.masked_fill(own.bool(), -torch.inf)
-    return (wrong.logsumexp(1) - logits.logsumexp(1)).exp(), wrong.softmax(1) - own
+def _residuals(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the probability t of the wrong classes and the direction d of the gradient in the logits, t d."""
+    one_hot = F.one_hot(targets.long(), logits.shape[1]).to(logits)
+    # Not 1 − p of the label, which loses all digits where the sample is fitted.
+    wrong = logits.masked_fill(one_hot.bool(), -torch.inf)
+    return (wrong.logsumexp(1) - logits.logsumexp(1)).exp(), wrong.softmax(1) - one_hot
 
 
-def _outer(pulls: Tensor, features: Tensor) -> Tensor:
-    return (pulls[:, :, None] * features[:, None, :]).flatten(1)
+def _outer(directions: Tensor, features: Tensor) -> Tensor:
+    return (directions[:, :, None] * features[:, None, :]).flatten(1)
 
 
-def _softmax_curvature(chances: Tensor) -> Tensor:
-    return torch.diag_embed(chances) - chances[:, :, None] * chances[:, None, :]
+def _softmax_curvature(probabilities: Tensor) -> Tensor:
+    return torch.diag_embed(probabilities) - probabilities[:, :, None] * probabilities[:, None, :]
 
 
-def _curvature(features: Tensor, chances: Tensor, decay: float) -> Tensor:
+def _curvature(features: Tensor, probabilities: Tensor, decay: float) -> Tensor:
     if not decay > 0:
         raise ValueError(f"decay: expected a positive number, got {decay}")
-    if not bool(features.isfinite().all() and chances.isfinite().all()):
+    if not bool(features.isfinite().all() and probabilities.isfinite().all()):
         raise FloatingPointError("weights, features: expected finite numbers, got NaN or infinity")
-    (n, classes), width = chances.shape, features.shape[1]
-    bent = _softmax_curvature(chances) / n
+    (n, classes), width = probabilities.shape, features.shape[1]
+    in_logits = _softmax_curvature(probabilities) / n
     hessian = features.new_zeros(classes, width, classes, width)
     for a in range(classes):
         for b in range(a, classes):
-            hessian[a, :, b] = hessian[b, :, a] = (features * bent[:, a, b, None]).T @ features
+            hessian[a, :, b] = hessian[b, :, a] = (features * in_logits[:, a, b, None]).T @ features
     square = hessian.reshape(classes * width, -1)
     return square + decay * torch.eye(len(square)).to(square)
 
 
-def _length(weights: Tensor, step: Tensor, gradient: Tensor, features: Tensor, targets: Tensor, decay: float) -> float:
+def _step_length(
+    weights: Tensor, step: Tensor, gradient: Tensor, features: Tensor, targets: Tensor, decay: float
+) -> float:
     """Return the largest of 1, ½, ¼, ... of a Newton step that lowers the objective as its slope promises."""
 
     def objective(at: Tensor) -> float:
@@ -309,7 +316,7 @@ def _length(weights: Tensor, step: Tensor, gradient: Tensor, features: Tensor, t
 def _check_classes(classes: int, **targets: Tensor) -> None:
     if classes < 2:
         raise ValueError(f"classes: expected at least 2, got {classes}; one logit is binary_factors")
-    for name, held in targets.items():
-        if not len(held) or int(held.min()) < 0 or int(held.max()) >= classes:
-            found = f"{int(held.min())} to {int(held.max())}" if len(held) else "none"
-            raise ValueError(f"{name}: expected classes from 0 to {classes - 1}, got {found}")
+    for name, labels in targets.items():
+        if not len(labels) or int(labels.min()) < 0 or int(labels.max()) >= classes:
+            received = f"{int(labels.min())} to {int(labels.max())}" if len(labels) else "none"
+            raise ValueError(f"{name}: expected classes from 0 to {classes - 1}, got {received}")

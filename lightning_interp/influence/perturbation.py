@@ -1,4 +1,4 @@
-"""Perturbed training inputs: which change of a training sample would move a query's loss, and how far one can go."""
+"""Perturbed training inputs: which change of a training sample would change a query's loss, and how far it can go."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_interp.influence.estimators.fitted import FittedInfluence, check_
 from lightning_interp.influence.estimators.influence_function import InfluenceFunction
 from lightning_interp.network.undisturbed import differentiable
 
-Retrain = Callable[[TensorDataset], nn.Module]
+TrainOnDataset = Callable[[TensorDataset], nn.Module]
 
 
 def input_influence(fitted: FittedInfluence, query: Any, places: Sequence[int]) -> Float[Tensor, "q m *shape"]:
@@ -27,14 +27,14 @@ def input_influence(fitted: FittedInfluence, query: Any, places: Sequence[int]) 
 
     −(1/n) ∇ℓ_qᵀ (H + Λ)⁻¹ ∇_x∇_θ ℓ(z): the rise of ℓ_q when the network is trained on z with x + δ in place of x, per
     δ. With s_q = (H + Λ)⁻¹ ∇ℓ_q it is the gradient in x of −⟨s_q, ∇_θ ℓ(z)⟩ / n: a second backward through the first.
-    It is the slope for small δ; where rectifiers switch, the loss is not as smooth as it says.
+    It is the slope for small δ; where rectifiers switch, the loss is not as smooth as that assumes.
 
     Reference: Koh & Liang, Understanding Black-box Predictions via Influence Functions, 2017, section 2.2.
 
     Args:
         fitted: of `InfluenceFunction.fit`, its curvature one that solves: `GaussNewton`, `EKFAC`, `IdentityCurvature`.
         query: dataset or loader of q samples.
-        places: of m samples in the training data.
+        places: indices of m samples in the training data.
 
     Returns:
         In the loss's unit per unit of the input: `(q, m, *shape of one input)`.
@@ -45,36 +45,38 @@ def input_influence(fitted: FittedInfluence, query: Any, places: Sequence[int]) 
     """
     if not isinstance(fitted.inverse, Solver):
         raise TypeError(f"fitted: expected a curvature whose inverse has `solve`, got {fitted.curvature!r}")
-    watch, reader = fitted.coverage.watched_model, fitted.reader
-    with differentiable(watch.model):
-        solved = fitted.inverse.solve(query_gradients(reader, Samples.of(query)).rows)
-        vectors = {
-            name: v for block, s in solved.items() for name, v in fitted.coverage.blocks[block].unpack(s).items()
-        }
+    coverage, reader = fitted.coverage, fitted.reader
+    with differentiable(coverage.model):
+        solutions = fitted.inverse.solve(query_gradients(reader, Samples.of(query)).rows)
+        by_parameter: dict[str, Tensor] = {}
+        for name, solution in solutions.items():
+            by_parameter |= coverage.blocks[name].unpack(solution)
         batches = reader.batches(fitted.train.at(places), "perturbing training samples")
-        found = [_mixed(watch.model, watch.task, batch, vectors) for batch in batches]
-    return check_finite(-torch.cat(found, dim=1) / len(fitted.train), "input influence")
+        slopes = [_input_gradients(coverage.model, coverage.task, batch, by_parameter) for batch in batches]
+    return check_finite(-torch.cat(slopes, dim=1) / len(fitted.train), "input influence")
 
 
-def _mixed(model: nn.Module, task: Task, batch: Any, vectors: dict[str, Tensor]) -> Float[Tensor, "q m *shape"]:
-    """Return ∇_x ⟨s, ∇_θ ℓ⟩ for each s."""
-    old = task.explained(task.inputs(batch))
-    if not old.is_floating_point():
-        raise TypeError(f"train: expected inputs of floats to perturb, got {old.dtype}")
-    x = old.detach().clone().requires_grad_()
-    batch = select_samples(batch, torch.arange(count_samples(batch)), old, x)
+def _input_gradients(
+    model: nn.Module, task: Task, batch: Any, vectors: dict[str, Tensor]
+) -> Float[Tensor, "q m *shape"]:
+    """Return ∇_x ⟨s, ∇_θ ℓ⟩ for each of q vectors s, parameter → `(q, *shape)`."""
+    inputs = task.explained(task.inputs(batch))
+    if not inputs.is_floating_point():
+        raise TypeError(f"train: expected inputs of floats to perturb, got {inputs.dtype}")
+    x = inputs.detach().clone().requires_grad_()
+    batch = select_samples(batch, torch.arange(count_samples(batch)), inputs, x)
     parameters = [model.get_parameter(name) for name in vectors]
-    grads = torch.autograd.grad(task.losses(model, batch)[2].sum(), parameters, create_graph=True)
-    found = []
+    gradients = torch.autograd.grad(task.losses(model, batch)[2].sum(), parameters, create_graph=True)
+    slopes = []
     for vector in zip(*vectors.values(), strict=True):
-        (moved,) = torch.autograd.grad(grads, x, vector, retain_graph=True, materialize_grads=True)
-        found.append(moved.cpu())
-    return torch.stack(found)
+        (slope,) = torch.autograd.grad(gradients, x, vector, retain_graph=True, materialize_grads=True)
+        slopes.append(slope.cpu())
+    return torch.stack(slopes)
 
 
 @dataclass(frozen=True, eq=False)
 class Crafted:
-    """Training inputs that were changed so that the network answers queries otherwise.
+    """Training inputs that were changed so that the retrained network predicts queries differently.
 
     Args:
         inputs: as changed, `(m, *shape)`.
@@ -132,15 +134,15 @@ class Steps:
             if not getattr(self, name) > 0:
                 raise ValueError(f"Steps({name}=...): expected a positive number, got {getattr(self, name)!r}")
 
-    def taken(self, inputs: Tensor, slope: Tensor, originals: Tensor) -> Tensor:
+    def ascend(self, inputs: Tensor, slope: Tensor, originals: Tensor) -> Tensor:
         """Return inputs after one step up the slope's sign, within the radius and between low and high."""
-        moved = inputs + self.size * slope.sign()
-        return moved.clamp(originals - self.radius, originals + self.radius).clamp(self.low, self.high)
+        changed = inputs + self.size * slope.sign()
+        return changed.clamp(originals - self.radius, originals + self.radius).clamp(self.low, self.high)
 
 
 def craft(
     estimator: InfluenceFunction,
-    retrain: Retrain,
+    retrain: TrainOnDataset,
     train: Any,
     query: Any,
     places: Sequence[int],
@@ -150,10 +152,10 @@ def craft(
 ) -> Crafted:
     """Change a few training inputs a little so that the retrained network's loss on the queries rises.
 
-    A check of robustness: how much of an answer hangs on how few training samples. x ← Π(x + α sign ∇), ∇ the sum over
-    queries of `input_influence` at the changed x, Π back into the radius; after each step the network is retrained and
-    the curvature estimated anew. With a `front`, a frozen network before the one that is retrained, the slope goes on
-    through it into its own inputs.
+    A check of robustness: how much of a prediction depends on how few training samples. x ← Π(x + α sign ∇), ∇ the sum
+    over queries of `input_influence` at the changed x, Π back into the radius; after each step the network is retrained
+    and the curvature estimated anew. With a `front`, a frozen network before the one that is retrained, the slope is
+    passed on through it to its own inputs.
 
     Reference: Koh & Liang, Understanding Black-box Predictions via Influence Functions, 2017, section 5.2.
 
@@ -162,9 +164,9 @@ def craft(
         retrain: dataset → a model trained on it to its optimum.
         train: a `TensorDataset` of inputs (what the front makes of them, if there is one) and targets.
         query: dataset of the samples whose loss is raised, as the model sees them.
-        places: which training inputs are changed.
+        places: indices of the training inputs that are changed.
         steps: how many, how long, and how far.
-        front: what stands before the model, and the inputs at these places that it gets.
+        front: the network in front of the model, and its inputs at these indices.
         task: how to call the model and its loss.
 
     Raises:
@@ -173,25 +175,25 @@ def craft(
     """
     if not isinstance(train, TensorDataset):
         raise TypeError(f"train: expected a TensorDataset of inputs and targets, got {type(train).__name__}")
-    where = list(places)
-    before = Front(nn.Identity(), train.tensors[0][where]) if front is None else front
-    held = TensorDataset(train.tensors[0].clone(), *train.tensors[1:])
+    indices = list(places)
+    before = Front(nn.Identity(), train.tensors[0][indices]) if front is None else front
+    crafted = TensorDataset(train.tensors[0].clone(), *train.tensors[1:])
     inputs, losses = before.inputs.clone(), []
     with differentiable(before.network):
-        for taken in range(steps.count + 1):
+        for step in range(steps.count + 1):
             leaf = inputs.clone().requires_grad_()
-            seen = before.network(leaf)
-            held.tensors[0][where] = seen.detach()
-            model = retrain(held)
-            losses.append(_losses(model, query, task))
-            if taken == steps.count or steps.stop(model):
+            model_inputs = before.network(leaf)
+            crafted.tensors[0][indices] = model_inputs.detach()
+            model = retrain(crafted)
+            losses.append(_query_losses(model, query, task))
+            if step == steps.count or steps.stop(model):
                 break
-            toward = input_influence(estimator.fit(model, held, task), query, where).sum(0)
-            (slope,) = torch.autograd.grad(seen, leaf, toward.to(seen))
-            inputs = steps.taken(inputs, slope, before.inputs)
+            rise = input_influence(estimator.fit(model, crafted, task), query, indices).sum(0)
+            (slope,) = torch.autograd.grad(model_inputs, leaf, rise.to(model_inputs))
+            inputs = steps.ascend(inputs, slope, before.inputs)
     return Crafted(inputs, before.inputs, model, torch.stack(losses))
 
 
-def _losses(model: nn.Module, query: Any, task: Task) -> Float[Tensor, " q"]:
+def _query_losses(model: nn.Module, query: Any, task: Task) -> Float[Tensor, " q"]:
     with differentiable(model), torch.no_grad():
         return torch.cat([task.losses(model, batch)[2] for batch in Samples.of(query)])

@@ -1,4 +1,4 @@
-"""What influence hands on: scores of training samples, and what retraining says of them."""
+"""Results of influence: scores of training samples, and what retraining says of them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch import Tensor
 class Influence:
     """Influence of training samples on queries. Positive is helpful.
 
-    `scores[q, i]` is the predicted rise of query q's loss when training sample i is left out and the others
-    keep their weight 1/n.
+    `scores[q, i]` is the predicted rise of query q's loss when training sample i is left out and all other samples keep
+    their weight 1/n.
 
     Args:
-        scores: `(q, m)`, in the unit of the loss; a column for each scored training sample, or, where only the top of
-            each query was asked for, for each sample that is in any query's top.
+        scores: `(q, m)`, in the unit of the loss; a column for each scored training sample, or, with `top_k`, for each
+            sample that is among any query's strongest.
         train_ids: dataset index of each column, `(m,)`.
         train_targets: target of each column's sample, `(m, ...)`.
         query_targets: target of each query, `(q, ...)`.
         query_losses: loss of each query, `(q,)`.
-        method: the estimator and its curvature in words.
+        method: the estimator and its curvature, in words.
         damping: the total λ that was added to the curvature, weight decay included; the median where parameters
             differ; NaN where there is none.
         covered: parameters whose gradients entered the scores.
@@ -33,15 +33,15 @@ class Influence:
         covered_elements: number of elements of the covered parameters.
         gradient_norm: norm of the mean training gradient over the covered parameters: 0 at an optimum.
         curvature_n: number of training samples that the curvature was estimated from.
-        notes: what a reader must know before trusting the scores.
+        notes: what one must know before trusting the scores.
         unit: the scores' unit; "none" where only their order means something.
-        places: place of each column in the training set that was read, `(m,)`; None: as they come.
+        places: index of each column's sample in the training set that was read, `(m,)`; 0 to m − 1 when None.
         scored: number of training samples scored; the number of columns when None.
-        mean: mean score of each query over all scored samples, `(q,)`; of the columns when None.
-        agreement: another way to the same ranking, in words → share of each query's strongest samples that it agrees
-            on, mean over queries.
-        duplicates: row of a query → dataset indices of training samples whose input is the same, bit for bit.
-        doubts: what speaks against the scores, whatever they are: another loss than the trained one, say.
+        mean: mean score of each query over all scored samples, `(q,)`; over the columns when None.
+        agreement: another setting, in words → share of each query's strongest samples that are among the strongest
+            with it too, mean over queries.
+        duplicates: row of a query → dataset indices of training samples whose input is identical, bit for bit.
+        doubts: reasons for caution whatever the scores are, such as another loss than the trained one.
     """
 
     scores: Float[Tensor, "q m"]
@@ -72,11 +72,11 @@ class Influence:
 
     @property
     def columns(self) -> Int[Tensor, " m"]:
-        """Place of each column in the training set that was read."""
+        """Index of each column's sample in the training set that was read."""
         return torch.arange(self.scores.shape[1]) if self.places is None else self.places
 
     def centred(self) -> Float[Tensor, "q m"]:
-        """Return the scores less each query's mean, for retraining with a mean over n − 1 samples and weight decay."""
+        """Return the scores minus each query's mean, for retraining with a mean over n − 1 samples and weight decay."""
         mean = self.scores.mean(1) if self.mean is None else self.mean
         return self.scores - mean[:, None]
 
@@ -87,9 +87,9 @@ class Influence:
             ids: dataset indices.
 
         Raises:
-            ValueError: one of them was not scored, or not kept.
+            ValueError: one of them has no score here.
         """
-        columns = {int(held): column for column, held in enumerate(self.train_ids)}
+        columns = {int(train_id): column for column, train_id in enumerate(self.train_ids)}
         if missing := [index for index in ids if index not in columns]:
             raise ValueError(f"ids: expected scored training samples, got {', '.join(map(str, missing[:8]))} besides")
         return self.scores[:, [columns[index] for index in ids]].sum(1)
@@ -116,11 +116,11 @@ class Influence:
         """
         if self.train_targets.ndim != 1 or self.train_targets.is_floating_point():
             raise ValueError("surprising: expected one class index per training sample")
-        same = self.train_targets[None, :] == self.query_targets[:, None]
-        others = int((~same).sum(1).min()) if same.numel() else 0
-        if others < k:
-            raise ValueError(f"surprising: expected k at most {others}, got {k}")
-        return self._top(self.scores.masked_fill(same, -torch.inf), k)
+        same_class = self.train_targets[None, :] == self.query_targets[:, None]
+        available = int((~same_class).sum(1).min()) if same_class.numel() else 0
+        if available < k:
+            raise ValueError(f"surprising: expected k at most {available}, got {k}")
+        return self._top(self.scores.masked_fill(same_class, -torch.inf), k)
 
     def _top(self, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         if not 0 <= k <= scores.shape[1]:
@@ -149,7 +149,9 @@ class SpotCheck(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SelfInfluence:
-    """By how much each training sample's own loss would rise if it were left out: large where only it says so.
+    """By how much each training sample's own loss would rise if it were left out.
+
+    It is large where no other sample supports the label.
 
     Args:
         scores: `(n,)`, in the unit of the loss.
@@ -168,5 +170,5 @@ class SelfInfluence:
     chance: Float[Tensor, " n"]
 
     def first(self, k: int) -> Int[Tensor, " k"]:
-        """Return the places of the `k` samples to look at first, those with the largest self-influence."""
+        """Return the positions of the `k` samples to inspect first, those with the largest self-influence."""
         return self.scores.topk(min(k, len(self.scores))).indices

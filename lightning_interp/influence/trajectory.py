@@ -13,8 +13,8 @@ from torch.optim import SGD, Optimizer
 from lightning_interp.data.batch import at_least_float32
 from lightning_interp.influence.damping import Damping
 
-MEASURED = ("SGD", "Adam", "AdamW")
-LEAST_DIVISOR = 1e-8
+MEASURED_OPTIMIZERS = ("SGD", "Adam", "AdamW")  # in `benchmarks/damping.py`; the rules of others are by analogy
+LEAST_DIVISOR = 1e-8  # Adam's own default ε: for optimizers without one, whose divisor can be zero
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,9 +93,9 @@ class Trajectory:
     """What was recorded of one training run, by the names of its parameters.
 
     Training moves the parameters no further along a direction than its learning rates allow, however flat the loss is
-    there; damping says the same of a Newton step. Along a flat direction, learning rates that sum to τ reach as far as
-    a step damped by 1/τ. With k = 2 times that, the exact curvature ranked retrainings of small networks best, or
-    within 0.01 of the best of k = 1, 2, 4 (`benchmarks/damping.py`):
+    there; damping limits a Newton step in the same way. Along a flat direction, learning rates that sum to τ reach as
+    far as a step damped by 1/τ. With k = 2 times that, the exact curvature ranked retrainings of small networks best,
+    or within 0.01 of the best of k = 1, 2, 4 (`benchmarks/damping.py`):
 
         SGD:   λ = weight decay + k / τ,    τ = Σ lr / (1 − momentum)
         Adam:  Λ = weight decay + k s / Σ lr,    s = √v̂ + ε
@@ -107,15 +107,15 @@ class Trajectory:
     where weight decay · θ + ∇L / s = 0, that is ∇L + (s · weight decay) θ = 0: as under an L2 penalty of
     s · weight decay.
 
-    It takes s as it is at the end, and training for a descent without noise. EK-FAC, whose eigenvalues are another
-    spectrum than the curvature's, ranked them better with 0.1 × their mean.
+    It takes s as it is at the end, and treats training as a descent without noise. EK-FAC, whose eigenvalues are
+    another spectrum than the curvature's, ranked them better with 0.1 × their mean.
 
     Reference: Ali et al., A Continuous-Time View of Early Stopping for Least Squares Regression, 2019; Kingma & Ba,
     Adam, 2015; Loshchilov & Hutter, Decoupled Weight Decay Regularization, 2019.
 
     Args:
-        paths: name → how the parameter was trained; those that never had a step are not in it.
-        unknown: name → why nothing is known of how it was trained.
+        paths: name → how the parameter was trained, without those that never had a step.
+        unknown: name → why it is not known how the parameter was trained.
     """
 
     paths: Mapping[str, Path]
@@ -136,7 +136,7 @@ class Trajectory:
             return None
         values = {name: path.damping(k) for name, path in self.paths.items()}
         numbers = {value if isinstance(value, float) else math.nan for value in values.values()}
-        origin = "; ".join(_sentences(self.paths.values(), k))
+        origin = "; ".join(_origins(self.paths.values(), k))
         return Damping(numbers.pop() if len(numbers) == 1 and math.nan not in numbers else values, origin)
 
     @property
@@ -144,8 +144,8 @@ class Trajectory:
         """Say why no damping follows; empty if one does."""
         if self.unknown:
             name, why = next(iter(self.unknown.items()))
-            others = f" (and {len(self.unknown) - 1} more)" if len(self.unknown) > 1 else ""
-            return f"{name}{others}: {why}"
+            more_parameters = f" (and {len(self.unknown) - 1} more)" if len(self.unknown) > 1 else ""
+            return f"{name}{more_parameters}: {why}"
         return "" if self.paths else "no step of an optimizer was recorded"
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def rate_of(group: Mapping[str, Any]) -> float:
 
 
 def _decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
-    """Say whether weight decay bypasses the divisor; the groups of older versions of AdamW have no word for it."""
+    """Say whether weight decay bypasses the divisor; the groups of older versions of AdamW have no entry for it."""
     return bool(group.get("decoupled_weight_decay", "AdamW" in {kind.__name__ for kind in type(optimizer).__mro__}))
 
 
@@ -186,8 +186,8 @@ def _second_moment(optimizer: Optimizer, group: Mapping[str, Any], parameter: Te
     """
     state = optimizer.state.get(parameter, {})
     if "exp_avg_sq" in state:
-        beta, taken = float(group.get("betas", (0.0, 0.0))[1]), float(state.get("step", group.get("step", steps)))
-        square = at_least_float32(state.get("max_exp_avg_sq", state["exp_avg_sq"])) / (1 - beta**taken)
+        beta, steps_taken = float(group.get("betas", (0.0, 0.0))[1]), float(state.get("step", group.get("step", steps)))
+        square = at_least_float32(state.get("max_exp_avg_sq", state["exp_avg_sq"])) / (1 - beta**steps_taken)
     elif "square_avg" in state and "acc_delta" not in state:
         square = at_least_float32(state["square_avg"])
         square = (
@@ -207,19 +207,19 @@ def _second_moment(optimizer: Optimizer, group: Mapping[str, Any], parameter: Te
     return square
 
 
-def _sentences(paths: Iterable[Path], k: float) -> Iterable[str]:
-    """Say for each kind of rule what was added up."""
+def _origins(paths: Iterable[Path], k: float) -> Iterable[str]:
+    """Say for each kind of rule which learning rates were summed."""
     kinds: dict[tuple[str, bool, bool], list[Path]] = {}
     for path in paths:
         kinds.setdefault((path.optimizer, path.divisor is None, path.decoupled), []).append(path)
-    return [_sentence(alike, k) for alike in kinds.values()]
+    return [_origin(paths_of_kind, k) for paths_of_kind in kinds.values()]
 
 
-def _sentence(paths: list[Path], k: float) -> str:
+def _origin(paths: list[Path], k: float) -> str:
     first = paths[0]
-    decay = f"weight decay {_range(path.weight_decay for path in paths)}"
-    sums, steps = _range(path.rate_sum for path in paths), _range(path.steps for path in paths)
-    caveat = "" if first.optimizer in MEASURED else " (as if it were one of Adam's kind)"
+    decay = f"weight decay {_value_range(path.weight_decay for path in paths)}"
+    sums, steps = _value_range(path.rate_sum for path in paths), _value_range(path.steps for path in paths)
+    caveat = "" if first.optimizer in MEASURED_OPTIMIZERS else " (as if it were one of Adam's kind)"
     if first.divisor is None:
         caveat = caveat and " (as if it were plain SGD)"
         rule, total = f"{decay} + {k:g}/τ", "τ = Σ lr / (1 − momentum)"
@@ -228,7 +228,9 @@ def _sentence(paths: list[Path], k: float) -> str:
     else:
         rule, total = f"{decay} + {k:g} (√v̂ + ε) / Σ lr per parameter", "Σ lr"
     idle = sum(path.idle for path in paths)
-    least = f", {idle:,} of {_size(paths):,} parameters never had a gradient: theirs is the least" if idle else ""
+    least = (
+        f", {idle:,} of {_size(paths):,} parameters never had a gradient and get the smallest damping" if idle else ""
+    )
     return f"{first.optimizer}{caveat}: {rule}, {total} = {sums} over {steps} steps{least}"
 
 
@@ -236,7 +238,7 @@ def _size(paths: list[Path]) -> int:
     return sum(path.divisor.numel() for path in paths if path.divisor is not None)
 
 
-def _range(numbers: Iterable[float]) -> str:
-    found = sorted(set(numbers))
-    shown = [f"{found[0]:.3g}", f"{found[-1]:.3g}"] if isinstance(found[0], float) else [f"{n:,}" for n in found]
-    return shown[0] if shown[0] == shown[-1] else f"{shown[0]} to {shown[-1]}"
+def _value_range(numbers: Iterable[float]) -> str:
+    values = sorted(set(numbers))
+    ends = [f"{values[0]:.3g}", f"{values[-1]:.3g}"] if isinstance(values[0], float) else [f"{n:,}" for n in values]
+    return ends[0] if ends[0] == ends[-1] else f"{ends[0]} to {ends[-1]}"

@@ -13,23 +13,24 @@ from lightning_interp.influence.results import Influence, SpotCheck
 
 Level = Literal["good", "doubtful", "poor"]
 LEVELS: tuple[Level, ...] = ("good", "doubtful", "poor")
-COVERED = (0.5, 0.9)
-AGREED = (0.5, 0.7)  # a digits network's exact scores, which retraining confirms, agree by 0.80 with 3 × their damping
-CORRELATED = (0.3, 0.7)
-FEWEST_CHECKS = 5
-MOST_NAMED = 12
+# Each pair: below the first a finding is poor, from the second on it is good.
+COVERAGE_BOUNDS = (0.5, 0.9)  # below the first, most of what the network could change is not in the scores
+AGREEMENT_BOUNDS = (0.5, 0.7)  # exact scores of a digits network, confirmed by retraining: 0.80 with 3 × their damping
+CORRELATION_BOUNDS = (0.3, 0.7)
+FEWEST_CHECKS = 5  # with fewer, a correlation is mostly chance
+PARAMETERS_LISTED = 12  # that are left out: as many as a reader of the report would go through
 ADVICE = {
-    "good": "Nothing found here speaks against the order of the scores, though only retraining proves it",
-    "doubtful": "Take the order of the scores as a hint, and look at the samples",
-    "poor": "Do not act on this order",
+    "good": "No check speaks against the order of the scores, though only retraining can prove it",
+    "doubtful": "Treat the order of the scores as a hint, and inspect the samples themselves",
+    "poor": "Do not base decisions on this order",
 }
 
 
 class Finding(NamedTuple):
-    """One thing that was checked."""
+    """The result of one check."""
 
     level: Level
-    said: str
+    text: str
 
 
 class Duplicate(NamedTuple):
@@ -38,7 +39,7 @@ class Duplicate(NamedTuple):
     Args:
         query: its id.
         train_index: dataset index of the same sample.
-        score: of that sample on the query; NaN where it was not kept.
+        score: of that sample on the query; NaN where it was not stored.
         contradicts: whether the two are known to have different labels.
     """
 
@@ -50,12 +51,12 @@ class Duplicate(NamedTuple):
 
 @dataclass(frozen=True)
 class Trust:
-    """What a reader is told of the scores' worth.
+    """A verdict on influence scores, and what it rests on.
 
     Args:
         level: the worst of the findings.
-        findings: each check that was judged.
-        rows: (name, text): all numbers.
+        findings: the result of each check.
+        rows: (name, text): everything that is known of the scores.
     """
 
     level: Level
@@ -65,7 +66,7 @@ class Trust:
     @property
     def sentence(self) -> str:
         """What the verdict means, and the findings behind it."""
-        reasons = "; ".join(found.said for found in self.findings if found.level == self.level)
+        reasons = "; ".join(finding.text for finding in self.findings if finding.level == self.level)
         return f"{ADVICE[self.level]} ({reasons})"
 
 
@@ -73,61 +74,71 @@ def meaning(unit: str) -> str:
     """Return what a score of this unit says."""
     if unit == "none":
         return (
-            "A positive score says that the training sample lowers the query's loss, so it is helpful; a negative one"
-            " is harmful. Scores have no unit: only their order within a query means something, not their size."
+            "A positive score means that the training sample lowers the query's loss (it is helpful), a negative one"
+            " that it raises the loss (it is harmful). The scores have no unit: only their order within a query is"
+            " meaningful, not their size."
         )
     return (
-        "A score is the predicted rise of the query's loss if the training sample were left out, in units of the"
-        f" {unit}. Positive is helpful, negative harmful. It is predicted from gradients and curvature at the trained"
-        " parameters, not by retraining: read the order; away from an optimum the sizes can come out many times too"
-        " large."
+        "A score is the predicted increase of the query's loss if the training sample were left out, in units of the"
+        f" {unit}. Samples with positive scores are helpful, those with negative ones harmful. The prediction comes"
+        " from gradients and curvature at the trained parameters, not from retraining. Rely on the order of the scores:"
+        " away from an optimum their sizes can be many times too large."
     )
 
 
-def trust(found: Influence, duplicates: Sequence[Duplicate] = (), spot_checks: Sequence[SpotCheck] = ()) -> Trust:
+def trust(influence: Influence, duplicates: Sequence[Duplicate] = (), spot_checks: Sequence[SpotCheck] = ()) -> Trust:
     """Judge scores by what is known of them.
 
     Poor: less than half of the parameters are covered, less than half of the strongest samples stay under another
     setting, or five or more spot checks of the whole network correlate below 0.3. Doubtful: below 0.9, 0.7 and 0.7, a
-    number that is not known, scores without a unit, nothing but the parameters to judge by, or what the record itself
-    doubts (another loss than the trained one, augmentation). Good is the absence of these: that an order is steady does
+    number that is not known, scores without a unit, nothing but the parameters to judge by, or a caution on record
+    (another loss than the trained one, augmentation). Good is the absence of these: that an order is stable does
     not make it right (a gradient dot product does not depend on damping at all). Retraining of the last layer alone can
     confirm scores, but not refute them: most of what they say may be in the layers in front.
 
     Args:
-        found: the scores.
+        influence: the scores.
         duplicates: queries that are training samples.
         spot_checks: scores that retraining has checked.
     """
-    findings = [_judged(found.coverage, COVERED, f"{found.coverage:.1%} of the parameters are covered")]
-    findings += [_judged(share, AGREED, _agreed(name, share)) for name, share in found.agreement.items()]
-    findings += _confirmed(spot_checks)
-    if found.unit == "none":
-        findings.append(Finding("doubtful", "scores without a unit predict no change of loss that could be checked"))
+    findings = [
+        _judge(influence.coverage, COVERAGE_BOUNDS, f"the scores cover {influence.coverage:.1%} of the parameters")
+    ]
+    findings += [
+        _judge(share, AGREEMENT_BOUNDS, _agreement(name, share)) for name, share in influence.agreement.items()
+    ]
+    findings += _judge_spot_checks(spot_checks)
+    if influence.unit == "none":
+        findings.append(
+            Finding("doubtful", "scores without a unit predict no change of the loss that retraining could confirm")
+        )
     elif len(findings) == 1:
-        findings.append(Finding("doubtful", "neither another setting nor retraining has checked them"))
-    findings += [Finding("doubtful", doubt) for doubt in found.doubts]
+        findings.append(Finding("doubtful", "neither another setting nor retraining was used to check the scores"))
+    findings += [Finding("doubtful", caution) for caution in influence.doubts]
     level = max((finding.level for finding in findings), key=LEVELS.index)
-    return Trust(level, tuple(findings), (*_rows(found, duplicates), *_by_last_layer(spot_checks)))
+    return Trust(level, tuple(findings), (*_trust_rows(influence, duplicates), *_last_layer_rows(spot_checks)))
 
 
-def _confirmed(checks: Sequence[SpotCheck]) -> list[Finding]:
-    """Return what retraining says of the scores, where there are checks enough."""
+def _judge_spot_checks(checks: Sequence[SpotCheck]) -> list[Finding]:
+    """Return what retraining says of the scores, where there are enough checks."""
     if len(checks) < FEWEST_CHECKS:
         return []
-    r, whole = correlation(checks), all(check.whole for check in checks)
-    if not whole and not r >= CORRELATED[1]:
+    r, of_network = correlation(checks), all(check.whole for check in checks)
+    if not of_network and not r >= CORRELATION_BOUNDS[1]:  # the last layer alone cannot refute; NaN does not confirm
         return []
-    retrained = "" if whole else ", the last layer alone retrained"
-    return [_judged(r, CORRELATED, f"predicted and actual correlate by {r:.2f} in {len(checks)} checks{retrained}")]
+    restriction = "" if of_network else " of the last layer alone"
+    return [_judge(r, CORRELATION_BOUNDS, f"{_correlation_text(r, checks)} by retraining{restriction}")]
 
 
-def _by_last_layer(checks: Sequence[SpotCheck]) -> list[tuple[str, str]]:
+def _last_layer_rows(checks: Sequence[SpotCheck]) -> list[tuple[str, str]]:
     if all(check.whole for check in checks) or len(checks) < FEWEST_CHECKS:
         return []
-    said = f"predicted and actual correlate by {correlation(checks):.2f} in {len(checks)} checks"
-    beyond = "what the layers in front would learn otherwise is in the scores, but not in the check"
-    return [("last layer retrained alone", f"{said}; {beyond}")]
+    missing = "the scores include what the layers in front would learn differently, the checks do not"
+    return [("last layer retrained alone", f"{_correlation_text(correlation(checks), checks)}; {missing}")]
+
+
+def _correlation_text(r: float, checks: Sequence[SpotCheck]) -> str:
+    return f"predicted and actual changes of the loss have a correlation of {r:.2f} in {len(checks)} checks"
 
 
 def correlation(checks: Sequence[SpotCheck]) -> float:
@@ -138,52 +149,60 @@ def correlation(checks: Sequence[SpotCheck]) -> float:
     return float(np.corrcoef(predicted, actual)[0, 1])
 
 
-def _judged(value: float, bounds: tuple[float, float], said: str) -> Finding:
-    poor, doubtful = bounds
-    return Finding("poor" if value < poor else "good" if value >= doubtful else "doubtful", said)
+def _judge(value: float, bounds: tuple[float, float], text: str) -> Finding:
+    poor_below, good_from = bounds
+    return Finding("poor" if value < poor_below else "good" if value >= good_from else "doubtful", text)
 
 
-def _agreed(name: str, share: float) -> str:
-    known = "an unknown share" if math.isnan(share) else f"{share:.0%}"
-    return f"each query's strongest samples agree by {known} with those at {name}"
+def _agreement(setting: str, share: float) -> str:
+    percentage = "an unknown share" if math.isnan(share) else f"{share:.0%}"
+    return f"{percentage} of each query's strongest samples stay among the strongest with {setting}"
 
 
-def _rows(found: Influence, duplicates: Sequence[Duplicate]) -> tuple[tuple[str, str], ...]:
-    origin = [note for note in found.notes if note.startswith("damping: ")]
-    why = [note for note in found.notes if " was chosen: " in note]
-    notes = [note for note in found.notes if note not in (*origin, *why)]
-    damping = "none" if math.isnan(found.damping) else f"{found.damping:.3g}"
+def _trust_rows(influence: Influence, duplicates: Sequence[Duplicate]) -> tuple[tuple[str, str], ...]:
+    origin = [note for note in influence.notes if note.startswith("damping: ")]
+    choice = [note for note in influence.notes if " was chosen: " in note]
+    notes = [note for note in influence.notes if note not in (*origin, *choice)]
+    damping = "none" if math.isnan(influence.damping) else f"{influence.damping:.3g}"
+    curvature_n = influence.curvature_n
     return (
-        ("method", "; ".join((found.method, *why))),
-        ("unit of the scores", "none: only their order means something" if found.unit == "none" else found.unit),
-        ("training samples scored", f"{found.n_scored:,}"),
-        ("curvature estimated from", f"{found.curvature_n:,} training samples" if found.curvature_n else "none"),
+        ("method", "; ".join((influence.method, *choice))),
+        ("unit of the scores", _unit(influence.unit)),
+        ("training samples scored", f"{influence.n_scored:,}"),
+        ("curvature estimated from", f"{curvature_n:,} training samples" if curvature_n else "none"),
         ("damping λ", "; ".join((damping, *(note.removeprefix("damping: ") for note in origin)))),
-        ("parameters covered", f"{found.coverage:.1%} ({found.covered_elements:,} numbers)"),
-        *([("left out", _left_out(found))] if found.left_out else []),
-        (
-            "norm of the mean training gradient",
-            "not taken: these scores expect no optimum"
-            if math.isnan(found.gradient_norm)
-            else f"{found.gradient_norm:.3g} (0 at an optimum, where influence functions hold)",
-        ),
-        *(("agreement", _agreed(name, share)) for name, share in found.agreement.items()),
-        *(("duplicate", _told(duplicate)) for duplicate in duplicates),
-        *(("note", note) for note in (*notes, *found.doubts)),
+        ("parameters covered", f"{influence.coverage:.1%} ({influence.covered_elements:,} numbers)"),
+        *([("left out", _left_out(influence))] if influence.left_out else []),
+        ("norm of the mean training gradient", _gradient_norm(influence.gradient_norm)),
+        *(("agreement", _agreement(name, share)) for name, share in influence.agreement.items()),
+        *(("duplicate", _duplicate(duplicate)) for duplicate in duplicates),
+        *(("note", note) for note in (*notes, *influence.doubts)),
     )
 
 
-def _told(duplicate: Duplicate) -> str:
-    score = "was not kept" if math.isnan(duplicate.score) else f"is {duplicate.score:+.2e}"
-    label = ", under another label" if duplicate.contradicts else ""
-    return f"query #{duplicate.query} is training sample #{duplicate.train_index}{label}: its own score {score}"
+def _unit(unit: str) -> str:
+    return "none: only their order is meaningful" if unit == "none" else unit
 
 
-def _left_out(found: Influence) -> str:
+def _gradient_norm(norm: float) -> str:
+    if math.isnan(norm):
+        return "not computed: these scores do not assume an optimum"
+    return f"{norm:.3g} (0 at an optimum, which influence functions assume)"
+
+
+def _duplicate(duplicate: Duplicate) -> str:
+    label = " except for its label" if duplicate.contradicts else ""
+    score = "was not stored" if math.isnan(duplicate.score) else f"is {duplicate.score:+.2e}"
+    train_sample = f"training sample #{duplicate.train_index}"
+    return f"query #{duplicate.query} is identical to {train_sample}{label}, whose score for it {score}"
+
+
+def _left_out(influence: Influence) -> str:
     """Return each parameter that is left out, with its share of all elements, the largest first."""
-    total = found.covered_elements + sum(found.left_out.values())
-    ranked = sorted(found.left_out.items(), key=lambda held: -held[1])
-    named = [f"{name} {count / total:.1%}" for name, count in ranked[:MOST_NAMED]]
-    rest = ranked[MOST_NAMED:]
-    more = [f"{len(rest)} others {sum(count for _, count in rest) / total:.1%}"] if rest else []
-    return ", ".join(named + more)
+    total = influence.covered_elements + sum(influence.left_out.values())
+    ranked = sorted(influence.left_out.items(), key=lambda item: -item[1])
+    listed = [f"{name} {count / total:.1%}" for name, count in ranked[:PARAMETERS_LISTED]]
+    unlisted = ranked[PARAMETERS_LISTED:]
+    if unlisted:
+        listed.append(f"{len(unlisted)} others {sum(count for _, count in unlisted) / total:.1%}")
+    return ", ".join(listed)

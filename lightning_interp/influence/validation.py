@@ -1,4 +1,4 @@
-"""Does retraining confirm the scores? Leave-one-out, leave-k-out and the linear datamodeling score."""
+"""Scores compared with retraining: leave-one-out, leave-k-out and the linear datamodeling score."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lightning_interp.progress import Progress, quiet
 
-M = TypeVar("M")
-FEWEST = 3
+TrainedModel = TypeVar("TrainedModel")
+FEWEST_PAIRS = 3  # two points always correlate by ±1
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class Retrained:
     """Predicted beside actual loss changes, of each query after each removal.
 
     All four numbers are taken over all pairs of a query and a removal. Pairs of one query are not independent, and
-    removals that were picked for their large scores correlate better than random ones: say how they were picked.
+    removals that were picked for their large scores correlate better than random ones: report how they were picked.
 
     Args:
         predicted: `(q, m)`, in the unit of the loss; see `group_scores`.
@@ -38,10 +38,10 @@ class Retrained:
     actual: Float[Tensor, "q m"]
 
     def __post_init__(self) -> None:
-        if self.predicted.shape != self.actual.shape or self.predicted.numel() < FEWEST:
+        if self.predicted.shape != self.actual.shape or self.predicted.numel() < FEWEST_PAIRS:
             raise ValueError(
-                f"Retrained(predicted=..., actual=...): expected the same shape (q, m) with at least {FEWEST} pairs,"
-                f" got {tuple(self.predicted.shape)} and {tuple(self.actual.shape)}"
+                "Retrained(predicted=..., actual=...): expected the same shape (q, m) with at least"
+                f" {FEWEST_PAIRS} pairs, got {tuple(self.predicted.shape)} and {tuple(self.actual.shape)}"
             )
         _finite(self.predicted, "predicted")
         _finite(self.actual, "actual")
@@ -73,8 +73,8 @@ class Retrained:
 
 
 def leave_one_out(
-    retrain: Callable[[list[int]], M],
-    losses: Callable[[M], Tensor],
+    retrain: Callable[[list[int]], TrainedModel],
+    losses: Callable[[TrainedModel], Tensor],
     n: int,
     which: Sequence[int],
     progress: Progress = quiet,
@@ -92,8 +92,8 @@ def leave_one_out(
 
 
 def leave_k_out(
-    retrain: Callable[[list[int]], M],
-    losses: Callable[[M], Tensor],
+    retrain: Callable[[list[int]], TrainedModel],
+    losses: Callable[[TrainedModel], Tensor],
     n: int,
     groups: Sequence[Sequence[int]],
     progress: Progress = quiet,
@@ -122,11 +122,11 @@ def leave_k_out(
         FloatingPointError: a loss is not finite.
     """
     _check_groups(groups, n)
-    before = _losses(losses, retrain(list(range(n))))
+    before = _checked_losses(losses, retrain(list(range(n))))
     after = []
     for group in progress(groups, len(groups), "retraining"):
-        out = set(group)
-        after.append(_losses(losses, retrain([index for index in range(n) if index not in out])))
+        removed = set(group)
+        after.append(_checked_losses(losses, retrain([index for index in range(n) if index not in removed])))
     return torch.stack(after, dim=1) - before[:, None]
 
 
@@ -135,23 +135,25 @@ def group_scores(
 ) -> Float[Tensor, "q m"]:
     """Return the predicted rise of each query's loss when each group is left out: the sum of its scores.
 
-    Where the samples that are kept keep their weight 1/n: Σ_{i in group} s[q, i]. Where retraining takes the mean over
-    them, their weight is 1/(n − k), which pulls at the weight decay: n/(n − k) Σ_{i in group} (s[q, i] − s̄[q]), s̄ the
-    mean over all n training samples. It follows from −∇ of the decay being the mean gradient at the optimum.
+    Where the remaining samples keep their weight 1/n: Σ_{i in group} s[q, i]. Where retraining takes the mean over
+    them, their weight is 1/(n − k), which weakens the weight decay relative to them: n/(n − k) Σ_{i in group}
+    (s[q, i] − s̄[q]), s̄ the mean over all n training samples. It follows from −∇ of the decay being the mean gradient
+    at the optimum.
 
     Args:
         scores: of all n training samples, in the unit of the loss.
         groups: the m groups.
-        reweighted: whether retraining takes the mean over the samples that are kept.
+        reweighted: whether retraining takes the mean over the remaining samples.
 
     Raises:
         ValueError: there is no group, or one is empty, repeats an index, leaves nothing or reaches out of 0 to n − 1.
     """
     n = scores.shape[1]
     _check_groups(groups, n)
-    used = scores - scores.mean(1, keepdim=True) if reweighted else scores
-    grown = [n / (n - len(group)) if reweighted else 1.0 for group in groups]
-    return torch.stack([grow * used[:, list(group)].sum(1) for grow, group in zip(grown, groups, strict=True)], dim=1)
+    summed_scores = scores - scores.mean(1, keepdim=True) if reweighted else scores
+    factors = [n / (n - len(group)) if reweighted else 1.0 for group in groups]
+    pairs = zip(factors, groups, strict=True)
+    return torch.stack([factor * summed_scores[:, list(group)].sum(1) for factor, group in pairs], dim=1)
 
 
 def linear_datamodeling_score(
@@ -161,7 +163,7 @@ def linear_datamodeling_score(
 
     LDS_q = Spearman over subsets of Σ_{i in subset} s[q, i] and −ℓ_q(trained on that subset). Its mean over queries is
     what is reported. Of scores without meaning it has a standard deviation of 1/√(m − 1) per query; noise of the
-    training seeds lowers it, so that average losses over seeds.
+    training seeds lowers it, so average the losses over seeds.
 
     Reference: Park et al., TRAK: Attributing Model Behavior at Scale, 2023; Ilyas et al., Datamodels, 2022.
 
@@ -237,13 +239,13 @@ class LinearDatamodelingScore(Metric):
             ValueError: there are fewer than 3 subsets.
         """
         if len(self.predicted) == 0:
-            raise ValueError(f"LinearDatamodelingScore: expected at least {FEWEST} subsets, got none")
+            raise ValueError(f"LinearDatamodelingScore: expected at least {FEWEST_PAIRS} subsets, got none")
         return _rank_agreement(dim_zero_cat(self.predicted), dim_zero_cat(self.losses)).mean()
 
 
 def _rank_agreement(predicted: Tensor, losses: Tensor) -> Tensor:
-    if len(losses) < FEWEST:
-        raise ValueError(f"losses: expected at least {FEWEST} subsets, got {len(losses)}")
+    if len(losses) < FEWEST_PAIRS:
+        raise ValueError(f"losses: expected at least {FEWEST_PAIRS} subsets, got {len(losses)}")
     sides = (_finite(predicted, "predicted"), -_finite(losses, "losses"))
     columns = zip(*(side.cpu().double().T for side in sides), strict=True)
     return torch.stack([_correlation(_ranks(a), _ranks(b)) for a, b in columns])
@@ -258,15 +260,15 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
 
 def _ranks(values: Tensor) -> Tensor:
     """Return each value's rank from 1; equal values share their mean rank."""
-    _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2)[place].double()
+    _, rank_index, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[rank_index].double()
 
 
-def _losses(losses: Callable[[M], Tensor], model: M) -> Tensor:
-    found = losses(model)
-    if found.ndim != 1:
-        raise ValueError(f"losses: expected one loss per query, shape (q,), got {tuple(found.shape)}")
-    return _finite(found, "losses after retraining").cpu().double()
+def _checked_losses(losses: Callable[[TrainedModel], Tensor], model: TrainedModel) -> Tensor:
+    values = losses(model)
+    if values.ndim != 1:
+        raise ValueError(f"losses: expected one loss per query, shape (q,), got {tuple(values.shape)}")
+    return _finite(values, "losses after retraining").cpu().double()
 
 
 def _finite(values: Tensor, what: str) -> Tensor:

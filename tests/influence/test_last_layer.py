@@ -22,7 +22,7 @@ from lightning_interp.influence import (
     leave_k_out,
     leave_one_out,
 )
-from lightning_interp.influence.last_layer import last_linear
+from lightning_interp.influence.last_linear import last_linear
 from lightning_interp.influence.logistic import fit_logistic_regression
 
 N, CLASSES, DECAY = 60, 3, 1e-2
@@ -291,7 +291,7 @@ def test_a_network_that_is_the_layer_and_large_features() -> None:
     flat = LastLayer.of(layer, TensorDataset(x, y), TensorDataset(x, y), damping=1e-6)
     assert flat.retrain(range(1, 30)).isfinite().all()
     assert torch.equal(last._shares([0, 0, 1])[:2], torch.tensor([2 / 3, 1 / 3], dtype=torch.float64))
-    with pytest.raises(ValueError, match="expected places of training samples, got none"):
+    with pytest.raises(ValueError, match="expected indices of training samples, got none"):
         last.retrain([])
 
 
@@ -302,9 +302,9 @@ def test_a_small_damping_keeps_its_value_in_half_precision(data: TensorDataset) 
 
 
 def test_features_that_do_not_fit_are_refused(data: TensorDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(last_layer, "MOST_HELD", N * 6)
+    monkeypatch.setattr(last_layer, "MOST_LAST_LAYER_FEATURES", N * 6)
     LastLayer.of(network(), data, data, damping=0.1)
-    monkeypatch.setattr(last_layer, "MOST_HELD", N * 6 - 1)
+    monkeypatch.setattr(last_layer, "MOST_LAST_LAYER_FEATURES", N * 6 - 1)
     with pytest.raises(ValueError, match="at most 359 features of the last layer to hold, got 360"):
         LastLayer.of(network(), data, data, damping=0.1)
 

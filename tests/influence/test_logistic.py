@@ -235,6 +235,6 @@ def test_errors_are_named(small: tuple[Labelled, Labelled]) -> None:
 def test_a_fit_that_does_not_converge_is_an_error(
     small: tuple[Labelled, Labelled], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_interp.influence.logistic.MOST_STEPS", 2)
+    monkeypatch.setattr("lightning_interp.influence.logistic.NEWTON_STEPS", 2)
     with pytest.raises(FloatingPointError, match="after 2 steps"):
         fit_logistic_regression(*small[0], 3, 0.01)

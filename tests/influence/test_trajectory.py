@@ -188,7 +188,7 @@ def test_each_rule_is_said() -> None:
     ).damping()
     assert damping.origin.split("; ") == [
         "Adam: weight decay 0 + 2 (√v̂ + ε) / Σ lr per parameter, Σ lr = 0.5 over 5 steps,"
-        " 1 of 2 parameters never had a gradient: theirs is the least",
+        " 1 of 2 parameters never had a gradient and get the smallest damping",
         "AdamW: (√v̂ + ε) × (weight decay 0.1 + 2 / Σ lr) per parameter, Σ lr = 0.5 over 5 steps",
         "RMSprop (as if it were one of Adam's kind): weight decay 0 + 2 (√v̂ + ε) / Σ lr per parameter,"
         " Σ lr = 0.5 over 5 steps",

@@ -38,10 +38,14 @@ def changed(**fields: object) -> Influence:
 @pytest.mark.parametrize(
     ("found", "level", "reason"),
     [
-        (FOUND, "good", "agree by 87% with those at 3 × the damping"),
-        (changed(agreement={"a": 0.87, "b": 0.69}), "doubtful", "agree by 69% with those at b"),
-        (changed(agreement={"a": 0.49}), "poor", "agree by 49%"),
-        (changed(agreement={"a": math.nan}), "doubtful", "agree by an unknown share"),
+        (FOUND, "good", "87% of each query's strongest samples stay"),
+        (
+            changed(agreement={"a": 0.87, "b": 0.69}),
+            "doubtful",
+            "69% of each query's strongest samples stay",
+        ),
+        (changed(agreement={"a": 0.49}), "poor", "49% of each query's strongest samples"),
+        (changed(agreement={"a": math.nan}), "doubtful", "an unknown share of each query's strongest samples"),
         (changed(agreement={}), "doubtful", "neither another setting nor retraining"),
         (changed(left_out={"norm.weight": 11}), "doubtful", "89.1% of the parameters"),
         (changed(left_out={"norm.weight": 91}), "poor", "49.7% of the parameters"),
@@ -53,8 +57,8 @@ def test_the_verdict_follows_the_rules(found: Influence, level: str, reason: str
     told = trust(found)
     assert told.level == level
     assert reason in told.sentence
-    assert all(finding.said in told.sentence for finding in told.findings if finding.level == level)
-    assert not any(finding.said in told.sentence for finding in told.findings if finding.level != level)
+    assert all(finding.text in told.sentence for finding in told.findings if finding.level == level)
+    assert not any(finding.text in told.sentence for finding in told.findings if finding.level != level)
 
 
 @pytest.mark.parametrize(
@@ -75,12 +79,14 @@ def test_spot_checks_are_judged_by_their_correlation(actual: list[float], level:
 def test_the_last_layer_can_confirm_but_not_refute() -> None:
     good = [check._replace(whole=False) for check in LINE]
     told = trust(changed(), (), good)
-    assert [found.level for found in told.findings if "the last layer alone retrained" in found.said] == ["good"]
+    assert [found.level for found in told.findings if "by retraining of the last layer alone" in found.text] == ["good"]
     other = [check._replace(actual=-check.actual) for check in good]
     told = trust(changed(), (), other)
-    assert not [found for found in told.findings if "retrained" in found.said]
+    assert not [found for found in told.findings if "retraining" in found.text]
     said = dict(told.rows)["last layer retrained alone"]
-    assert said.startswith("predicted and actual correlate by -1.00 in 6 checks; what the layers in front")
+    assert said.startswith(
+        "predicted and actual changes of the loss have a correlation of -1.00 in 6 checks; the scores"
+    )
     for checks in (LINE, other[:4]):
         assert "last layer retrained alone" not in dict(trust(changed(), (), checks).rows)
     assert trust(changed(), (), [check._replace(whole=True) for check in other]).level == "poor"
@@ -107,11 +113,11 @@ def test_all_numbers_are_in_the_rows() -> None:
     assert [text for name, text in rows if name == "note"] == ["beware"]
     duplicates = [text for name, text in rows if name == "duplicate"]
     assert duplicates == [
-        "query #12 is training sample #40: its own score is +5.00e-01",
-        "query #13 is training sample #41: its own score was not kept",
+        "query #12 is identical to training sample #40, whose score for it is +5.00e-01",
+        "query #13 is identical to training sample #41, whose score for it was not stored",
     ]
     unknown = dict(trust(changed(gradient_norm=math.nan)).rows)["norm of the mean training gradient"]
-    assert unknown == "not taken: these scores expect no optimum"
+    assert unknown == "not computed: these scores do not assume an optimum"
     assert dict(trust(changed(damping=math.nan, notes=(), curvature_n=0)).rows)["damping λ"] == "none"
 
 

@@ -15,7 +15,7 @@ from lightning_interp.callbacks.influence.scoring import InfluenceQuestion
 from lightning_interp.checks import ArgumentError
 from lightning_interp.data.task import Task
 from lightning_interp.influence import Damping, LastLayer, Trajectory, leave_one_out
-from lightning_interp.influence.last_layer import last_linear
+from lightning_interp.influence.last_linear import last_linear
 from lightning_interp.influence.results import Influence, SpotCheck
 from lightning_interp.network.undisturbed import undisturbed
 from lightning_interp.progress import Within

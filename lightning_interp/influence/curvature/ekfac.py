@@ -252,7 +252,7 @@ def _factor_eigenvectors(factor: Tensor | None) -> Tensor | None:
 def _squares_in_basis(rows: FactoredGradients, basis: Basis) -> Tensor:
     """Return Σ_n (U_Bᵀ G_n U_A)² over samples, G_n a sample's gradient."""
     if isinstance(rows.inputs, Lookup):
-        return rows.inputs.summed(_rotated_table(rows, basis).square())
+        return rows.inputs.sum_by_row(_rotated_table(rows, basis).square())
     if (factors := _squared_factors(rows, basis)) is not None:
         return torch.einsum("ngo,ngi->goi", *factors)
     return sum_of(basis.rotate(chunk.gradients()).square().sum(0) for _, chunk in rows.chunks())

@@ -1,1 +1,1 @@
-"""Gradients of each sample."""
+"""Per-sample gradients: computed by rules or `torch.func`, checked against autograd, read in batches that fit."""

@@ -1,4 +1,4 @@
-"""Blocks: which parameters make up one matrix of gradients, and how they lie in it."""
+"""Blocks: which parameters make up one matrix of gradients, and how they are laid out in it."""
 
 from __future__ import annotations
 
@@ -49,24 +49,24 @@ class ParameterBlock:
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """Return the parameters' values `(*lead, *shape of each)` as `(*lead, groups, o, i)`."""
-        held = [values[name] for name in self.parameters]
-        lead = held[0].shape[: held[0].ndim - len(self.shapes[0])]
+        parameters = [values[name] for name in self.parameters]
+        lead = parameters[0].shape[: parameters[0].ndim - len(self.shapes[0])]
         if self.layout == "vector":
-            return torch.cat([value.reshape(*lead, -1) for value in held], dim=-1)[..., None, :, None]
+            return torch.cat([value.reshape(*lead, -1) for value in parameters], dim=-1)[..., None, :, None]
         if self.layout == "table":
-            return held[0].transpose(-1, -2)[..., None, :, :]
+            return parameters[0].transpose(-1, -2)[..., None, :, :]
         groups, o, _ = self.shape
-        return torch.cat([value.reshape(*lead, groups, o, -1) for value in held], dim=-1)
+        return torch.cat([value.reshape(*lead, groups, o, -1) for value in parameters], dim=-1)
 
     def unpack(self, gradients: Tensor) -> dict[str, Tensor]:
         """Return `(*lead, groups, o, i)` as values of each parameter, `(*lead, *its shape)`."""
         lead = gradients.shape[:-3]
         if self.layout == "vector":
-            parts = gradients.flatten(-3).split([prod(shape) for shape in self.shapes], dim=-1)
+            values = gradients.flatten(-3).split([prod(shape) for shape in self.shapes], dim=-1)
         elif self.layout == "table":
-            parts = (gradients.squeeze(-3).transpose(-1, -2),)
+            values = (gradients.squeeze(-3).transpose(-1, -2),)
         else:
             width = prod(self.shapes[0][1:])
-            parts = gradients.split([width] + [1] * (len(self.shapes) - 1), dim=-1)
-        named = zip(self.parameters, parts, self.shapes, strict=True)
-        return {name: part.reshape((*lead, *shape)) for name, part, shape in named}
+            values = gradients.split([width] + [1] * (len(self.shapes) - 1), dim=-1)
+        triples = zip(self.parameters, values, self.shapes, strict=True)
+        return {name: value.reshape((*lead, *shape)) for name, value, shape in triples}

@@ -1,4 +1,4 @@
-"""Several processes that share the work: each takes its part of the samples, and hears what the others found."""
+"""Several processes that share the work: each takes its share of the samples, and gathers what the others computed."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from lightning_interp.data.samples import Samples
 
 
 class OtherRankError(RuntimeError):
-    """Another rank failed, and said so."""
+    """Another rank failed, and reported it."""
 
 
 @runtime_checkable
 class Ranks(Protocol):
-    """How many processes there are, and a way to tell each other."""
+    """How many processes there are, and a way to exchange values."""
 
     index: int
     count: int
 
     def gather(self, value: Any) -> list[Any]:
-        """Return what each rank gave, in their order; all ranks call it."""
+        """Return each rank's value, in their order; all ranks call it."""
 
     def report_failure(self, why: str) -> None:
-        """Tell the others, who wait in `gather`, that this rank will not come."""
+        """Let the other ranks, which wait in `gather`, fail as well instead of waiting for ever."""
 
 
 class SingleProcess:
@@ -37,7 +37,7 @@ class SingleProcess:
         return [value]
 
     def report_failure(self, why: str) -> None:
-        """Tell nobody."""
+        """Do nothing: there is no other rank."""
 
 
 class Distributed:
@@ -47,30 +47,30 @@ class Distributed:
         self.index, self.count = dist.get_rank(), dist.get_world_size()
 
     def gather(self, value: Any) -> list[Any]:
-        """Return what each rank gave.
+        """Return each rank's value.
 
         Raises:
-            OtherRankError: another rank came with bad news instead.
+            OtherRankError: another rank reported a failure instead.
         """
-        return self._exchanged((None, value))
+        return self._exchange((None, value))
 
     def report_failure(self, why: str) -> None:
-        """Come to the others' next `gather` with the bad news."""
+        """Take part in the other ranks' next `gather` with a failure in place of a value."""
         try:
-            self._exchanged((why, None))
-        except OtherRankError:
+            self._exchange((why, None))
+        except OtherRankError:  # this rank's own report, or that of one that failed as well
             return
 
-    def _exchanged(self, message: tuple[str | None, Any]) -> list[Any]:
-        held: list[Any] = [None] * self.count
-        dist.all_gather_object(held, message)
-        for rank, (why, _) in enumerate(held):
+    def _exchange(self, message: tuple[str | None, Any]) -> list[Any]:
+        messages: list[Any] = [None] * self.count
+        dist.all_gather_object(messages, message)
+        for rank, (why, _) in enumerate(messages):
             if why is not None:
                 raise OtherRankError(f"rank {rank} failed: {why}")
-        return [value for _, value in held]
+        return [value for _, value in messages]
 
 
 def share_of_rank(samples: Samples, ranks: Ranks) -> tuple[Samples, range]:
-    """Return this rank's part of the samples, every `count`-th, and their places."""
-    places = range(ranks.index, len(samples), ranks.count)
-    return (samples if ranks.count == 1 else samples.at(places)), places
+    """Return this rank's share of the samples, every `count`-th, and their indices."""
+    indices = range(ranks.index, len(samples), ranks.count)
+    return (samples if ranks.count == 1 else samples.at(indices)), indices

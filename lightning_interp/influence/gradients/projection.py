@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lightning_interp.influence.gradients.factored import LARGEST_BLOCK, FactoredGradients, Lookup
+from lightning_interp.influence.gradients.factored import LARGEST_CHUNK, FactoredGradients, Lookup
 
-BINS_COST = 3
+BINS_COST = 3  # what a bin of a Fourier transform costs, in elements of a gradient that is written out
 
 
 @dataclass(frozen=True)
@@ -23,19 +23,20 @@ class Projection:
 
     Entry (o, i) of a block's gradient is added, with the sign s(o) s′(i), to bin h(o) + h′(i) mod dim; all blocks
     share the bins. So the projection of an outer product g aᵀ is a circular convolution of those of g and a, and
-    neither the gradient nor a matrix (parameters × dim) is made where a layer is large: dim log dim operations per
-    position instead. The hashes follow from the seed and the block's name alone: all samples and processes share them.
+    neither the gradient nor a matrix (parameters × dim) is written out where a layer is large: dim log dim operations
+    per position instead. The hashes follow from the seed and the block's name alone: all samples and processes share
+    them.
 
     Reference: Pham & Pagh, Fast and Scalable Polynomial Kernels via Explicit Feature Maps, 2013.
 
     Args:
         dim: numbers per gradient.
         seed: of the hashes.
-        half: 1 or -1 for one of two projections to half as many numbers, of which the whole is the mean; None for the
-            whole.
+        half: 1 or -1 for one of two projections to half as many numbers, of which the full one is the mean; None for
+            the full one.
 
-    >>> rows = {"fc": FactoredGradients(torch.ones(2, 1, 1, 3), torch.ones(2, 1, 1, 5))}
-    >>> Projection(8)(rows).shape
+    >>> gradients = {"fc": FactoredGradients(torch.ones(2, 1, 1, 3), torch.ones(2, 1, 1, 5))}
+    >>> Projection(8)(gradients).shape
     torch.Size([2, 8])
     """
 
@@ -47,31 +48,31 @@ class Projection:
         if not isinstance(self.dim, int) or self.dim < 2 or self.dim % 2:
             raise ValueError(f"Projection(dim=...): expected an even number, 2 or more, got {self.dim!r}")
 
-    def __call__(self, rows: Mapping[str, FactoredGradients]) -> Float[Tensor, "n k"]:
+    def __call__(self, gradients: Mapping[str, FactoredGradients]) -> Float[Tensor, "n k"]:
         """Return the projected gradient of each sample, over all blocks."""
-        direct: list[Tensor] = []
+        projections: list[Tensor] = []
         spectra: list[Tensor] = []
-        for block, row in rows.items():
-            hashes = _hashes(self.seed, self.dim, block, row.shape).to(row.outputs)
-            if isinstance(row.inputs, Lookup):
-                direct.append(_looked_up(row.inputs, row.outputs, hashes, self.dim))
-            elif row.size < BINS_COST * self.dim * row.positions * row.shape[0]:
-                direct.append(_binned(row, hashes, self.dim))
+        for name, block in gradients.items():
+            hashes = _hashes(self.seed, self.dim, name, block.shape).to(block.outputs)
+            if isinstance(block.inputs, Lookup):
+                projections.append(_project_table(block.inputs, block.outputs, hashes, self.dim))
+            elif block.size < BINS_COST * self.dim * block.positions * block.shape[0]:
+                projections.append(_project_elements(block, hashes, self.dim))
             else:
-                spectra.append(_spectrum(row, row.inputs, hashes, self.dim))
-        if spectra:
-            direct.append(torch.fft.irfft(torch.stack(spectra).sum(0), self.dim))
-        return self.folded(torch.stack(direct).sum(0))
+                spectra.append(_spectrum(block, block.inputs, hashes, self.dim))
+        if spectra:  # summed before the transform back, which all blocks then share
+            projections.append(torch.fft.irfft(torch.stack(spectra).sum(0), self.dim))
+        return self.folded(torch.stack(projections).sum(0))
 
-    def folded(self, whole: Float[Tensor, "*lead k"]) -> Float[Tensor, "*lead half"]:
-        """Return what this projection is of a whole one, along the last dimension.
+    def folded(self, full: Float[Tensor, "*lead k"]) -> Float[Tensor, "*lead half"]:
+        """Return this projection from a full one, along the last dimension.
 
-        Bins h mod dim/2 are a projection to dim/2 numbers, with the signs or with those of the second half of the
-        bins turned. The errors of the two are uncorrelated.
+        Bins h mod dim/2 are a projection to dim/2 numbers, with the signs as they are or with those of the second half
+        of the bins inverted. The errors of the two are uncorrelated.
         """
         if self.half is None:
-            return whole
-        first, second = whole.chunk(2, dim=-1)
+            return full
+        first, second = full.chunk(2, dim=-1)
         return first + self.half * second
 
     @property
@@ -104,44 +105,45 @@ class Hashes(NamedTuple):
 @lru_cache(maxsize=1024)
 def _hashes(seed: int, dim: int, block: str, shape: tuple[int, int, int]) -> Hashes:
     groups, o, i = shape
-    draws = torch.Generator().manual_seed(crc32(f"{seed}/{block}".encode()))
-    bins = [torch.randint(0, dim, (groups, width), generator=draws) for width in (o, i)]
-    signs = [torch.randint(0, 2, (groups, width), generator=draws) * 2.0 - 1 for width in (o, i)]
+    generator = torch.Generator().manual_seed(crc32(f"{seed}/{block}".encode()))
+    bins = [torch.randint(0, dim, (groups, width), generator=generator) for width in (o, i)]
+    signs = [torch.randint(0, 2, (groups, width), generator=generator) * 2.0 - 1 for width in (o, i)]
     return Hashes(bins[0], bins[1], signs[0], signs[1])
 
 
-def _binned(row: FactoredGradients, hashes: Hashes, dim: int) -> Float[Tensor, "n k"]:
-    """Return the projection of gradients that are made, in parts."""
+def _project_elements(gradients: FactoredGradients, hashes: Hashes, dim: int) -> Float[Tensor, "n k"]:
+    """Return the projection of gradients that are written out, in chunks."""
     bins = (hashes.outputs[:, :, None] + hashes.inputs[:, None, :]) % dim
     signs = hashes.output_signs[:, :, None] * hashes.input_signs[:, None, :]
-    found = row.outputs.new_zeros(len(row), dim)
-    for part, few in row.chunks():
-        found[part].index_add_(1, bins.flatten(), (few.gradients() * signs).flatten(1))
-    return found
+    projections = gradients.outputs.new_zeros(len(gradients), dim)
+    for rows, chunk in gradients.chunks():
+        projections[rows].index_add_(1, bins.flatten(), (chunk.gradients() * signs).flatten(1))
+    return projections
 
 
-def _spectrum(row: FactoredGradients, inputs: Tensor, hashes: Hashes, dim: int) -> Tensor:
+def _spectrum(gradients: FactoredGradients, inputs: Tensor, hashes: Hashes, dim: int) -> Tensor:
     """Return the Fourier transform of the projection, `(n, dim // 2 + 1)`: convolutions are products in it."""
-    groups, _, _ = row.shape
-    step = max(1, LARGEST_BLOCK // (2 * dim * groups * row.positions))
-    found = []
-    for some, few in zip(row.outputs.split(step), inputs.split(step), strict=True):
-        outside = _transformed(some, hashes.outputs, hashes.output_signs, dim)
-        found.append((outside * _transformed(few, hashes.inputs, hashes.input_signs, dim)).sum((1, 2)))
-    return torch.cat(found)
+    groups, _, _ = gradients.shape
+    step = max(1, LARGEST_CHUNK // (2 * dim * groups * gradients.positions))
+    spectra = []
+    for output_chunk, input_chunk in zip(gradients.outputs.split(step), inputs.split(step), strict=True):
+        output_spectrum = _spectrum_of_vectors(output_chunk, hashes.outputs, hashes.output_signs, dim)
+        input_spectrum = _spectrum_of_vectors(input_chunk, hashes.inputs, hashes.input_signs, dim)
+        spectra.append((output_spectrum * input_spectrum).sum((1, 2)))
+    return torch.cat(spectra)
 
 
-def _transformed(part: Tensor, bins: Tensor, signs: Tensor, dim: int) -> Tensor:
+def _spectrum_of_vectors(vectors: Tensor, bins: Tensor, signs: Tensor, dim: int) -> Tensor:
     """Return the transform of the projections of vectors `(n, groups, t, d)`, as `(n, t, groups, dim // 2 + 1)`."""
-    n, groups, t, _ = part.shape
-    flat = (part.transpose(1, 2) * signs).reshape(n * t, -1)
-    where = bins + dim * torch.arange(groups, device=bins.device)[:, None]
-    found = flat.new_zeros(n * t, groups * dim).index_add_(1, where.flatten(), flat)
-    return torch.fft.rfft(found.reshape(n, t, groups, dim))
+    n, groups, t, _ = vectors.shape
+    flat = (vectors.transpose(1, 2) * signs).reshape(n * t, -1)
+    bins_of_groups = bins + dim * torch.arange(groups, device=bins.device)[:, None]
+    projections = flat.new_zeros(n * t, groups * dim).index_add_(1, bins_of_groups.flatten(), flat)
+    return torch.fft.rfft(projections.reshape(n, t, groups, dim))
 
 
-def _looked_up(lookup: Lookup, outputs: Tensor, hashes: Hashes, dim: int) -> Float[Tensor, "n k"]:
-    """Return the projection of a table's gradients: only the rows that were taken."""
+def _project_table(lookup: Lookup, outputs: Tensor, hashes: Hashes, dim: int) -> Float[Tensor, "n k"]:
+    """Return the projection of a table's gradients: only of the rows that were looked up."""
     bins = (hashes.outputs[0] + hashes.inputs[0][lookup.index][:, :, None]) % dim
     values = outputs[:, 0] * hashes.output_signs[0] * hashes.input_signs[0][lookup.index][:, :, None]
     return outputs.new_zeros(len(outputs), dim).scatter_add_(1, bins.flatten(1), values.flatten(1))

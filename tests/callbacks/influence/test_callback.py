@@ -165,7 +165,7 @@ def test_the_last_layer_checks_the_scores(tmp_path: Path) -> None:
     text = (Path(fit.log_dir) / "interp" / "influence" / "report.html").read_text()
     assert "Checked by retraining the last layer alone" in text
     r = statistics.correlation(predicted, actual)
-    assert f"correlate by {r:.2f} in {len(predicted)} checks, the last layer alone retrained" in text
+    assert f"a correlation of {r:.2f} in {len(predicted)} checks by retraining of the last layer alone" in text
 
 
 def test_a_check_that_fails_loses_no_score(tmp_path: Path) -> None:

@@ -183,17 +183,17 @@ def test_without_self_influence_there_are_no_suspects() -> None:
 def test_duplicates_and_spot_checks_are_said() -> None:
     checks = [SpotCheck(0, place, 0.1 * place, 0.2 * place) for place in range(5)]
     told, _ = told_of_images(Display(sample_id=lambda i: f"s{i}"), duplicates={1: [7]}, spot_checks=checks)
-    assert "query #s1 is training sample #7: its own score is" in section_of(told)
-    assert "query #s1 is training sample #7: its own score is" in summary(told)
+    assert "query #s1 is identical to training sample #7, whose score for it is" in section_of(told)
+    assert "query #s1 is identical to training sample #7, whose score for it is" in summary(told)
     assert "Checked by retraining" in section_of(told)
     assert "<td>#s0</td><td>#s4</td><td>+4.00e-01</td><td>+8.00e-01</td>" in section_of(told)
     assert influence_findings(told, 1).pictures[-1].tag == "influence/spot_check"
     train, y = images()
     found = scored(torch.randn(1, 30), train, y, y[5:6], duplicates={0: (8, 9)})
     named = summary(describe_influence(Fixed(), CLASSES, found, train, train.at([5]), 2, Display()))
-    assert f"query #5 is training sample #8: its own score is {float(found.scores[0, 8]):+.2e}" in named
-    assert f"query #5 is training sample #9, under another label: its own score is {found.scores[0, 9]:+.2e}" in named
-    assert "correlate by 1.00 in 5 checks" in section_of(told)
+    assert f"training sample #8, whose score for it is {float(found.scores[0, 8]):+.2e}" in named
+    assert f"#9 except for its label, whose score for it is {found.scores[0, 9]:+.2e}" in named
+    assert "a correlation of 1.00 in 5 checks" in section_of(told)
     assert f"How far to trust it: {told.trust.level}" in section_of(told)
 
 

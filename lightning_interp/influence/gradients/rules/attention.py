@@ -12,62 +12,65 @@ from torch import Tensor
 from lightning_interp.data.batch import at_least_float32
 from lightning_interp.influence.gradients.rules.call import LayerCall, ParameterUse, ones, trained, with_gradient_node
 
-SIDES = ("q", "k", "v")
+SIDES = ("q", "k", "v")  # as torch names the three weights where their widths differ
 
 
 def attention(call: LayerCall) -> tuple[Any, list[ParameterUse]]:
     """Return the factors of an `nn.MultiheadAttention`'s projections; its `bias_k` and `bias_v` have none."""
-    part = call.layer
-    own = 0 if part.batch_first else 1
-    given = [call.argument(place, name) for place, name in enumerate(("query", "key", "value"))]
-    if call.axis != own or any(side.ndim != 3 for side in given):
+    layer = call.layer
+    sample_axis = 0 if layer.batch_first else 1
+    inputs = [call.argument(position, name) for position, name in enumerate(("query", "key", "value"))]
+    if call.axis != sample_axis or any(tensor.ndim != 3 for tensor in inputs):
         return call.output, []
-    given = [side.transpose(0, 1 - own) for side in given]
-    projected, uses = _projected(part, given)
-    attended, weights = _attended(call, projected)
-    node, output = with_gradient_node(F.linear(attended, part.out_proj.weight, part.out_proj.bias))
-    names = tuple(f"out_proj.{name}" for name in trained(part.out_proj, "weight", "bias"))
-    uses.append(ParameterUse(names, _laid(attended.detach()), node, _laid))
-    return (output.transpose(0, 1 - own), weights), uses
+    inputs = [tensor.transpose(0, 1 - sample_axis) for tensor in inputs]
+    projections, uses = _project_inputs(layer, inputs)
+    attended, weights = _attend(call, projections)
+    node, output = with_gradient_node(F.linear(attended, layer.out_proj.weight, layer.out_proj.bias))
+    names = tuple(f"out_proj.{name}" for name in trained(layer.out_proj, "weight", "bias"))
+    uses.append(ParameterUse(names, _samples_first(attended.detach()), node, _samples_first))
+    return (output.transpose(0, 1 - sample_axis), weights), uses
 
 
-def _projected(part: Any, given: list[Tensor]) -> tuple[list[Tensor], list[ParameterUse]]:
-    """Return queries, keys and values `(t, n, d)`: zeros added to all three are the node whose gradient is asked."""
-    longest = max(map(len, given))
-    node = given[0].new_zeros(longest, given[0].shape[1], 3, part.embed_dim).requires_grad_()
-    biases = part.in_proj_bias.chunk(3) if part.in_proj_bias is not None else (None, None, None)
-    held = [F.linear(side, w, b) for side, w, b in zip(given, _weights(part), biases, strict=True)]
-    projected = [side + node[: len(side), :, place] for place, side in enumerate(held)]
-    inputs = [F.pad(_laid(side.detach()), (0, 0, 0, longest - len(side))) for side in given]
-    if part._qkv_same_embed_dim:
-        names = trained(part, "in_proj_weight", "in_proj_bias")
-        return projected, [ParameterUse(names, torch.cat(inputs, dim=1), node, _by_side)]
-    uses = [
-        ParameterUse(trained(part, f"{side}_proj_weight"), inputs[place], node, _only(place))
-        for place, side in enumerate(SIDES)
+def _project_inputs(layer: Any, inputs: list[Tensor]) -> tuple[list[Tensor], list[ParameterUse]]:
+    """Return queries, keys and values `(t, n, d)`: zeros added to all three are the node that is differentiated."""
+    longest = max(map(len, inputs))
+    node = inputs[0].new_zeros(longest, inputs[0].shape[1], 3, layer.embed_dim).requires_grad_()
+    biases = layer.in_proj_bias.chunk(3) if layer.in_proj_bias is not None else (None, None, None)
+    projections = [
+        F.linear(tensor, weight, bias)
+        for tensor, weight, bias in zip(inputs, _projection_weights(layer), biases, strict=True)
     ]
-    return projected, [*uses, ParameterUse(trained(part, "in_proj_bias"), ones(inputs[0]), node, _by_side)]
+    projections = [tensor + node[: len(tensor), :, side] for side, tensor in enumerate(projections)]
+    factors = [F.pad(_samples_first(tensor.detach()), (0, 0, 0, longest - len(tensor))) for tensor in inputs]
+    if layer._qkv_same_embed_dim:
+        names = trained(layer, "in_proj_weight", "in_proj_bias")
+        return projections, [ParameterUse(names, torch.cat(factors, dim=1), node, _by_side)]
+    uses = [
+        ParameterUse(trained(layer, f"{name}_proj_weight"), factors[side], node, _only(side))
+        for side, name in enumerate(SIDES)
+    ]
+    return projections, [*uses, ParameterUse(trained(layer, "in_proj_bias"), ones(factors[0]), node, _by_side)]
 
 
-def _attended(call: LayerCall, projected: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+def _attend(call: LayerCall, projections: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     """Return what attention gives before its last projection, by torch's own function with identities around it."""
-    part = call.layer
-    eye = torch.eye(part.embed_dim, dtype=projected[0].dtype, device=projected[0].device)
-    query, key, value = projected
+    layer = call.layer
+    eye = torch.eye(layer.embed_dim, dtype=projections[0].dtype, device=projections[0].device)
+    query, key, value = projections
     names = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
-    options: dict[str, Any] = {name: call.args[place] for place, name in enumerate(names, 3) if place < len(call.args)}
+    options: dict[str, Any] = dict(zip(names, call.args[3:], strict=False))
     options |= {name: call.kwargs[name] for name in names if name in call.kwargs}
     attended: tuple[Tensor, Tensor | None] = F.multi_head_attention_forward(
         query,
         key,
         value,
-        part.embed_dim,
-        part.num_heads,
+        layer.embed_dim,
+        layer.num_heads,
         None,
         None,
-        part.bias_k,
-        part.bias_v,
-        part.add_zero_attn,
+        layer.bias_k,
+        layer.bias_v,
+        layer.add_zero_attn,
         0.0,
         eye,
         None,
@@ -81,21 +84,21 @@ def _attended(call: LayerCall, projected: list[Tensor]) -> tuple[Tensor, Tensor 
     return attended
 
 
-def _weights(part: Any) -> tuple[Tensor, ...]:
-    if part._qkv_same_embed_dim:
-        return part.in_proj_weight.chunk(3)
-    return tuple(getattr(part, f"{side}_proj_weight") for side in SIDES)
+def _projection_weights(layer: Any) -> tuple[Tensor, ...]:
+    if layer._qkv_same_embed_dim:
+        return layer.in_proj_weight.chunk(3)
+    return tuple(getattr(layer, f"{name}_proj_weight") for name in SIDES)
 
 
-def _laid(steps: Tensor) -> Tensor:
+def _samples_first(steps: Tensor) -> Tensor:
     """Return `(t, n, d)` as `(n, 1, t, d)`."""
     return at_least_float32(steps.transpose(0, 1)[:, None])
 
 
-def _by_side(grad: Tensor) -> Tensor:
+def _by_side(gradient: Tensor) -> Tensor:
     """Return `(t, n, 3, d)` as `(n, 3, t, d)`."""
-    return at_least_float32(grad.permute(1, 2, 0, 3))
+    return at_least_float32(gradient.permute(1, 2, 0, 3))
 
 
-def _only(place: int) -> Callable[[Tensor], Tensor]:
-    return lambda grad: _by_side(grad)[:, place : place + 1]
+def _only(side: int) -> Callable[[Tensor], Tensor]:
+    return lambda gradient: _by_side(gradient)[:, side : side + 1]

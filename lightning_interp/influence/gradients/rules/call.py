@@ -1,4 +1,4 @@
-"""What a rule is given of a layer's call, and what it gives back."""
+"""What a rule receives of a layer's call, and what it returns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ParameterUse(NamedTuple):
     Args:
         parameters: attribute names of the layer: a weight and its bias, or several vectors.
         inputs: what the weight was multiplied with, `(n, groups, t, i)` without the bias's ones, or a `Lookup`.
-        node: the tensor whose gradient is asked.
+        node: the tensor whose gradient is taken.
         arrange: gradient of the node → `(n, groups, t, o)`.
     """
 
@@ -48,9 +48,9 @@ class LayerCall:
     output: Any
     axis: int
 
-    def argument(self, place: int, name: str) -> Any:
-        """Return what was given in this place or under this name; None where nothing was."""
-        return self.args[place] if len(self.args) > place else self.kwargs.get(name)
+    def argument(self, position: int, name: str) -> Any:
+        """Return the argument at this position or of this name; None where there was none."""
+        return self.args[position] if len(self.args) > position else self.kwargs.get(name)
 
     @property
     def samples(self) -> int:
@@ -58,37 +58,37 @@ class LayerCall:
         first = self.args[0] if self.args else next(iter(self.kwargs.values()), None)
         if isinstance(first, PackedSequence):
             return int(first.batch_sizes[0])
-        given = first if isinstance(first, Tensor) else next(tensors((self.args, dict(self.kwargs))), None)
-        return 0 if given is None or given.ndim <= self.axis else given.shape[self.axis]
+        tensor = first if isinstance(first, Tensor) else next(tensors((self.args, dict(self.kwargs))), None)
+        return 0 if tensor is None or tensor.ndim <= self.axis else tensor.shape[self.axis]
 
     @property
-    def given(self) -> Tensor:
-        """The first input, detached, samples in front, at least in single precision."""
+    def inputs(self) -> Tensor:
+        """The first input, detached, samples first, at least in single precision."""
         value = self.args[0] if self.args else next(iter(self.kwargs.values()))
-        return at_least_float32(self.front(value.detach()))
+        return at_least_float32(self.samples_first(value.detach()))
 
-    def front(self, tensor: Tensor) -> Tensor:
-        """Return the tensor with its samples in front."""
+    def samples_first(self, tensor: Tensor) -> Tensor:
+        """Return the tensor with its samples along the first dimension."""
         return tensor if self.axis == 0 else tensor.movedim(self.axis, 0)
 
-    def grad(self, tensor: Tensor) -> Tensor:
-        """Return a gradient with its samples in front, at least in single precision."""
-        return at_least_float32(self.front(tensor))
+    def output_gradient(self, tensor: Tensor) -> Tensor:
+        """Return the output's gradient, samples first, at least in single precision."""
+        return at_least_float32(self.samples_first(tensor))
 
 
 Rule = Callable[[LayerCall], tuple[Any, list[ParameterUse]]]
 
 
 def with_gradient_node(output: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a tensor whose gradient can be asked, and the copy that goes on, which may be written to in place."""
+    """Return a tensor whose gradient can be taken, and a copy for the layers behind, which may write to it in place."""
     node = output if output.requires_grad else output.detach().requires_grad_()
     return node, node.clone()
 
 
 def trained(layer: nn.Module, *names: str) -> tuple[str, ...]:
     """Return those of a layer's parameters that are trained."""
-    held = ((name, layer._parameters.get(name)) for name in names)
-    return tuple(name for name, parameter in held if parameter is not None and parameter.requires_grad)
+    parameters = ((name, layer._parameters.get(name)) for name in names)
+    return tuple(name for name, parameter in parameters if parameter is not None and parameter.requires_grad)
 
 
 def ones(like: Tensor) -> Tensor:

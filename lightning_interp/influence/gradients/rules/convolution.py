@@ -15,21 +15,23 @@ def convolution(call: LayerCall) -> tuple[Any, list[ParameterUse]]:
     node, output = with_gradient_node(call.output)
     groups: int = call.layer.groups
 
-    def arrange(grad: Tensor) -> Tensor:
-        grad = call.grad(grad)
-        return grad.reshape(len(grad), groups, grad.shape[1] // groups, -1).transpose(2, 3)
+    def arrange(gradient: Tensor) -> Tensor:
+        gradient = call.output_gradient(gradient)
+        return gradient.reshape(len(gradient), groups, gradient.shape[1] // groups, -1).transpose(2, 3)
 
-    return output, [ParameterUse(trained(call.layer, "weight", "bias"), patches(call.layer, call.given), node, arrange)]
+    return output, [
+        ParameterUse(trained(call.layer, "weight", "bias"), patches(call.layer, call.inputs), node, arrange)
+    ]
 
 
-def patches(part: Any, given: Tensor) -> Tensor:
+def patches(layer: Any, inputs: Tensor) -> Tensor:
     """Return the patches a convolution of any dimension sees, `(n, groups, positions, channels · kernel)`."""
-    spatial = len(part.kernel_size)
-    mode = "constant" if part.padding_mode == "zeros" else part.padding_mode
-    windows = F.pad(given, part._reversed_padding_repeated_twice, mode=mode)
+    spatial = len(layer.kernel_size)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    windows = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
     for axis in range(spatial):
-        reach = part.dilation[axis] * (part.kernel_size[axis] - 1) + 1
-        windows = windows.unfold(2 + axis, reach, part.stride[axis])[..., :: part.dilation[axis]]
-    n, groups, positions = len(given), part.groups, windows.shape[2 : 2 + spatial].numel()
+        reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1
+        windows = windows.unfold(2 + axis, reach, layer.stride[axis])[..., :: layer.dilation[axis]]
+    n, groups, positions = len(inputs), layer.groups, windows.shape[2 : 2 + spatial].numel()
     windows = windows.unflatten(1, (groups, -1)).movedim(2, 2 + spatial)  # a view still: copied once, at the end
     return windows.reshape(n, groups, positions, -1)

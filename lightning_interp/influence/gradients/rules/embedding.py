@@ -15,14 +15,14 @@ def embedding(call: LayerCall) -> tuple[Any, list[ParameterUse]]:
     if call.layer.scale_grad_by_freq or call.layer.max_norm is not None:
         return call.output, []
     node, output = with_gradient_node(call.output)
-    index = call.front(call.args[0].detach())
+    index = call.samples_first(call.args[0].detach())
     index = index.reshape(len(index), -1)
     padding: int | None = call.layer.padding_idx
 
-    def arrange(grad: Tensor) -> Tensor:
-        grad = call.grad(grad)
-        grad = grad.reshape(len(grad), 1, -1, grad.shape[-1])
-        return grad if padding is None else grad * (index != padding)[:, None, :, None]
+    def arrange(gradient: Tensor) -> Tensor:
+        gradient = call.output_gradient(gradient)
+        gradient = gradient.reshape(len(gradient), 1, -1, gradient.shape[-1])
+        return gradient if padding is None else gradient * (index != padding)[:, None, :, None]
 
     return output, [
         ParameterUse(trained(call.layer, "weight"), Lookup(index, call.layer.num_embeddings), node, arrange)

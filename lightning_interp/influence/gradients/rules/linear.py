@@ -13,10 +13,10 @@ def linear(call: LayerCall) -> tuple[Any, list[ParameterUse]]:
     """Return the factors of y = x Wᵀ + b, at any number of positions."""
     node, output = with_gradient_node(call.output)
 
-    def arrange(grad: Tensor) -> Tensor:
-        grad = call.grad(grad)
-        return grad.reshape(len(grad), 1, -1, grad.shape[-1])
+    def arrange(gradient: Tensor) -> Tensor:
+        gradient = call.output_gradient(gradient)
+        return gradient.reshape(len(gradient), 1, -1, gradient.shape[-1])
 
-    given = call.given
-    inputs = given.reshape(len(given), 1, -1, given.shape[-1])
+    inputs = call.inputs
+    inputs = inputs.reshape(len(inputs), 1, -1, inputs.shape[-1])
     return output, [ParameterUse(trained(call.layer, "weight", "bias"), inputs, node, arrange)]
