@@ -84,7 +84,7 @@ def sampled(held: list[Root], count: int, draws: torch.Generator, ranks: int = 1
     for place, root in enumerate(held):
         samples[place % ranks].add(root, torch.arange(start, start + len(root.norms)))
         start += len(root.norms)
-    return samples[0].columns([sample.held() for sample in samples])
+    return samples[0].columns([sample.sampled_columns() for sample in samples])
 
 
 def total(vectors: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def test_a_sample_of_everything_is_everything() -> None:
     chance = logits.softmax(1)
     assert torch.allclose(total(found.vectors), torch.diag(chance.sum(0)) - chance.T @ chance)
     assert (found.total, len(found.sample_indices), found.n) == (90, 90, 30)
-    assert found.trace == pytest.approx(1)
+    assert found.trace_share == pytest.approx(1)
     assert found.notes == ()
     assert found.sample_indices.tolist() == sorted(found.sample_indices.tolist())
 
