@@ -47,7 +47,7 @@ def input_influence(fitted: FittedInfluence, query: Any, places: Sequence[int]) 
         raise TypeError(f"fitted: expected a curvature whose inverse has `solve`, got {fitted.curvature!r}")
     watch, reader = fitted.coverage.watched_model, fitted.reader
     with differentiable(watch.model):
-        solved = fitted.inverse.solve(query_gradients(reader, Samples.of(query)).rows)
+        solved = fitted.inverse.solve(query_gradients(reader, Samples.of(query)).gradients)
         vectors = {
             name: v for block, s in solved.items() for name, v in fitted.coverage.blocks[block].unpack(s).items()
         }

@@ -153,9 +153,9 @@ class InfluenceFunction:
         Args:
             model: any module; it runs in eval mode, batch normalisation and dropout with it.
             train: training dataset (or a loader, read in dataset order): sample i is `dataset[i]`.
-            query: dataset or loader of the samples whose losses are asked about.
+            query: dataset or loader of the samples whose losses are explained.
             task: how to read batches, call the model, and its loss per sample.
-            candidates: places in `train` to score; all when None. n stays the size of `train`.
+            candidates: indices in `train` to score; all when None. n stays the size of `train`.
             top_k: keep only so many of each query's most helpful and most harmful samples: memory then does not grow
                 with `train`.
             progress: shows how far it got.
@@ -164,8 +164,8 @@ class InfluenceFunction:
             ValueError: a dataset is empty, no parameter is covered, or the curvature is zero.
             FloatingPointError: gradients or scores are not finite.
         """
-        samples, asked = both(train, query)
-        return self.fit(model, samples, task, progress)(asked, candidates, top_k)
+        samples, queries = both(train, query)
+        return self.fit(model, samples, task, progress)(queries, candidates, top_k)
 
     def _find_coverage(self, model: nn.Module, train: Samples, task: Task) -> Coverage:
         """Settle the task's kind on a few samples, and return what is covered."""
