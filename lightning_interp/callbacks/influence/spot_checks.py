@@ -21,7 +21,7 @@ from lightning_interp.network.undisturbed import undisturbed
 from lightning_interp.progress import Within
 
 Trained = TypeVar("Trained")
-Retrain = Callable[[Sequence[int]], nn.Module] | Literal["last_layer"]
+RetrainMethod = Callable[[Sequence[int]], nn.Module] | Literal["last_layer"]
 LAST_LAYER: Final = "last_layer"
 
 
@@ -45,7 +45,7 @@ def check_last_layer(owner: str, model: nn.Module, task: Task, batch: Any) -> No
 def checked_by_retraining(
     question: InfluenceQuestion,
     influence: Influence,
-    retrain: Retrain,
+    retrain: RetrainMethod,
     damping: float | Damping | Trajectory | None,
     seconds: float,
 ) -> tuple[SpotCheck, ...]:
@@ -73,7 +73,7 @@ def spot_checks(
     losses: Callable[[Trained], Tensor],
     seconds: float = math.inf,
 ) -> tuple[SpotCheck, ...]:
-    """Retrain without the most helpful and the most harmful sample of each query, and compare.
+    """RetrainMethod without the most helpful and the most harmful sample of each query, and compare.
 
     Args:
         question: which samples were scored for which queries.

@@ -216,12 +216,12 @@ def stored(fitted: FittedInfluence, folder: str | os.PathLike[str]) -> GradientS
         if existing.facts["key"] == key:
             return existing
     home.mkdir(parents=True, exist_ok=True)
-    with _replaced(home / _file(key)) as path:
+    with _file_in_full(home / _file(key)) as path:
         tensors, norm = _write_gradients(fitted, inverse, path)
     spread = {block: lam for block, lam in (inverse.shift or {}).items() if isinstance(lam, Tensor)}
     tensors |= {f"shift/{block}": lam.cpu().contiguous() for block, lam in spread.items()}
     facts = _facts(fitted, inverse, norm) | {"key": key, "weights": weights}
-    with _replaced(home / HEAD) as path:
+    with _file_in_full(home / HEAD) as path:
         save_file(tensors, path, {"facts": json.dumps(facts)})
     for old in home.glob("gradients-*.npy"):
         if old.name != _file(key):
@@ -306,7 +306,7 @@ def _write_gradients(fitted: FittedInfluence, inverse: ProjectedInverse, path: P
 
 
 @contextlib.contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
+def _file_in_full(path: Path) -> Iterator[Path]:
     """Give a path to write to, which takes the place of the file only when all is written."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:

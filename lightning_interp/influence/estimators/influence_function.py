@@ -62,13 +62,16 @@ class InfluenceFunction:
             raise ValueError(f"InfluenceFunction(damping=...): expected a positive number or None, got {self.damping}")
 
     def known_damping(self) -> Damping | None:
-        """Return the damping as given, or as it follows from the trajectory; None where neither says it."""
+        """Return the damping as given, or as it follows from the trajectory; None where there is neither."""
         if isinstance(self.damping, Trajectory):
             return self.damping.damping()
         return self.damping if isinstance(self.damping, Damping | None) else Damping(self.damping, "given")
 
     def check(self, model: nn.Module, train: Any, task: Task = Task()) -> None:
         """Find out on a few training samples whether this model can be scored.
+
+        Before training, this is no substitute for the search of `fit`: a layer that starts at zero sends no gradient
+        back, where any rule is right, and other parameters may be trained by the end.
 
         Raises:
             ValueError: as `fit` would before its first pass over the training samples.

@@ -18,7 +18,7 @@ RELATIVE_TOLERANCE = 1e-4  # losses agree to float32's rounding of sums in anoth
 ABSOLUTE_TOLERANCE = 1e-6  # for losses near zero
 _ADVICE = (
     "curvature is taken from; pass Task.from_training_step(outputs=..., loss=...) that agree with the step, or"
-    " InfluenceFunction(IdentityCurvature()), which needs gradients alone"
+    " InfluenceFunction(DataInf()) or InfluenceFunction(IdentityCurvature()), which need gradients alone"
 )
 
 
@@ -29,7 +29,7 @@ def check_training_step(task: Task, model: nn.Module, train: Samples, curvature:
         task: with a `step`.
         model: in eval mode.
         train: training samples.
-        curvature: whether it needs the outputs and their loss, as any does that is chosen by default (None).
+        curvature: which may need outputs and their loss; the default ones (None) do.
 
     Raises:
         ValueError: the step is no mean over samples; or the curvature needs outputs, and their loss is not the step's.
@@ -43,13 +43,13 @@ def check_training_step(task: Task, model: nn.Module, train: Samples, curvature:
     try:
         kind = settle_kind(plain, model, batch, train.spread(SAMPLES_TO_SETTLE)).kind
         with torch.no_grad():
-            ours = dataclasses.replace(plain, kind=kind).losses(model, batch)[2]
+            output_losses = dataclasses.replace(plain, kind=kind).losses(model, batch)[2]
     except Exception as error:
         if gradients_alone:
             return task
         raise ValueError(f"task: outputs and their loss cannot be read ({error}), which {_ADVICE}") from error
     if not gradients_alone:
-        _check_agreement(ours, alone)
+        _check_agreement(output_losses, alone)
     return dataclasses.replace(task, kind=kind)
 
 
@@ -71,12 +71,12 @@ def _check_mean(together: Tensor, alone: Tensor, n: int) -> None:
         )
 
 
-def _check_agreement(ours: Tensor, steps: Tensor) -> None:
-    if not _losses_agree(ours, steps):
-        worst = int((ours - steps).abs().argmax())
+def _check_agreement(output_losses: Tensor, step_losses: Tensor) -> None:
+    if not _losses_agree(output_losses, step_losses):
+        worst = int((output_losses - step_losses).abs().argmax())
         raise ValueError(
-            f"task: the loss of the outputs, {float(ours[worst]):.4g} for one sample, is not that of its training step,"
-            f" {float(steps[worst]):.4g}; the former {_ADVICE}"
+            f"task: the loss of the outputs, {float(output_losses[worst]):.4g} for one sample, is not that of its"
+            f" training step, {float(step_losses[worst]):.4g}; the former {_ADVICE}"
         )
 
 

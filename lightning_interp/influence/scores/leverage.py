@@ -19,7 +19,7 @@ def leverage_scores(
     """Return ∇ℓ_qᵀ (A − C_i C_iᵀ / n)⁻¹ ∇ℓ_i for each sample i of a batch, A = H + Λ and C_i its own columns.
 
     By Woodbury's identity ∇ℓ_qᵀ A⁻¹ ∇ℓ_i + ∇ℓ_qᵀ A⁻¹ C_i (nI − C_iᵀ A⁻¹ C_i)⁻¹ C_iᵀ A⁻¹ ∇ℓ_i, of which every inner
-    product is asked of A⁻¹. One more backward for each output but one, and as many inner products squared.
+    product is one of A⁻¹. One more backward for each output but one, and as many inner products squared.
 
     Reference: Pregibon, Logistic Regression Diagnostics, 1981; Koh et al., On the Accuracy of Influence Functions for
     Measuring Group Effects, 2019.

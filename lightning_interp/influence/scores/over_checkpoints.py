@@ -18,7 +18,7 @@ from lightning_interp.influence.scores.top_k import AllScores, ScoreColumns, Top
 from lightning_interp.network.undisturbed import differentiable
 from lightning_interp.network.weights import Checkpoint, loaded
 
-CHUNK_SAMPLES = 4096  # whose scores are held, per query, while the weights of all checkpoints are loaded in turn
+CHUNK_SAMPLES = 4096  # that each checkpoint is loaded for: 16 KB of float32 scores a query
 
 ScoredBatch = tuple[Tensor, Tensor]
 BatchScorer = Callable[[int, Samples], Iterable[ScoredBatch]]
@@ -68,7 +68,7 @@ def sample_chunks(samples: Samples, top_k: int | None) -> Iterator[Samples]:
 def summed_over_checkpoints(
     model: nn.Module, weights: Sequence[Checkpoint | None], chunks: Iterable[Samples], score: BatchScorer
 ) -> Iterator[ScoredBatch]:
-    """Yield each chunk's scores `(q, b)`, summed over the weights, and targets `(b, ...)`: q · b numbers are held.
+    """Yield each chunk's scores `(q, b)`, summed over the weights, and targets `(b, ...)`: q · b numbers are in memory.
 
     Args:
         model: gets the weights in turn, once for each chunk.

@@ -90,7 +90,7 @@ class TopScores:
 
     Args:
         k: how many of each list.
-        query_targets: `(q, ...)`; where they are classes, the most helpful of another class are kept as well.
+        query_targets: `(q, ...)`; where they are classes, the most helpful of another class are a list as well.
     """
 
     def __init__(self, k: int, query_targets: Tensor) -> None:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_interp import DataInfluence, Display, Task
@@ -351,7 +351,7 @@ def test_coverage_is_searched_once_after_training_and_the_curvature_fitted_once_
     assert (len(searched), curvature.sizes) == (2, sizes)  # once before training, to refuse what cannot work
 
 
-def prepare(module: Net, train: Samples, estimator: InfluenceFunction) -> PreparedInfluence:
+def prepare(module: nn.Module, train: Samples, estimator: InfluenceFunction) -> PreparedInfluence:
     return estimator.prepare(module, train)
 
 
@@ -451,6 +451,25 @@ def test_a_decomposition_that_takes_too_long_leaves_the_last_layer() -> None:
     _, message = afford_curvature(InfluenceFunction(damping=0.1), partial(prepare, module, train), 1e-7)
     assert message == ""  # columns were chosen, which decompose no layer
     assert InfluenceFunction(layers=["head"])(module, train, query).covered == ("head.weight", "head.bias")
+
+
+class MeanOfEmbeddings(nn.Module):
+    """Has no linear or convolutional layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.embedding(tokens).mean(1)
+
+
+def test_a_network_without_a_last_layer_to_cut_to_is_not_cut() -> None:
+    torch.manual_seed(0)
+    train = Samples(TensorDataset(torch.randint(9, (60, 4)), torch.arange(60) % 3))
+    prepared, message = afford_curvature(InfluenceFunction(EKFAC()), partial(prepare, MeanOfEmbeddings(), train), 1e-7)
+    assert (list(prepared.coverage.parameter_sizes), message) == (["embedding.weight"], "")
+    assert prepared.curvature == EKFAC(samples=40)
 
 
 def test_an_estimator_that_cannot_work_is_named_before_training(
