@@ -1,4 +1,4 @@
-"""A trainer's data, device and precision, reached without changing the run."""
+"""A trainer's data, device, precision and progress bar, reached without changing the run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_interp.checks import ArgumentError
-from lightning_interp.data.batch import at_least_float32, take
-from lightning_interp.data.dataset_rng import dataset_rng_kept
+from lightning_interp.data.batch import at_least_float32, slice_samples
+from lightning_interp.data.dataset_rng import preserve_dataset_rng
 from lightning_interp.data.samples import Samples
 from lightning_interp.data.task import SAMPLES_TO_SETTLE, Task, settle_kind
 from lightning_interp.network.weights import loaded
+from lightning_interp.progress import Progress, bar, quiet
 
 
 class Source(NamedTuple):
@@ -143,7 +144,7 @@ def settled_task(trainer: pl.Trainer, module: nn.Module, task: Task, samples: Sa
     task = in_precision(trainer, task)
     first = next(iter(dataclasses.replace(samples, workers=0).spread(2) if isinstance(samples, Samples) else samples))
     more = samples.spread(SAMPLES_TO_SETTLE) if isinstance(samples, Samples) else [first]
-    return settle_kind(task, module, take(first, 0, 2), more)
+    return settle_kind(task, module, slice_samples(first, 0, 2), more)
 
 
 def _validation_loaders(trainer: pl.Trainer) -> list[Any]:
@@ -190,6 +191,12 @@ class _Moved:
     move: Any
 
     def __iter__(self) -> Iterator[Any]:
-        with dataset_rng_kept(getattr(self.batches, "dataset", self.batches)):
+        with preserve_dataset_rng(getattr(self.batches, "dataset", self.batches)):
             for batch in self.batches:
                 yield self.move(batch)
+
+
+def progress_of(trainer: pl.Trainer) -> Progress:
+    """Return a progress bar where the trainer has one, else silence."""
+    progress_bar = trainer.progress_bar_callback
+    return bar if progress_bar is not None and getattr(progress_bar, "is_enabled", True) else quiet

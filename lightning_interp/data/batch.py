@@ -55,10 +55,10 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
     """
     if isinstance(batch, Tensor):
         return function(batch)
-    return _rebuilt(batch, lambda part: map_tensors(function, part))
+    return _rebuild(batch, lambda part: map_tensors(function, part))
 
 
-def size(batch: Any) -> int:
+def count_samples(batch: Any) -> int:
     """Return the number of samples: the leading dimension of the first tensor that has one.
 
     Raises:
@@ -72,14 +72,14 @@ def size(batch: Any) -> int:
         and batch[0].ndim
     ):
         return batch[0].shape[0]  # the usual batch, without a walk
-    for rows in _rows(_lists_marked(batch)):
+    for rows in _leading_dimensions(_mark_ragged(batch)):
         return rows
     raise ValueError(
         f"batch: expected at least one tensor with a leading sample dimension, got {type(batch).__name__} without any"
     )
 
 
-def _rows(part: Any) -> Iterator[int]:
+def _leading_dimensions(part: Any) -> Iterator[int]:
     """Yield the leading dimension of each tensor, and the length of each ragged list."""
     if is_ragged(part):
         yield len(part)
@@ -88,26 +88,26 @@ def _rows(part: Any) -> Iterator[int]:
             yield part.shape[0]
     elif isinstance(part, Mapping):
         for value in part.values():
-            yield from _rows(value)
+            yield from _leading_dimensions(value)
     elif isinstance(part, (tuple, list)):
         for inner in part:
-            yield from _rows(inner)
+            yield from _leading_dimensions(inner)
     elif dataclasses.is_dataclass(part) and not isinstance(part, type):
         for field in dataclasses.fields(part):
-            yield from _rows(getattr(part, field.name))
+            yield from _leading_dimensions(getattr(part, field.name))
 
 
-def take(batch: Any, start: int, stop: int) -> Any:
+def slice_samples(batch: Any, start: int, stop: int) -> Any:
     """Return samples `start` to `stop` of a batch; what is not one row per sample stays whole.
 
-    >>> take((torch.arange(5), "name"), 1, 3)
+    >>> slice_samples((torch.arange(5), "name"), 1, 3)
     (tensor([1, 2]), 'name')
     """
-    marked = _lists_marked(batch)
-    return _take(marked, size(marked), start, stop)
+    marked = _mark_ragged(batch)
+    return _slice_value(marked, count_samples(marked), start, stop)
 
 
-def _lists_marked(batch: Any) -> Any:
+def _mark_ragged(batch: Any) -> Any:
     """Return a batch `(images, ..., labels)` whose list of images is one input: it has one image for each label."""
     if not isinstance(batch, (tuple, list)) or len(batch) < 2 or isinstance(batch, Ragged):
         return batch
@@ -122,17 +122,17 @@ def _one_image_each(part: Any, n: int) -> bool:
     return type(part) is list and len(part) == n and all(isinstance(p, Tensor) and p.ndim == 3 for p in part)
 
 
-def _take(part: Any, n: int, start: int, stop: int) -> Any:
+def _slice_value(part: Any, n: int, start: int, stop: int) -> Any:
     if isinstance(part, Tensor):
         return part[start:stop] if part.ndim and part.shape[0] == n else part
     if is_ragged(part):
         return Ragged(part[start:stop])
     if isinstance(part, list) and len(part) == n and not any(isinstance(p, Tensor) for p in part):
         return part[start:stop]
-    return _rebuilt(part, lambda inner: _take(inner, n, start, stop))
+    return _rebuild(part, lambda inner: _slice_value(inner, n, start, stop))
 
 
-def select_rows(batch: Any, rows: Int[Tensor, " m"], old: Tensor | None = None, new: Tensor | None = None) -> Any:
+def select_samples(batch: Any, rows: Int[Tensor, " m"], old: Tensor | None = None, new: Tensor | None = None) -> Any:
     """Return a copy of the given samples of a batch, in that order; one tensor may be replaced by another.
 
     Args:
@@ -141,11 +141,11 @@ def select_rows(batch: Any, rows: Int[Tensor, " m"], old: Tensor | None = None, 
         old: a tensor of the batch.
         new: what stands in its place.
 
-    >>> select_rows({"x": torch.arange(3), "name": ["a", "b", "c"]}, torch.tensor([2, 2]))
+    >>> select_samples({"x": torch.arange(3), "name": ["a", "b", "c"]}, torch.tensor([2, 2]))
     {'x': tensor([2, 2]), 'name': ['c', 'c']}
     """
-    batch = _lists_marked(batch)
-    n = size(batch)
+    batch = _mark_ragged(batch)
+    n = count_samples(batch)
 
     def pick(part: Any) -> Any:
         if isinstance(part, Tensor):
@@ -157,12 +157,12 @@ def select_rows(batch: Any, rows: Int[Tensor, " m"], old: Tensor | None = None, 
             return Ragged(new.unbind() if stands and new is not None else [part[row].clone() for row in rows.tolist()])
         if isinstance(part, list) and len(part) == n and not any(isinstance(p, Tensor) for p in part):
             return [part[row] for row in rows.tolist()]
-        return _rebuilt(part, pick)
+        return _rebuild(part, pick)
 
     return pick(batch)
 
 
-def _rebuilt(part: Any, change: Callable[[Any], Any]) -> Any:
+def _rebuild(part: Any, change: Callable[[Any], Any]) -> Any:
     """Return a container of the same type with each of its parts changed; anything else as it is."""
     if isinstance(part, Mapping):
         items = {key: change(value) for key, value in part.items()}
@@ -194,19 +194,19 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def row(batch: Any, place: int) -> Any:
+def single_sample(batch: Any, place: int) -> Any:
     """Return one sample of a batch, without its leading dimension.
 
-    >>> row({"x": torch.arange(3), "scale": torch.tensor(2.0)}, 1)
+    >>> single_sample({"x": torch.arange(3), "scale": torch.tensor(2.0)}, 1)
     {'x': tensor(1), 'scale': tensor(2.)}
     """
 
     def first(part: Any) -> Any:
         if isinstance(part, Tensor):
             return part[0] if part.ndim else part
-        return part[0] if is_ragged(part) else _rebuilt(part, first)
+        return part[0] if is_ragged(part) else _rebuild(part, first)
 
-    return first(take(batch, place, place + 1))
+    return first(slice_samples(batch, place, place + 1))
 
 
 def main_tensor(value: Any, lead: int = 0) -> Tensor:
@@ -223,7 +223,7 @@ def main_tensor(value: Any, lead: int = 0) -> Tensor:
     """
     if isinstance(value, Ragged) and len(value) == 1 and lead:
         return value[0][None]
-    held = list(_named(value, ""))
+    held = list(_named_tensors(value, ""))
     if not held:
         raise ValueError(f"inputs: expected at least one tensor, got {type(value).__name__}")
     wanted = [tensor for name, tensor in held if tensor.ndim > lead and "mask" not in name.lower()]
@@ -232,10 +232,10 @@ def main_tensor(value: Any, lead: int = 0) -> Tensor:
     return max(floats or candidates, key=Tensor.numel)
 
 
-def _named(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+def _named_tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Mapping):
         for key, part in value.items():
-            yield from _named(part, str(key))
+            yield from _named_tensors(part, str(key))
     else:
         yield from ((name, tensor) for tensor in tensors(value))
 

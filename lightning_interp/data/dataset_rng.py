@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
-DEEPEST = 6
+DEEPEST_ATTRIBUTE = 6
 MOST_ITEMS = 100
 
 
 @contextlib.contextmanager
-def dataset_rng_kept(owner: Any) -> Iterator[None]:
+def preserve_dataset_rng(owner: Any) -> Iterator[None]:
     """Restore every random generator that is reachable through an object's attributes.
 
     Generators of torch, NumPy (both kinds) and Python are found in attributes, lists and dicts, a few levels deep:
     a dataset, its transforms, the dataset inside a `Subset`.
     """
-    restore = [_restorer(found) for found in _generators(owner, DEEPEST, set())]
+    restore = [_restorer(found) for found in _generators(owner, DEEPEST_ATTRIBUTE, set())]
     try:
         yield
     finally:
@@ -51,11 +51,11 @@ def _generators(thing: Any, depth: int, seen: set[int]) -> Iterator[Any]:
     if isinstance(thing, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
         yield thing
         return
-    for part in _parts(thing):
+    for part in _children(thing):
         yield from _generators(part, depth - 1, seen)
 
 
-def _parts(thing: Any) -> list[Any]:
+def _children(thing: Any) -> list[Any]:
     if isinstance(thing, (torch.Tensor, np.ndarray, str, bytes, type)) or callable(getattr(thing, "__array__", None)):
         return []
     if isinstance(thing, dict):

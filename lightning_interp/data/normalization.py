@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 Constants = tuple[list[float], list[float]]
-USUAL: tuple[Constants, ...] = (
+COMMON_CONSTANTS: tuple[Constants, ...] = (
     ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),  # ImageNet
     ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),  # CIFAR-10, and its older deviations
     ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]),
@@ -20,8 +20,8 @@ USUAL: tuple[Constants, ...] = (
     ([0.2860], [0.3530]),  # Fashion-MNIST
     ([0.5], [0.5]),
 )
-LEVELS, OFF = 255, 0.02
-DEEPEST = 4
+HIGHEST_LEVEL, LEVEL_TOLERANCE = 255, 0.02
+DEEPEST_TRANSFORM = 4
 
 
 def normalization_of(dataset: Any, images: Float[Tensor, "n c h w"]) -> Constants | None:
@@ -37,17 +37,17 @@ def normalization_of(dataset: Any, images: Float[Tensor, "n c h w"]) -> Constant
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     channels = images.shape[1]
-    for step in _steps(dataset, DEEPEST):
-        mean, std = _numbers(step.mean), _numbers(step.std)
+    for step in _normalizing_transforms(dataset, DEEPEST_TRANSFORM):
+        mean, std = _as_floats(step.mean), _as_floats(step.std)
         if mean and len(mean) == len(std) and len(mean) in (1, channels):
             return mean, std
     if images.min() >= 0:
         return None
-    usual = ((mean, std) for mean, std in USUAL if len(mean) in (1, channels))
+    usual = ((mean, std) for mean, std in COMMON_CONSTANTS if len(mean) in (1, channels))
     return next(((mean, std) for mean, std in usual if _gives_pixels(images, mean, std)), None)
 
 
-def _steps(owner: Any, depth: int) -> Iterator[Any]:
+def _normalizing_transforms(owner: Any, depth: int) -> Iterator[Any]:
     """Yield what has a mean and a standard deviation among an object's transforms."""
     for name in ("transform", "transforms"):
         found = getattr(owner, name, None)
@@ -57,10 +57,10 @@ def _steps(owner: Any, depth: int) -> Iterator[Any]:
             if hasattr(step, "mean") and hasattr(step, "std") and not isinstance(step, Tensor):
                 yield step
             elif depth:
-                yield from _steps(step, depth - 1)
+                yield from _normalizing_transforms(step, depth - 1)
 
 
-def _numbers(given: Any) -> list[float]:
+def _as_floats(given: Any) -> list[float]:
     """Return numbers as a list; empty where they are none, e.g. methods."""
     if callable(given):
         return []
@@ -72,6 +72,6 @@ def _numbers(given: Any) -> list[float]:
 
 def _gives_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> bool:
     shape = (-1, 1, 1)
-    levels = LEVELS * (images.double() * torch.tensor(std).reshape(shape) + torch.tensor(mean).reshape(shape))
-    inside = bool(((levels > -OFF) & (levels < LEVELS + OFF)).all())
-    return inside and bool(((levels - levels.round()).abs() < OFF).all())
+    levels = HIGHEST_LEVEL * (images.double() * torch.tensor(std).reshape(shape) + torch.tensor(mean).reshape(shape))
+    inside = bool(((levels > -LEVEL_TOLERANCE) & (levels < HIGHEST_LEVEL + LEVEL_TOLERANCE)).all())
+    return inside and bool(((levels - levels.round()).abs() < LEVEL_TOLERANCE).all())

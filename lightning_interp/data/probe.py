@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_interp.checks import ArgumentError
-from lightning_interp.data.batch import is_ragged, map_tensors, size, take, tensors
+from lightning_interp.data.batch import count_samples, is_ragged, map_tensors, slice_samples, tensors
 from lightning_interp.data.samples import Samples
 from lightning_interp.data.task import Task
 
@@ -53,11 +53,11 @@ def take_probe(source: Samples | Iterable[Any], count: int, name: str, task: Tas
     """
     if isinstance(source, Samples):
         chosen = source.spread(count)
-        batches = _split(chosen) if len(chosen) else []
+        batches = _split_into_batches(chosen) if len(chosen) else []
         ids = chosen.ids
     else:
-        batches = list(_first(source, count))
-        ids = list(range(sum(map(size, batches))))
+        batches = list(_first_batches(source, count))
+        ids = list(range(sum(map(count_samples, batches))))
     if not ids:
         raise ArgumentError(f"probe: expected at least one sample, got an empty {name}")
     return Probe(tuple(batches), tuple(ids), name, fingerprint([task.inputs(b) for b in batches]))
@@ -67,15 +67,15 @@ def subset_of_probe(probe: Probe, places: Sequence[int]) -> Probe:
     """Return the samples at some places of a probe, each as a batch of its own."""
     starts = [0]
     for batch in probe.batches:
-        starts.append(starts[-1] + size(batch))
+        starts.append(starts[-1] + count_samples(batch))
     held = []
     for place in places:
         number = max(i for i, start in enumerate(starts) if start <= place)
-        held.append(take(probe.batches[number], place - starts[number], place - starts[number] + 1))
+        held.append(slice_samples(probe.batches[number], place - starts[number], place - starts[number] + 1))
     return Probe(tuple(held), tuple(probe.ids[place] for place in places), probe.source, probe.fingerprint)
 
 
-def one_by_one(probe: Probe, task: Task) -> Probe:
+def split_ragged(probe: Probe, task: Task) -> Probe:
     """Return a probe of single samples where a batch holds images of different sizes; else the probe itself."""
     return subset_of_probe(probe, range(probe.n)) if any(is_ragged(task.inputs(b)) for b in probe.batches) else probe
 
@@ -89,25 +89,25 @@ def fingerprint(inputs: Any) -> str:
     return digest.hexdigest()
 
 
-def _split(samples: Samples) -> list[Any]:
+def _split_into_batches(samples: Samples) -> list[Any]:
     """Read all samples as one batch, so that padding is the same for all, and cut it into batches of their size."""
-    (whole,) = (map_tensors(_kept, batch) for batch in dataclasses.replace(samples, batch_size=len(samples)))
-    if size(whole) != len(samples):
+    (whole,) = (map_tensors(_copy_to_cpu, batch) for batch in dataclasses.replace(samples, batch_size=len(samples)))
+    if count_samples(whole) != len(samples):
         return [whole]
     starts = range(0, len(samples), samples.batch_size)
-    return [take(whole, start, start + samples.batch_size) for start in starts]
+    return [slice_samples(whole, start, start + samples.batch_size) for start in starts]
 
 
-def _kept(tensor: Tensor) -> Tensor:
+def _copy_to_cpu(tensor: Tensor) -> Tensor:
     """Copy a tensor: some datasets hand out views of a buffer that they write again."""
     return tensor.detach().cpu().clone()
 
 
-def _first(stream: Iterable[Any], count: int) -> Iterator[Any]:
+def _first_batches(stream: Iterable[Any], count: int) -> Iterator[Any]:
     missing = count
     for batch in stream:
-        kept = map_tensors(_kept, take(batch, 0, min(missing, size(batch))))
-        missing -= size(kept)
+        kept = map_tensors(_copy_to_cpu, slice_samples(batch, 0, min(missing, count_samples(batch))))
+        missing -= count_samples(kept)
         yield kept
         if missing <= 0:
             return

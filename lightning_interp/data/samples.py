@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
-from lightning_interp.data.dataset_rng import dataset_rng_kept
+from lightning_interp.data.dataset_rng import preserve_dataset_rng
 
 
-def unchanged(batch: Any) -> Any:
+def identity(batch: Any) -> Any:
     """Return the batch itself."""
     return batch
 
@@ -45,7 +45,7 @@ class Samples:
     batch_size: int = 64
     collate: Callable[[list[Any]], Any] = default_collate
     workers: int = 0
-    move: Callable[[Any], Any] = unchanged
+    move: Callable[[Any], Any] = identity
     indices: tuple[int, ...] | None = None
     worker_init: Callable[[int], None] | None = None
     context: Any = None
@@ -58,7 +58,7 @@ class Samples:
             )
 
     @classmethod
-    def of(cls, source: Any, move: Callable[[Any], Any] = unchanged) -> Samples:
+    def of(cls, source: Any, move: Callable[[Any], Any] = identity) -> Samples:
         """Read a dataset, or the dataset behind a loader with that loader's batch size and collate."""
         if isinstance(source, Samples):
             return source
@@ -92,7 +92,7 @@ class Samples:
             multiprocessing_context=self.context if self.workers else None,
             generator=torch.Generator(),
         )
-        with dataset_rng_kept(self.dataset):
+        with preserve_dataset_rng(self.dataset):
             for batch in loader:
                 yield self.move(batch)
 
@@ -125,9 +125,9 @@ class Samples:
 
     def spread(self, count: int) -> Samples:
         """Return `count` samples (or all, if fewer) at even distances, so that sorted datasets are covered."""
-        return self if count >= len(self) else self.at(self.places(count))
+        return self if count >= len(self) else self.at(self.spread_indices(count))
 
-    def places(self, count: int) -> list[int]:
+    def spread_indices(self, count: int) -> list[int]:
         """Return `count` places at even distances, the first and the last among them."""
         return [int(place) for place in np.linspace(0, len(self) - 1, count).round()]
 
@@ -137,7 +137,7 @@ class Samples:
         return dataclasses.replace(self, indices=chosen)
 
 
-def both(train: Any, query: Any) -> tuple[Samples, Samples]:
+def train_and_query_samples(train: Any, query: Any) -> tuple[Samples, Samples]:
     """Return training samples and queries.
 
     Raises:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_interp.data.batch import is_zeros_and_ones, main_tensor, size, take
+from lightning_interp.data.batch import count_samples, is_zeros_and_ones, main_tensor, slice_samples
 from lightning_interp.data.training_step import loss_of_training_step
 
 LABEL_KEYS = ("labels", "label", "target", "targets", "y")
@@ -95,12 +95,12 @@ def call_model(module: nn.Module, inputs: Any) -> Tensor:
 
 
 def loss_per_sample(outputs: Tensor, targets: Tensor, kind: Problem | None = None) -> Float[Tensor, " n"]:
-    """Return one loss per sample, of the given kind or the one that the shapes say (see `problem`).
+    """Return one loss per sample, of the given kind or the one that the shapes say (see `infer_problem`).
 
     Cross entropy for classes, binary cross entropy for binary and multi-label outputs, squared error for
     regression; means over whatever dimensions follow the first (and the classes).
     """
-    kind = kind or problem(outputs, targets)
+    kind = kind or infer_problem(outputs, targets)
     if kind == "classes":
         loss = F.cross_entropy(outputs, _class_indices(outputs, targets), reduction="none")
     elif kind == "regression":
@@ -111,16 +111,16 @@ def loss_per_sample(outputs: Tensor, targets: Tensor, kind: Problem | None = Non
     return loss.flatten(1).mean(1) if loss.ndim > 1 else loss
 
 
-def problem(outputs: Tensor, targets: Tensor) -> Problem:
+def infer_problem(outputs: Tensor, targets: Tensor) -> Problem:
     """Say which problem the shapes and types of outputs and targets describe.
 
-    >>> problem(torch.zeros(4, 10), torch.tensor([1, 2, 3, 9]))
+    >>> infer_problem(torch.zeros(4, 10), torch.tensor([1, 2, 3, 9]))
     'classes'
-    >>> problem(torch.zeros(4, 1), torch.tensor([0, 1, 1, 0]))
+    >>> infer_problem(torch.zeros(4, 1), torch.tensor([0, 1, 1, 0]))
     'binary'
-    >>> problem(torch.zeros(4, 3), torch.eye(4)[:, :3])
+    >>> infer_problem(torch.zeros(4, 3), torch.eye(4)[:, :3])
     'multilabel'
-    >>> problem(torch.zeros(4), torch.tensor([.1, .7, 3., 2.]))
+    >>> infer_problem(torch.zeros(4), torch.tensor([.1, .7, 3., 2.]))
     'regression'
 
     Raises:
@@ -216,11 +216,11 @@ class Task:
         mean = self.step(module, batch)
         if mean.shape != ():
             raise ValueError(f"Task(step=...): expected one loss, shape (), got shape {tuple(mean.shape)}")
-        return size(batch) * mean
+        return count_samples(batch) * mean
 
     def one_by_one(self, module: nn.Module, batch: Any) -> Float[Tensor, " n"]:
         """Return the loss of each sample, run alone."""
-        return torch.stack([self.total(module, take(batch, i, i + 1)) for i in range(size(batch))])
+        return torch.stack([self.total(module, slice_samples(batch, i, i + 1)) for i in range(count_samples(batch))])
 
     def per_sample(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, " n"]:
         """Return the loss of each sample.
@@ -243,7 +243,7 @@ class Task:
         if self.kind is not None or targets is None:
             return self.kind
         try:
-            return problem(outputs, targets)
+            return infer_problem(outputs, targets)
         except ValueError:
             return None
 
@@ -261,7 +261,7 @@ def settle_kind(task: Task, module: nn.Module, batch: Any, more: Iterable[Any]) 
     try:
         with torch.no_grad():
             outputs, targets = task.outputs(module, task.inputs(batch)), task.targets(batch)
-        kind = task.kind or problem(outputs, targets)
+        kind = task.kind or infer_problem(outputs, targets)
     except ValueError:
         return task
     unsure = task.kind is None and kind in ("binary", "multilabel") and targets.dtype is not torch.bool
@@ -270,7 +270,7 @@ def settle_kind(task: Task, module: nn.Module, batch: Any, more: Iterable[Any]) 
     return replace(task, kind=kind)
 
 
-def predicted(outputs: Tensor, kind: Problem | None) -> tuple[Tensor, Tensor]:
+def predict_classes(outputs: Tensor, kind: Problem | None) -> tuple[Tensor, Tensor]:
     """Return the predicted class and its probability, `(n,)` each.
 
     For a one-logit binary output the class is 0 or 1; for multi-label and regression outputs it is the

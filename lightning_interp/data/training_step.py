@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-MUTED = ("log", "log_dict")
-TORCHS_OWN = frozenset(vars(nn.Module()))
+MUTED_METHODS = ("log", "log_dict")
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 def loss_of_training_step(module: nn.Module, batch: Any) -> Tensor:
@@ -37,7 +37,7 @@ def loss_of_training_step(module: nn.Module, batch: Any) -> Tensor:
             f"Task.from_training_step(): expected automatic optimization, {type(module).__name__} optimises manually:"
             " its step has no one loss; pass task=Task(loss=...)"
         )
-    with _as_it_was(module):
+    with _attributes_restored(module):
         result = step(batch, 0) if _takes_index(step) else step(batch)
     loss = result.get("loss") if isinstance(result, Mapping) else result
     if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -47,14 +47,14 @@ def loss_of_training_step(module: nn.Module, batch: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def _as_it_was(module: nn.Module) -> Iterator[None]:
+def _attributes_restored(module: nn.Module) -> Iterator[None]:
     """Put back every attribute of the module and its metrics; nothing is logged meanwhile."""
-    held = [(part, dict(vars(part))) for part in module.modules() if part is module or _keeps(part)]
+    held = [(part, dict(vars(part))) for part in module.modules() if part is module or _has_state(part)]
     try:
         for part, attributes in held:
             own = attributes.items()
-            vars(part).update({name: _copied(value) for name, value in own if name not in TORCHS_OWN})
-            vars(part).update({name: _nothing for name in MUTED if hasattr(part, name)})
+            vars(part).update({name: _copy(value) for name, value in own if name not in MODULE_ATTRIBUTES})
+            vars(part).update({name: _nothing for name in MUTED_METHODS if hasattr(part, name)})
         yield
     finally:
         for part, attributes in held:
@@ -62,11 +62,11 @@ def _as_it_was(module: nn.Module) -> Iterator[None]:
             vars(part).update(attributes)
 
 
-def _keeps(part: nn.Module) -> bool:
-    return isinstance(part, (Metric, MetricCollection)) or all(hasattr(part, name) for name in MUTED)
+def _has_state(part: nn.Module) -> bool:
+    return isinstance(part, (Metric, MetricCollection)) or all(hasattr(part, name) for name in MUTED_METHODS)
 
 
-def _copied(value: Any) -> Any:
+def _copy(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.clone()
     return copy.copy(value) if isinstance(value, (list, dict, set)) else value

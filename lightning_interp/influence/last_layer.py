@@ -14,7 +14,7 @@ from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor, nn
 
 from lightning_interp.data.batch import at_least_float32, device_of, to_device
-from lightning_interp.data.samples import Samples, both
+from lightning_interp.data.samples import Samples, train_and_query_samples
 from lightning_interp.data.task import SAMPLES_TO_SETTLE, Task, settle_kind
 from lightning_interp.influence.curvature import KFAC
 from lightning_interp.influence.damping import Damping
@@ -121,7 +121,7 @@ class LastLayer:
         Raises:
             ValueError: a dataset is empty, the model has no such layer, or there are too many features to hold.
         """
-        samples, asked = both(train, query)
+        samples, asked = train_and_query_samples(train, query)
         few = to_device(next(iter(samples.at(range(min(PROBED, len(samples)))))), device_of(model))
         name = last_linear(model, task, few)
         with undisturbed(model):

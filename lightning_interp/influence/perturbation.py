@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_interp.data.batch import select_rows, size
+from lightning_interp.data.batch import count_samples, select_samples
 from lightning_interp.data.samples import Samples
 from lightning_interp.data.task import Task
 from lightning_interp.influence.curvature import Solver
@@ -62,7 +62,7 @@ def _mixed(model: nn.Module, task: Task, batch: Any, vectors: dict[str, Tensor])
     if not old.is_floating_point():
         raise TypeError(f"train: expected inputs of floats to perturb, got {old.dtype}")
     x = old.detach().clone().requires_grad_()
-    batch = select_rows(batch, torch.arange(size(batch)), old, x)
+    batch = select_samples(batch, torch.arange(count_samples(batch)), old, x)
     parameters = [model.get_parameter(name) for name in vectors]
     grads = torch.autograd.grad(task.losses(model, batch)[2].sum(), parameters, create_graph=True)
     found = []

@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_interp.checks import ArgumentError
 
-MOST_BY_DEFAULT = 24
-COMPILED = "_orig_mod"
+MOST_DEFAULT_LAYERS = 24
+COMPILED_PART = "_orig_mod"
 
 
 def plain_name(name: str) -> str:
@@ -21,7 +21,7 @@ def plain_name(name: str) -> str:
     >>> plain_name("net._orig_mod.0"), plain_name("net._orig_mod")
     ('net.0', 'net')
     """
-    return ".".join(part for part in name.split(".") if part != COMPILED)
+    return ".".join(part for part in name.split(".") if part != COMPILED_PART)
 
 
 def layer_names(module: nn.Module) -> list[str]:
@@ -44,10 +44,10 @@ def match_layers(module: nn.Module, patterns: Sequence[str], argument: str = "la
     """
     names = layer_names(module)
     for pattern in patterns:
-        if not any(_is_meant(name, pattern) for name in names):
+        if not any(_matches(name, pattern) for name in names):
             hint = _hint(pattern, list(map(plain_name, names)))
             raise ArgumentError(f"{argument}: {pattern!r} names no layer of {type(module).__name__}; {hint}")
-    return [name for name in names if any(_is_meant(name, pattern) for pattern in patterns)]
+    return [name for name in names if any(_matches(name, pattern) for pattern in patterns)]
 
 
 def default_layers(module: nn.Module, called: Mapping[str, object]) -> list[str]:
@@ -66,13 +66,13 @@ def default_layers(module: nn.Module, called: Mapping[str, object]) -> list[str]
     leaves = [name for name in called if not any(_is_inside(other, name) for other in called)]
     weighted = [name for name in leaves if _has_weights(module.get_submodule(name))]
     names = weighted or leaves
-    if len(names) <= MOST_BY_DEFAULT:
+    if len(names) <= MOST_DEFAULT_LAYERS:
         return names
-    places = np.linspace(0, len(names) - 1, MOST_BY_DEFAULT).round().astype(int)
+    places = np.linspace(0, len(names) - 1, MOST_DEFAULT_LAYERS).round().astype(int)
     return [names[place] for place in places]
 
 
-def _is_meant(name: str, pattern: str) -> bool:
+def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(plain_name(name), pattern) or fnmatchcase(name, pattern)
 
 

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from lightning_interp.data.batch import tensors
 
-Kind = Literal["vector", "map", "tokens"]
+LayoutKind = Literal["vector", "map", "tokens"]
 
 
 class Layout(NamedTuple):
@@ -26,7 +26,7 @@ class Layout(NamedTuple):
         packed: whether it is a packed sequence, which says itself how many tokens of each sample count.
     """
 
-    kind: Kind
+    kind: LayoutKind
     batch_first: bool
     channels_last: bool
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ def layout_of(part: nn.Module, output: Any, n: int) -> Layout | None:
         output: what it gave for `n` samples; its first tensor counts.
         n: number of samples.
     """
-    tensor, kept = unpacked(output)
+    tensor, kept = unpack(output)
     if tensor is None or tensor.is_nested or tensor.ndim < 2 or not tensor.is_floating_point():
         return None
     second = tensor.ndim == 3 and tensor.shape[1] == n
@@ -60,7 +60,7 @@ def layout_of(part: nn.Module, output: Any, n: int) -> Layout | None:
     return Layout("tokens" if tensor.ndim == 3 and last else "map", batch_first, last, shape, packed)
 
 
-def agreed_layout(first: Layout | None, second: Layout | None) -> Layout | None:
+def common_layout(first: Layout | None, second: Layout | None) -> Layout | None:
     """Return the layout of a call that was seen with two numbers of samples; None where none fits both.
 
     A sequence may happen to be as long as there are samples, and then its first dimension is taken for the samples; the
@@ -71,16 +71,16 @@ def agreed_layout(first: Layout | None, second: Layout | None) -> Layout | None:
     return second if first.batch_first else first
 
 
-def unpacked(output: Any) -> tuple[Tensor | None, Bool[Tensor, "n tokens"] | None]:
+def unpack(output: Any) -> tuple[Tensor | None, Bool[Tensor, "n tokens"] | None]:
     """Return an output's first tensor, and which tokens count if it is a packed sequence."""
-    packed = next((part for part in (output, *_parts(output)) if isinstance(part, PackedSequence)), None)
+    packed = next((part for part in (output, *_outputs(output)) if isinstance(part, PackedSequence)), None)
     if packed is None:
         return next(tensors(output), None), None
     tensor, lengths = pad_packed_sequence(packed, batch_first=True)
     return tensor, torch.arange(tensor.shape[1]) < lengths[:, None]
 
 
-def _parts(output: Any) -> tuple[Any, ...]:
+def _outputs(output: Any) -> tuple[Any, ...]:
     return tuple(output[:1]) if isinstance(output, (tuple, list)) and not isinstance(output, PackedSequence) else ()
 
 

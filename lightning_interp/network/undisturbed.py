@@ -27,7 +27,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     """
     modes = [(part, part.training) for part in module.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in module.parameters()]
-    with _random_state_kept(), _buffers_kept(module), _eager(), _plain_attention():
+    with _random_state_restored(), _buffers_restored(module), _eager(), _plain_attention():
         try:
             for part, _ in modes:
                 part.training = False
@@ -72,7 +72,7 @@ def hooked(module: nn.Module, layers: Sequence[str], hook: Callable[[str, nn.Mod
     try:
         for layer in layers:
             part = module.get_submodule(layer)
-            handles.append(part.register_forward_hook(_named(hook, layer)))
+            handles.append(part.register_forward_hook(_with_name(hook, layer)))
         yield
     finally:
         for handle in handles:
@@ -103,12 +103,12 @@ def capture(
         yield seen
 
 
-def _named(hook: Callable[[str, nn.Module, Any, Any], Any], layer: str) -> Callable[[nn.Module, Any, Any], Any]:
+def _with_name(hook: Callable[[str, nn.Module, Any, Any], Any], layer: str) -> Callable[[nn.Module, Any, Any], Any]:
     return lambda part, inputs, output: hook(layer, part, inputs, output)
 
 
 @contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
+def _random_state_restored() -> Iterator[None]:
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
@@ -125,7 +125,7 @@ def _random_state_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
+def _buffers_restored(module: nn.Module) -> Iterator[None]:
     """Keep each buffer's object and values, also where a forward assigns a new tensor to its name."""
     kept = [
         (part, name, buffer, buffer.detach().clone())
@@ -138,12 +138,12 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for part, name, buffer, values in kept:
-                if not _same(buffer, values):
+                if not _values_equal(buffer, values):
                     buffer.copy_(values)
                 part._buffers[name] = buffer
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _values_equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.detach(), b)
 
 

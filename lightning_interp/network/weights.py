@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from lightning_interp.network.checkpoint_file import checkpoint_content, is_file
 
 Checkpoint = Mapping[str, Tensor] | str | os.PathLike[str]
 
@@ -22,15 +20,16 @@ def loaded(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
 
     Args:
         model: its parameters stay the same objects.
-        checkpoint: a state dict, or the path of a Lightning checkpoint, of a state dict by `torch.save`, or of a
-            safetensors file. Nothing but tensors and plain Python is unpickled.
+        checkpoint: a state dict; or the path or fsspec address of a Lightning checkpoint, of a state dict by
+            `torch.save`, or of a safetensors file. Nothing but tensors and plain Python is unpickled.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: the file holds other things, or its weights do not fit the model.
     """
     kept = [(held, held.detach().clone()) for held in (*model.parameters(), *model.buffers())]
     try:
-        _fill(model, checkpoint)
+        _load_into(model, checkpoint)
         yield
     finally:
         with torch.no_grad():
@@ -46,40 +45,32 @@ def check_checkpoints(owner: str, checkpoints: Sequence[Checkpoint]) -> None:
         FileNotFoundError: a path leads to no file.
     """
     if isinstance(checkpoints, (str, os.PathLike, Mapping)) or not checkpoints:
-        raise ValueError(f"{owner}: expected a list of state dicts or paths, got {_named(checkpoints)}")
+        raise ValueError(f"{owner}: expected a list of state dicts or paths, got {_describe_checkpoint(checkpoints)}")
     for checkpoint in checkpoints:
-        if not isinstance(checkpoint, Mapping) and not Path(checkpoint).is_file():
-            raise FileNotFoundError(f"{owner}: expected a checkpoint file, got {_named(checkpoint)}")
+        if not isinstance(checkpoint, Mapping) and not is_file(checkpoint):
+            raise FileNotFoundError(f"{owner}: expected a checkpoint file, got {_describe_checkpoint(checkpoint)}")
 
 
-def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
+def _load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
     try:
-        model.load_state_dict(_state(checkpoint))
+        model.load_state_dict(_state_dict(checkpoint))
     except RuntimeError as error:
-        raise ValueError(f"checkpoint: {_named(checkpoint)} does not fit {type(model).__name__}: {error}") from error
+        raise ValueError(
+            f"checkpoint: {_describe_checkpoint(checkpoint)} does not fit {type(model).__name__}: {error}"
+        ) from error
 
 
-def _state(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
+def _state_dict(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
     if isinstance(checkpoint, Mapping):
         return checkpoint
-    if Path(checkpoint).suffix == ".safetensors":
-        return load_file(checkpoint)
-    try:
-        held: Any = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"checkpoint: expected tensors and plain Python in {checkpoint}, got more; load it yourself where you trust"
-            " it, and pass its state dict"
-        ) from error
-    if not isinstance(held, Mapping):
-        raise ValueError(f"checkpoint: expected a state dict in {checkpoint}, got {_kind(held)}")
-    return held.get("state_dict", held)
+    content = checkpoint_content(checkpoint)
+    return content.get("state_dict", content)
 
 
-def _named(checkpoint: object) -> str:
-    return repr(os.fspath(checkpoint)) if isinstance(checkpoint, (str, os.PathLike)) else f"a {_kind(checkpoint)}"
+def _describe_checkpoint(checkpoint: object) -> str:
+    return repr(os.fspath(checkpoint)) if isinstance(checkpoint, (str, os.PathLike)) else f"a {_type_name(checkpoint)}"
 
 
-def _kind(thing: object) -> str:
+def _type_name(thing: object) -> str:
     empty = isinstance(thing, Sequence) and not thing
     return f"{type(thing).__name__} without entries" if empty else type(thing).__name__

@@ -1,21 +1,15 @@
 """Similarity of feature sets: measures on `(n, d)` tensors, and on layers prepared once."""
 
-from lightning_interp.similarity.cca import CCA, SVCCA, CanonicalDirections
-from lightning_interp.similarity.cka import CKA
+from lightning_interp.similarity.cca import CCA, SVCCA, CanonicalDirections, r_squared_null
+from lightning_interp.similarity.cka import CKA, cka_null, cka_standard_error
 from lightning_interp.similarity.kernels import LinearKernel, RBFKernel
 from lightning_interp.similarity.matrix import AnyMeasure, Measure, matrix
+from lightning_interp.similarity.mutual_knn import MutualKNN
 from lightning_interp.similarity.pooling import Maps, Pooling, Tokens
 from lightning_interp.similarity.procrustes import Procrustes
 from lightning_interp.similarity.pwcca import PWCCA
 from lightning_interp.similarity.representation import from_gram, prepare
-from lightning_interp.similarity.significance import (
-    chance,
-    cka_null,
-    cka_standard_error,
-    permutation_null,
-    r_squared_null,
-    standard_error,
-)
+from lightning_interp.similarity.significance import chance, permutation_null, standard_error
 from lightning_interp.similarity.streaming import StreamingCKA
 
 Reading = Pooling  # its name in earlier versions
@@ -30,6 +24,7 @@ __all__ = [
     "LinearKernel",
     "Maps",
     "Measure",
+    "MutualKNN",
     "Pooling",
     "Procrustes",
     "RBFKernel",

@@ -9,26 +9,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_interp.data.batch import at_least_float32, size
+from lightning_interp.data.batch import at_least_float32, count_samples
 from lightning_interp.network.layers import layer_names, plain_name
-from lightning_interp.network.layout import Layout, agreed_layout, layout_of, unpacked
+from lightning_interp.network.layout import Layout, common_layout, layout_of, unpack
 from lightning_interp.network.undisturbed import hooked
 from lightning_interp.similarity.gram import FeatureBlock, centred_gram, check_rows
-from lightning_interp.similarity.pooling import Pooling, fitted, many_rows, rows, width
+from lightning_interp.similarity.pooling import Pooling, feature_count, fit_mask, gives_many_rows, pool
 from lightning_interp.similarity.representation import Form, Representation
 from lightning_interp.similarity.sketch import Sketch
 
-BYTES_PER_PASS = 440 * 2**20
+BYTES_PER_PASS = 440 * 2**20  # bounds what a pass adds to a process that is training; a pass more costs a forward more
 OUTPUT = "output"
 Forward = Callable[[Any], object]
 Mask = Callable[[Any], Tensor | None]
 
 
 class CallIndex(NamedTuple):
-    """One call of a layer within a forward."""
+    """One call of a layer within a forward: which layer, and the number of the call, from 0."""
 
     layer: str
-    place: int
+    number: int
 
 
 class FeatureRange(NamedTuple):
@@ -41,57 +41,57 @@ class FeatureRange(NamedTuple):
 
 @dataclass(frozen=True)
 class Activations:
-    """What to take from a network, found by running a few samples.
+    """Which layers' outputs to take from a network, and how they become features.
 
     Args:
-        layouts: layer → what each of its calls gives (None where it is no features), in the order of first calls; ""
+        layouts: layer → layout of each of its calls (None where it gives no features), in the order of first calls; ""
             is the network itself.
-        reading: what to make of maps and sequences.
+        pooling: how maps and sequences become features.
         mask: batch → which tokens count, `(n, tokens)`, or None.
-        ends: layers that give what the network itself does.
+        ends: layers whose output is the network's own.
     """
 
     layouts: Mapping[str, Sequence[Layout | None]]
-    reading: Pooling
+    pooling: Pooling
     mask: Mask
     ends: Set[str] = frozenset()
 
     def widths(self) -> dict[CallIndex, int]:
         """Return how many features each call gives."""
         return {
-            CallIndex(layer, place): width(layout, self.reading)
+            CallIndex(layer, number): feature_count(layout, self.pooling)
             for layer, calls in self.layouts.items()
-            for place, layout in enumerate(calls)
+            for number, layout in enumerate(calls)
             if layout is not None
         }
 
-    def many(self, call: CallIndex) -> bool:
+    def has_many_rows(self, call: CallIndex) -> bool:
         """Say whether a sample becomes several rows of this call."""
-        layout = self.layouts[call.layer][call.place]
-        return layout is not None and many_rows(layout, self.reading)
+        layout = self.layouts[call.layer][call.number]
+        return layout is not None and gives_many_rows(layout, self.pooling)
 
     def of(self, layers: Sequence[str]) -> Activations:
-        """Return the same for some of the layers."""
-        chosen = {layer: calls for layer, calls in self.layouts.items() if layer in layers}
-        return Activations(chosen, self.reading, self.mask, self.ends)
+        """Return these layers alone."""
+        layouts = {layer: calls for layer, calls in self.layouts.items() if layer in layers}
+        return Activations(layouts, self.pooling, self.mask, self.ends)
 
     def label(self, call: CallIndex) -> str:
         """Return a call's name: the layer's, with the number of the call where there are several."""
         name = plain_name(call.layer) or OUTPUT
-        return name if len(self.layouts[call.layer]) == 1 else f"{name}#{call.place}"
+        return name if len(self.layouts[call.layer]) == 1 else f"{name}#{call.number}"
 
     def unmasked(self, batch: Any) -> list[str]:
-        """Return the names of sequences for which the batch's mask is of a wrong length."""
+        """Return the names of sequences that the batch's mask does not fit in length."""
         mask = self.mask(batch)
-        if mask is None or self.reading.tokens == "flatten":
+        if mask is None or self.pooling.tokens == "flatten":
             return []
         return [
             self.label(call)
             for call in self.widths()
-            if (layout := self.layouts[call.layer][call.place])
+            if (layout := self.layouts[call.layer][call.number])
             and layout.kind == "tokens"
             and not layout.packed
-            and fitted(mask, layout.shape[0]) is None
+            and fit_mask(mask, layout.shape[0]) is None
         ]
 
 
@@ -99,52 +99,57 @@ def find_activations(
     module: nn.Module,
     forward: Forward,
     batches: Sequence[Any],
-    reading: Pooling = Pooling(),
+    pooling: Pooling = Pooling(),
     mask: Mask = lambda _: None,
 ) -> Activations:
-    """Run a few samples and see what the network and each submodule gives, call by call.
+    """Run a few samples to find the layout of what the network and each submodule gives, call by call.
 
-    The network itself is left out where a submodule has the name that it would go by, "output".
+    The network's own output is named "output", and left out where a submodule has that name.
 
     Args:
         module: the network.
         forward: runs it on a batch.
         batches: two, of different numbers of samples: the dimension that differs is that of the samples; an output
             without one is left out.
-        reading: what to make of maps and sequences.
+        pooling: how maps and sequences become features.
         mask: batch → which tokens count, `(n, tokens)`, or None.
     """
-    seen: list[dict[str, list[Layout | None]]] = []
-    given: dict[str, Tensor | None] = {}
+    layouts_by_batch: list[dict[str, list[Layout | None]]] = []
+    last_outputs: dict[str, Tensor | None] = {}
     names = layer_names(module)
     if OUTPUT not in map(plain_name, names):
         names.append("")
     for batch in batches:
-        found: dict[str, list[Layout | None]] = {}
+        batch_layouts: dict[str, list[Layout | None]] = {}
+        n = count_samples(batch)
 
-        def hook(layer: str, part: nn.Module, _: Any, output: Any, n: int = size(batch), found: Any = found) -> None:
-            found.setdefault(layer, []).append(layout_of(part, output, n))
-            tensor = unpacked(output)[0]
-            given[layer] = None if tensor is None or tensor.is_nested else tensor.clone()
+        def hook(
+            layer: str, submodule: nn.Module, _: Any, output: Any, n: int = n, layouts: Any = batch_layouts
+        ) -> None:
+            layouts.setdefault(layer, []).append(layout_of(submodule, output, n))
+            tensor = unpack(output)[0]
+            # A clone, as a later in-place operation may overwrite the output.
+            last_outputs[layer] = None if tensor is None or tensor.is_nested else tensor.clone()
 
         with torch.no_grad(), hooked(module, names, hook):
             forward(batch)
-        seen.append(found)
-    first, second = seen
-    layouts = {layer: list(map(agreed_layout, calls, second.get(layer, []))) for layer, calls in first.items()}
-    wide = {
-        layer: [call if call and width(call, reading) else None for call in calls] for layer, calls in layouts.items()
+        layouts_by_batch.append(batch_layouts)
+    first, second = layouts_by_batch
+    layouts = {layer: list(map(common_layout, calls, second.get(layer, []))) for layer, calls in first.items()}
+    with_features = {
+        layer: [layout if layout and feature_count(layout, pooling) else None for layout in calls]
+        for layer, calls in layouts.items()
     }
-    end = given.get("")
-    ends = frozenset(layer for layer, tensor in given.items() if layer and _equal(tensor, end))
-    return Activations({layer: calls for layer, calls in wide.items() if any(calls)}, reading, mask, ends)
+    end = last_outputs.get("")
+    ends = frozenset(layer for layer, tensor in last_outputs.items() if layer and _equal(tensor, end))
+    return Activations({layer: calls for layer, calls in with_features.items() if any(calls)}, pooling, mask, ends)
 
 
 def representations(
     module: nn.Module,
     forward: Forward,
     batches: Sequence[Any],
-    watched: Activations,
+    activations: Activations,
     n: int,
     form: Form = "scores",
     bytes_per_pass: int = BYTES_PER_PASS,
@@ -154,49 +159,52 @@ def representations(
     """Take each layer's features over all batches.
 
     Layers of more features than samples become the Gram matrix of their centred features, unless `form` is "features".
-    Where the features of all layers exceed `bytes_per_pass`, the batches are run again for the next columns, so that
-    memory does not grow with the network, but for "features", which are kept. For a layer of d features, n² d
-    multiplications and additions are the least, half as many products as `X @ X.T` makes.
+    Where the features of all layers exceed `bytes_per_pass`, the batches are run once more for each further block of
+    columns, so that memory does not grow with the network, but for "features", which are kept. A layer of d features
+    costs n² d operations, half as many as `X @ X.T`.
 
     Args:
-        module: the network, in the state to look at.
+        module: the network, in the state of interest.
         forward: runs it on a batch.
         batches: re-iterable, together `n` samples.
-        watched: what to take.
+        activations: what to take.
         n: number of samples.
         form: what the measures need of each layer.
-        bytes_per_pass: features held at a time.
+        bytes_per_pass: bound on the memory of one pass's features.
         sketch: reduce layers of more than twice as many features to this number by random signs first: an estimate
             for linear CKA, at a fraction of the cost and in one pass.
-        key: what the signs depend on beside the layer: the run and the moment.
+        key: what the random signs depend on beside the layer: the run and the step.
 
     Returns:
-        layer (or `layer#call` where it is called several times) → representation on the CPU, in the order of `watched`.
+        layer (or `layer#call` where it is called several times) → representation on the CPU, in call order.
 
     Raises:
         ValueError: features are not finite, or a call gave another shape than before.
     """
-    widths = watched.widths()
-    summed = {call for call, width in widths.items() if width > n and form != "features" and not watched.many(call)}
+    widths = activations.widths()
+    to_sum = form != "features"
+    summed = {call for call, width in widths.items() if to_sum and width > n and not activations.has_many_rows(call)}
     sketches = {
-        call: Sketch(sketch, f"{key}/{watched.label(call)}") for call in summed if sketch and widths[call] > 2 * sketch
+        call: Sketch(sketch, f"{key}/{activations.label(call)}")
+        for call in summed
+        if sketch and widths[call] > 2 * sketch
     }
-    plan = _Plan(watched, n, widths, summed, sketches)
+    plan = _Plan(activations, n, widths, summed, sketches)
     grams: dict[CallIndex, Tensor] = {}
-    made: dict[CallIndex, Representation] = {}
-    for columns in _passes(plan, max(1, bytes_per_pass // (4 * n))):
-        held = _run(module, forward, batches, columns, plan)
-        for column in list(held):
-            call, kept = column.call, held.pop(column)
-            if isinstance(kept, FeatureBlock):
-                product = centred_gram(watched.label(call), kept)
+    by_call: dict[CallIndex, Representation] = {}
+    for ranges in _passes(plan, max(1, bytes_per_pass // (4 * n))):
+        outputs = _run(module, forward, batches, ranges, plan)
+        for columns in list(outputs):
+            call, block = columns.call, outputs.pop(columns)  # popped, so that its memory is free before the next one
+            if isinstance(block, FeatureBlock):
+                product = centred_gram(activations.label(call), block)
                 grams[call] = grams[call].add_(product) if call in grams else product
             else:
-                made[call] = plan.whole(call, kept.cpu())
+                by_call[call] = plan.check_features(call, block.cpu())
     for call, gram in grams.items():
         size, signs = (sketches[call].size, sketches[call].signs) if call in sketches else (0, 0)
-        made[call] = Representation(gram.cpu(), "gram", widths[call], size, signs)
-    return {watched.label(call): made[call].reduced(form) for call in widths}
+        by_call[call] = Representation(gram.cpu(), "gram", widths[call], size, signs)
+    return {activations.label(call): by_call[call].reduced(form) for call in widths}
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
@@ -207,30 +215,30 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 class _Plan:
     """What is taken of n samples: each call's width, which are summed to Gram matrices, which are sketched before."""
 
-    watched: Activations
+    activations: Activations
     n: int
     widths: Mapping[CallIndex, int]
     summed: Set[CallIndex]
     sketches: Mapping[CallIndex, Sketch]
 
-    def held(self, call: CallIndex) -> int:
-        """Return how many columns of a call are held."""
+    def column_count(self, call: CallIndex) -> int:
+        """Return how many columns of a call are in memory: those of its sketch, where there is one."""
         return self.sketches[call].size if call in self.sketches else self.widths[call]
 
     def features(self, call: CallIndex, output: Any, mask: Tensor | None) -> Tensor:
         """Return a call's features of one batch."""
-        layout = self.watched.layouts[call.layer][call.place]
+        layout = self.activations.layouts[call.layer][call.number]
         assert layout is not None
-        features = at_least_float32(rows(output, layout, self.watched.reading, mask).detach())
+        features = at_least_float32(pool(output, layout, self.activations.pooling, mask).detach())
         if features.shape[1] != self.widths[call]:
-            label = self.watched.label(call)
+            label = self.activations.label(call)
             raise ValueError(f"{label}: expected {self.widths[call]} features, got {features.shape[1]}")
         return self.sketches[call](features) if call in self.sketches else features
 
-    def whole(self, call: CallIndex, features: Tensor) -> Representation:
-        """Return a call's features of all samples."""
-        label = self.watched.label(call)
-        if not self.watched.many(call):
+    def check_features(self, call: CallIndex, features: Tensor) -> Representation:
+        """Return a call's features of all samples, once they are finite and as many rows as expected."""
+        label = self.activations.label(call)
+        if not self.activations.has_many_rows(call):
             check_rows(label, self.n, len(features))
         if not bool(features.isfinite().all()):
             raise ValueError(f"{label}: activations hold NaN or infinity")
@@ -238,34 +246,34 @@ class _Plan:
 
 
 def _run(
-    module: nn.Module, forward: Forward, batches: Sequence[Any], columns: Sequence[FeatureRange], plan: _Plan
+    module: nn.Module, forward: Forward, batches: Sequence[Any], ranges: Sequence[FeatureRange], plan: _Plan
 ) -> dict[FeatureRange, Tensor | FeatureBlock]:
-    """Return the wanted columns of all samples, `(rows, columns)` each; to be summed: less the first batch's mean."""
-    wanted = {column.call: column for column in columns}
-    blocks = {column: FeatureBlock(plan.n) for column in columns if column.call in plan.summed}
-    parts: dict[FeatureRange, list[Tensor]] = {column: [] for column in columns if column.call not in plan.summed}
+    """Return these columns of all samples, `(rows, columns)` each; to be summed: less the first batch's mean."""
+    by_call = {columns.call: columns for columns in ranges}
+    blocks = {columns: FeatureBlock(plan.n) for columns in ranges if columns.call in plan.summed}
+    batch_features: dict[FeatureRange, list[Tensor]] = {c: [] for c in ranges if c.call not in plan.summed}
     calls: dict[str, int] = {}
     mask: Tensor | None = None
 
     def hook(layer: str, _: nn.Module, __: Any, output: Any) -> None:
         call = CallIndex(layer, calls.get(layer, 0))
-        calls[layer] = call.place + 1
-        if column := wanted.get(call):
+        calls[layer] = call.number + 1
+        if columns := by_call.get(call):
             features = plan.features(call, output, mask)
-            if column in blocks:
-                blocks[column].add(features[:, column.start : column.stop])
+            if columns in blocks:
+                blocks[columns].add(features[:, columns.start : columns.stop])
             else:
-                parts[column].append(features.clone())
+                batch_features[columns].append(features.clone())  # it may be a view, which the network overwrites
 
-    layers = list(dict.fromkeys(column.call.layer for column in columns))
+    layers = list(dict.fromkeys(columns.call.layer for columns in ranges))
     for batch in batches:
-        mask = plan.watched.mask(batch)
+        mask = plan.activations.mask(batch)
         calls.clear()
         with torch.no_grad(), hooked(module, layers, hook):
             forward(batch)
-    for column, kept in parts.items():
-        check_rows(plan.watched.label(column.call), len(batches), len(kept), "batches")
-    return {column: torch.cat(parts.pop(column)) for column in list(parts)} | blocks
+    for columns, features in batch_features.items():
+        check_rows(plan.activations.label(columns.call), len(batches), len(features), "batches")
+    return {columns: torch.cat(batch_features.pop(columns)) for columns in list(batch_features)} | blocks
 
 
 def _passes(plan: _Plan, columns_per_pass: int) -> list[list[FeatureRange]]:
@@ -273,7 +281,7 @@ def _passes(plan: _Plan, columns_per_pass: int) -> list[list[FeatureRange]]:
     passes: list[list[FeatureRange]] = [[]]
     free = columns_per_pass
     for call in plan.widths:
-        start, width = 0, plan.held(call)
+        start, width = 0, plan.column_count(call)
         while start < width:
             if free <= 0:
                 passes.append([])

@@ -69,12 +69,16 @@ class CCA:
 
     def between(self, x: Representation, y: Representation) -> Float[Tensor, ""]:
         """Compare two prepared layers."""
-        return _summarised(self.summary, canonical_correlations(x, y, x.rank, y.rank))
+        return _summarise(self.summary, canonical_correlations(x, y, x.rank, y.rank))
 
     def directions(self, x: Float[Tensor, "n d1"], y: Float[Tensor, "n d2"]) -> CanonicalDirections:
         """Return the canonical directions of two sets of features; with rank ≥ n − 1 they say nothing."""
         a, b = prepare(x), prepare(y)
         return _directions(x, y, a, b, a.rank, b.rank)
+
+    def chance(self, x: Representation, y: Representation) -> float | None:
+        """Return the exact mean over permutations of y's samples; None for summaries other than "mean_squared"."""
+        return _r_squared_by_chance(x.rank, y.rank, x.n) if self.summary == "mean_squared" else None
 
     def kept(self, x: Representation) -> int:
         """Return the number of directions of this layer that enter: all."""
@@ -124,12 +128,16 @@ class SVCCA:
 
     def between(self, x: Representation, y: Representation) -> Float[Tensor, ""]:
         """Compare two prepared layers."""
-        return _summarised(self.summary, canonical_correlations(x, y, self.kept(x), self.kept(y)))
+        return _summarise(self.summary, canonical_correlations(x, y, self.kept(x), self.kept(y)))
 
     def directions(self, x: Float[Tensor, "n d1"], y: Float[Tensor, "n d2"]) -> CanonicalDirections:
         """Return the canonical directions within what each side keeps."""
         a, b = prepare(x), prepare(y)
         return _directions(x, y, a, b, self.kept(a), self.kept(b))
+
+    def chance(self, x: Representation, y: Representation) -> float | None:
+        """Return the exact mean over permutations of y's samples; None for summaries other than "mean_squared"."""
+        return _r_squared_by_chance(self.kept(x), self.kept(y), x.n) if self.summary == "mean_squared" else None
 
     def kept(self, x: Representation) -> int:
         """Return k, the number of singular directions that this layer keeps."""
@@ -148,9 +156,26 @@ def canonical_correlations(x: Representation, y: Representation, kx: int, ky: in
         min(kx, ky) numbers in [0, 1]; one NaN where they are not defined (a constant layer, or k ≥ n − 1).
     """
     same_samples(x, y)
-    if min(kx, ky) == 0 or max(kx, ky) >= x.n - 1:
+    if not _are_defined(kx, ky, x.n):
         return torch.full((1,), torch.nan, dtype=torch.float64, device=x.u.device)
     return torch.linalg.svdvals(x.u[:, :kx].T @ y.u[:, :ky]).clamp(max=1)
+
+
+def r_squared_null(kx: int, ky: int, n: int) -> float:
+    """Return the mean of R²_CCA (the mean ρ²) of independent features of ranks kx and ky: max(kx, ky) / (n − 1).
+
+    For SVCCA the ranks are the numbers of directions that it keeps.
+    """
+    return max(kx, ky) / (n - 1)
+
+
+def _r_squared_by_chance(kx: int, ky: int, n: int) -> float:
+    return r_squared_null(kx, ky, n) if _are_defined(kx, ky, n) else float("nan")
+
+
+def _are_defined(kx: int, ky: int, n: int) -> bool:
+    """Say whether two layers of such ranks have canonical correlations: neither is constant, nor fills the space."""
+    return min(kx, ky) > 0 and max(kx, ky) < n - 1
 
 
 def _directions(
@@ -166,7 +191,7 @@ def _directions(
     return CanonicalDirections(correlations.clamp(max=1), weights_x, weights_y, variates_x, variates_y)
 
 
-def _summarised(summary: Summary, correlations: Float[Tensor, " k"]) -> Float[Tensor, ""]:
+def _summarise(summary: Summary, correlations: Float[Tensor, " k"]) -> Float[Tensor, ""]:
     if summary == "largest":
         return correlations[0]
     return (correlations.square() if summary == "mean_squared" else correlations).mean()

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_interp.similarity.representation import double
 from lightning_interp.similarity.symmetric_product import symmetric_product
 
-ROUNDING = 8
+CONSTANT_ROUNDING = 8  # eps of the values by which equal features may differ: a forward rounds a few times on the way
 
 
 class FeatureBlock:
@@ -30,7 +30,7 @@ class FeatureBlock:
             torch.sub(features, self.shift, out=self.rows[self.filled : stop])
         self.filled = stop
 
-    def whole(self, label: str) -> Float[Tensor, "n d"]:
+    def all_rows(self, label: str) -> Float[Tensor, "n d"]:
         """Return all rows.
 
         Raises:
@@ -41,7 +41,7 @@ class FeatureBlock:
 
 
 def check_rows(label: str, expected: int, got: int, what: str = "samples") -> None:
-    """Raise a ValueError where a layer was not called as often as when it was first looked at."""
+    """Raise a ValueError where a layer was not called as often as in the first pass."""
     if got != expected:
         raise ValueError(
             f"{label}: expected {expected} {what}, got {got}; a layer that is not called equally often on all batches"
@@ -52,24 +52,24 @@ def check_rows(label: str, expected: int, got: int, what: str = "samples") -> No
 def centred_gram(label: str, block: FeatureBlock) -> Float[Tensor, "n n"]:
     """Return the Gram matrix of a block's centred columns; zero where they differ by rounding alone.
 
-    The block lacks the mean of its first batch. What is left of the mean is taken off the product, which costs no digit
-    where it is small, as it is unless the first batch was unlike the rest; then it is taken off the block before.
+    The block lacks the mean of its first batch. What remains of the mean is subtracted from the product, which costs no
+    digits where it is small; where the first batch was unlike the others, it is subtracted from the block before.
 
     Raises:
         ValueError: features are not finite, or more or fewer rows were written than reserved; `label` is named.
     """
-    rows = block.whole(label)
-    product = _product(rows)
+    rows = block.all_rows(label)
+    product = _block_product(rows)
     spread = product.diagonal().mean()
     if not bool(spread.isfinite()):
         raise ValueError(f"{label}: activations hold NaN or infinity, or are too large to be squared")
-    if spread <= (ROUNDING * torch.finfo(rows.dtype).eps) ** 2 * block.shift.square().sum():
+    if spread <= (CONSTANT_ROUNDING * torch.finfo(rows.dtype).eps) ** 2 * block.shift.square().sum():
         return product.zero_()
     if product.mean() > spread / 2:
-        product = _product(rows.sub_(rows.mean(0)))
+        product = _block_product(rows.sub_(rows.mean(0)))
     means = product.mean(0) - product.mean() / 2
     return product.sub_(means + means[:, None])
 
 
-def _product(block: Tensor) -> Tensor:
+def _block_product(block: Tensor) -> Tensor:
     return symmetric_product(double(block) if block.is_cuda else block)

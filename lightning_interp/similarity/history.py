@@ -12,14 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_interp.progress import Progress, quiet
-from lightning_interp.similarity.gram import ROUNDING
+from lightning_interp.similarity.gram import CONSTANT_ROUNDING
 from lightning_interp.similarity.matrix import AnyMeasure, matrix, similarity
 from lightning_interp.similarity.representation import Representation
 from lightning_interp.similarity.results import Caution, Reliability, SimilarityMap, Snapshot
-from lightning_interp.similarity.significance import chance, is_exact, standard_error
+from lightning_interp.similarity.significance import chance, chance_in_closed_form, standard_error
 
-MOST_NAMED = 6
-STILL = 0.01
+MOST_LAYERS_LISTED = 6  # in a longer list the reason is hard to find; the number of layers stands in its place
+LEAST_CHANGE = 0.01  # a similarity's last digit that is shown; a share of less would divide by noise
 Failed = dict[str, Exception]
 
 
@@ -29,8 +29,8 @@ class History(NamedTuple):
     Args:
         to_initial: layer × snapshot, each compared with the first.
         to_final: layer × snapshot, each compared with the last.
-        normalised: (s − s₀) / (1 − s₀) of `to_final`, s₀ its value before training: how much of the way to its end
-            each layer has gone, 0 at the first snapshot and 1 at the last.
+        normalised: (s − s₀) / (s₁ − s₀) of `to_final`, s₀ and s₁ its first and last value: the share of the way to its
+            final state that each layer has gone, 0 at the first snapshot and 1 at the last.
     """
 
     to_initial: SimilarityMap
@@ -40,7 +40,7 @@ class History(NamedTuple):
 
 @contextmanager
 def isolated(name: str, failed: Failed | None) -> Iterator[None]:
-    """Note an error under a measure's name, so that the others go on; let it through where `failed` is None."""
+    """Note an error under a measure's name, so that the others are still compared; raise it where `failed` is None."""
     try:
         yield
     except Exception as error:
@@ -57,27 +57,27 @@ def histories(
 ) -> dict[str, History]:
     """Compare every snapshot with the first and the last, by every measure.
 
-    Layer by layer, so that of a stored history no more than three representations are in memory.
+    Layer by layer, so that no more than three representations of a stored history are in memory.
 
     Args:
         measures: tag → measure.
         snapshots: all of them in order of time.
-        progress: shows how far it is.
+        progress: shows how far the comparison is.
         failed: measures that are left out; one that fails is added to them, with its error. When None it raises.
     """
     initial, final = snapshots[0], snapshots[-1]
     layers = list(final.layers)
-    found = {name: torch.full((2, len(layers), len(snapshots)), torch.nan, dtype=torch.float64) for name in measures}
+    values = {name: torch.full((2, len(layers), len(snapshots)), torch.nan, dtype=torch.float64) for name in measures}
     for row, layer in enumerate(progress(layers, len(layers), "comparing representations")):
         first, last = initial.layers[layer], final.layers[layer]
         for column, snapshot in enumerate(snapshots):
             then = {initial.step: first, final.step: last}.get(snapshot.step) or snapshot.layers[layer]
-            for name in _working(measures, failed):
+            for name in _measures_left(measures, failed):
                 with isolated(name, failed):
-                    found[name][0, row, column] = similarity(measures[name], first, then)
-                    found[name][1, row, column] = similarity(measures[name], then, last)
-    working = _working(measures, failed)
-    return {name: _history(name, measures[name], snapshots, *found[name]) for name in working}
+                    values[name][0, row, column] = similarity(measures[name], first, then)
+                    values[name][1, row, column] = similarity(measures[name], then, last)
+    working = _measures_left(measures, failed)
+    return {name: _history(name, measures[name], snapshots, *values[name]) for name in working}
 
 
 def layerwise(
@@ -87,33 +87,35 @@ def layerwise(
 
     A measure in `failed` is left out, and one that fails is added to them; when None it raises.
     """
-    found: dict[str, dict[str, float]] = {name: {} for name in measures}
+    values: dict[str, dict[str, float]] = {name: {} for name in measures}
     for layer in b.layers:
-        x, y = replace(a.layers[layer]), replace(b.layers[layer])  # what they derive is given up with them
-        for name in _working(measures, failed):
+        # Copies, so that what the measures derive from a layer is freed with it.
+        x, y = replace(a.layers[layer]), replace(b.layers[layer])
+        for name in _measures_left(measures, failed):
             with isolated(name, failed):
-                found[name][layer] = float(similarity(measures[name], x, y))
-    return {name: found[name] for name in _working(measures, failed)}
+                values[name][layer] = float(similarity(measures[name], x, y))
+    return {name: values[name] for name in _measures_left(measures, failed)}
 
 
 def layer_by_layer(name: str, measure: AnyMeasure, then: Snapshot, final: Snapshot) -> SimilarityMap:
     """Compare all layers of one snapshot with all layers of the last."""
     rows, columns = dict(then.layers), dict(final.layers)
-    same = then.step == final.step
-    values = matrix(measure, list(columns.values() if same else rows.values()), None if same else [*columns.values()])
-    title = "layers of the final network" if same else f"layers at epoch {then.epoch} (step {then.step}) and at the end"
-    row_title = "layer" if same else f"layer at epoch {then.epoch} (step {then.step})"
-    held = [replace(final, layers=columns)] if same else [replace(then, layers=rows), replace(final, layers=columns)]
+    at_end = then.step == final.step
+    xs, ys = (columns, None) if at_end else (rows, list(columns.values()))
+    values = matrix(measure, list(xs.values()), ys)
+    when = f"epoch {then.epoch} (step {then.step})"
+    title = "layers of the final network" if at_end else f"layers at {when} and at the end"
+    snapshots = [] if at_end else [replace(then, layers=rows)]
     return SimilarityMap(
         name,
         title,
         tuple(rows),
         tuple(columns),
         values,
-        row_title,
-        "layer" if same else "layer at the end",
+        "layer" if at_end else f"layer at {when}",
+        "layer" if at_end else "layer at the end",
         next(iter(columns.values())).n,
-        cautions(measure, *held),
+        cautions(measure, *snapshots, replace(final, layers=columns)),
         is_distance(measure),
         own_scale=is_own_scale(measure),
     )
@@ -122,8 +124,8 @@ def layer_by_layer(name: str, measure: AnyMeasure, then: Snapshot, final: Snapsh
 def with_reliability(table: SimilarityMap, measure: AnyMeasure, a: Snapshot, b: Snapshot) -> SimilarityMap:
     """Return the map of two snapshots' layers with what each value would be by chance, and its standard error.
 
-    Where chance is known only from permutations, it is worked out for layers of the same name alone. Rows that are
-    several to a sample are not independent of each other: both are NaN.
+    Where a measure has no `chance` of its own, permutations give it, for layers of the same name alone: several values
+    for every pair would take too long. Both are NaN where a sample has several rows, which are not independent.
     """
     rows, columns = dict(a.layers), dict(b.layers)
     chances = torch.full_like(table.values, torch.nan)
@@ -132,52 +134,54 @@ def with_reliability(table: SimilarityMap, measure: AnyMeasure, a: Snapshot, b: 
         for j, (column, y) in enumerate(columns.items()):
             if x.n == y.n == table.n:
                 errors[i, j] = standard_error(measure, x, y)
-                chances[i, j] = chance(measure, x, y) if row == column or is_exact(measure) else torch.nan
+                value = chance(measure, x, y) if row == column else chance_in_closed_form(measure, x, y)
+                chances[i, j] = torch.nan if value is None else value
     return replace(table, chance=chances, standard_error=errors)
 
 
 def reliability_by_layer(measure: AnyMeasure, a: Snapshot, b: Snapshot, n: int) -> dict[str, Reliability]:
     """Return how far to trust each layer's similarity between two snapshots of the same `n` samples."""
-    found, nan = {}, float("nan")
+    by_layer, nan = {}, float("nan")
     for layer in b.layers:
         x, y = a.layers[layer], b.layers[layer]
         value = float(similarity(measure, x, y))
         by_chance, error = (chance(measure, x, y), standard_error(measure, x, y)) if x.n == y.n == n else (nan, nan)
-        caution = _constant(x, "at the start") or _constant(y, "at the end") or _said(measure, y) or _said(measure, x)
-        found[layer] = Reliability(value, by_chance, error, caution)
-    return found
+        constant = _constant(x, "at the start") or _constant(y, "at the end")
+        caution = constant or _caution_of(measure, y) or _caution_of(measure, x)
+        by_layer[layer] = Reliability(value, by_chance, error, caution)
+    return by_layer
 
 
 def normalised(values: Float[Tensor, "layer snapshot"]) -> Float[Tensor, "layer snapshot"]:
     """Return (s − s₀) / (s₁ − s₀), s₀ and s₁ each row's first and last value: 0 at the start, 1 at the end.
 
-    s₁ is 1 for a similarity to the end. NaN where s₁ − s₀ is below 0.01: of a layer that goes no way there is no share.
+    s₁ is 1 for a similarity to the end. NaN where |s₁ − s₀| is below 0.01: a layer that does not change has no share.
     """
     start, end = values[:, :1], values[:, -1:]
-    still = (end - start).abs() < STILL
-    return torch.where(still, torch.nan, (values - start) / torch.where(still, 1.0, end - start))
+    unchanged = (end - start).abs() < LEAST_CHANGE
+    return torch.where(unchanged, torch.nan, (values - start) / torch.where(unchanged, 1.0, end - start))
 
 
 def cautions(measure: AnyMeasure, *snapshots: Snapshot) -> str:
-    """Return when not to trust a measure, with the layers it concerns; empty where nothing is known."""
-    found: dict[str, dict[str, list[str]]] = {}
+    """Return the reasons for caution with a measure, each with the layers it concerns; empty where there are none."""
+    details_by_reason: dict[str, dict[str, list[str]]] = {}
     for snapshot in snapshots:
         for layer in snapshot.layers:
-            held = snapshot.layers[layer]
-            if warning := _constant(held, f"at epoch {snapshot.epoch}") or _said(measure, held):
-                details = found.setdefault(warning.reason, {}).setdefault(layer, [])
+            x = snapshot.layers[layer]  # one at a time: a stored snapshot reads it from its file
+            if warning := _constant(x, f"at epoch {snapshot.epoch}") or _caution_of(measure, x):
+                details = details_by_reason.setdefault(warning.reason, {}).setdefault(layer, [])
                 details += [warning.detail] if warning.detail not in details else []
     total = len({layer for snapshot in snapshots for layer in snapshot.layers})
-    return "; ".join(f"{_named(layers, total)}: {reason}" for reason, layers in found.items())
+    return "; ".join(f"{_list_layers(layers, total)}: {reason}" for reason, layers in details_by_reason.items())
 
 
 def by_chance(values: Sequence[float], digits: int = 2) -> str:
     """Return the range of layers' values by chance, and of how many it is known if not of all; empty where of none."""
-    known = sorted(value for value in values if value == value)
-    if not known:
+    chances = sorted(value for value in values if value == value)
+    if not chances:
         return ""
-    low, high = f"{known[0]:.{digits}f}", f"{known[-1]:.{digits}f}"
-    of = "" if len(known) == len(values) else f" (known for {len(known)} of {len(values)} layers)"
+    low, high = f"{chances[0]:.{digits}f}", f"{chances[-1]:.{digits}f}"
+    of = "" if len(chances) == len(values) else f" (known for {len(chances)} of {len(values)} layers)"
     return (low if low == high else f"{low} to {high}") + of
 
 
@@ -187,33 +191,33 @@ def is_distance(measure: AnyMeasure) -> bool:
 
 
 def is_own_scale(measure: AnyMeasure) -> bool:
-    """Say whether nothing is known of a measure's values: those of a plain function."""
+    """Say whether a measure's values are on a scale of which nothing is known: a plain function's."""
     return not hasattr(measure, "between")
 
 
-def _working(measures: Mapping[str, AnyMeasure], failed: Failed | None) -> list[str]:
+def _measures_left(measures: Mapping[str, AnyMeasure], failed: Failed | None) -> list[str]:
     return [name for name in measures if name not in (failed or {})]
 
 
 def _constant(layer: Representation, when: str) -> Caution | None:
     values, rounding = layer.values, 0.0
     if layer.form == "features":
-        rounding = ROUNDING * torch.finfo(values.dtype).eps * float(values.abs().max())
+        rounding = CONSTANT_ROUNDING * torch.finfo(values.dtype).eps * float(values.abs().max())
         values = values - values[:1]
     if bool((values.abs() > rounding).any()):
         return None
     return Caution("the same for all samples, so that no similarity is defined", when)
 
 
-def _said(measure: AnyMeasure, layer: Representation) -> Caution | None:
+def _caution_of(measure: AnyMeasure, layer: Representation) -> Caution | None:
     if not hasattr(measure, "between") and layer.features is None:
         return Caution('not defined without the neurons, which store="activations" keeps', f"d = {layer.width:,}")
-    say: Callable[[Representation], Caution | None] | None = getattr(measure, "caution", None)
-    return None if say is None else say(layer)
+    caution: Callable[[Representation], Caution | None] | None = getattr(measure, "caution", None)
+    return None if caution is None else caution(layer)
 
 
-def _named(layers: Mapping[str, Sequence[str]], total: int) -> str:
-    if len(layers) > MOST_NAMED:
+def _list_layers(layers: Mapping[str, Sequence[str]], total: int) -> str:
+    if len(layers) > MOST_LAYERS_LISTED:
         return f"{len(layers)} of {total} layers"
     return ", ".join(f"{layer} ({' and '.join(details)})" if details else layer for layer, details in layers.items())
 
@@ -222,23 +226,24 @@ def _history(
     name: str, measure: AnyMeasure, snapshots: Sequence[Snapshot], to_initial: Tensor, to_final: Tensor
 ) -> History:
     final = snapshots[-1]
-    layers, (by, columns) = tuple(final.layers), _moments(snapshots)
+    layers, (by, columns) = tuple(final.layers), _snapshot_names(snapshots)
     n, note = next(iter(final.layers.values())).n, cautions(measure, snapshots[0], final)
 
     def by_epoch(title: str, values: Tensor) -> SimilarityMap:
         distance, own = is_distance(measure), is_own_scale(measure)
         return SimilarityMap(name, title, layers, columns, values, "layer", by, n, note, distance, own_scale=own)
 
-    way = normalised(to_final)
+    share = normalised(to_final)
     undefined = to_final[:, [0, -1]].isnan().any(1)
-    still = {layer: () for layer, out in zip(layers, way[:, 0].isnan() & ~undefined, strict=True) if out}
-    left_out = f"Left out, as they end where they began, within {STILL:g}: {_named(still, len(layers))}. "
+    unchanged = {layer: () for layer, out in zip(layers, share[:, 0].isnan() & ~undefined, strict=True) if out}
+    names = _list_layers(unchanged, len(layers))
+    left_out = f"Left out, as they end where they began, within {LEAST_CHANGE:g}: {names}. "
     return History(
         by_epoch("to the initial state", to_initial),
         by_epoch("to the final state", to_final),
         replace(
-            by_epoch("share of the way to the final state", way),
-            note=(left_out if still else "") + note,
+            by_epoch("share of the way to the final state", share),
+            note=(left_out if unchanged else "") + note,
             distance=False,
             own_scale=False,
             legend="0: as at the start, 1: at its end",
@@ -246,8 +251,8 @@ def _history(
     )
 
 
-def _moments(snapshots: Sequence[Snapshot]) -> tuple[str, tuple[str, ...]]:
-    """Return what snapshots are named by, and each one's name: its epoch, and the step where an epoch has several."""
+def _snapshot_names(snapshots: Sequence[Snapshot]) -> tuple[str, tuple[str, ...]]:
+    """Return the axis title of snapshots and each one's name: its epoch, with the step where an epoch has several."""
     epochs = [snapshot.epoch for snapshot in snapshots]
     if len(set(epochs)) == len(epochs):
         return "epoch (0: before training)", tuple(map(str, epochs))

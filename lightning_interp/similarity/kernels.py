@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_interp.similarity.representation import Representation
+from lightning_interp.similarity.representation import Form, Representation
 
 
 @runtime_checkable
 class Kernel(Protocol):
-    """Makes a Gram matrix of a prepared layer; `LinearKernel` and `RBFKernel` do."""
+    """Makes a Gram matrix of a prepared layer; `LinearKernel` and `RBFKernel` do.
+
+    A kernel may also have a `name`, for the tag of CKA (else its class's), and say what a layer must keep: `needs`, as
+    for a `Measure` ("scores" where it does not).
+    """
 
     def __call__(self, x: Representation) -> Tensor:
         """Return the kernel's value for each pair of samples, `(n, n)`."""
@@ -23,6 +27,9 @@ class Kernel(Protocol):
 @dataclass(frozen=True)
 class LinearKernel:
     """k(x, y) = ⟨x, y⟩ of the centred features."""
+
+    name: ClassVar[str] = ""
+    needs: ClassVar[Form] = "gram"
 
     def __call__(self, x: Representation) -> Float[Tensor, "n n"]:
         """Return the Gram matrix."""
@@ -42,6 +49,11 @@ class RBFKernel:
     def __post_init__(self) -> None:
         if not self.median_fraction > 0:
             raise ValueError(f"RBFKernel(median_fraction=...): expected a positive number, got {self.median_fraction}")
+
+    @property
+    def name(self) -> str:
+        """What CKA's tag gets."""
+        return f"RBF_{self.median_fraction}"
 
     def __call__(self, x: Representation) -> Float[Tensor, "n n"]:
         """Return the Gram matrix; NaN where more than half of all pairs coincide, so that there is no scale."""

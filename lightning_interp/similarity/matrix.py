@@ -16,9 +16,16 @@ from lightning_interp.similarity.representation import FORMS, Form, Representati
 class Measure(Protocol):
     """A similarity of two prepared layers; `CKA` and `SVCCA` are such.
 
-    It may say what a layer must keep (`needs`: "gram", "scores" or "features"; "scores" where it does not), that both
-    orders give the same (`symmetric`), that 0 means the same (`distance`), and when not to trust it
-    (`caution(layer)`).
+    A measure may have more members. Those that it lacks have a default, so that a `name` and a `between` are enough:
+
+    - `needs`: the form that layers must be kept in, "gram", "scores" or "features" (see `Representation`); "scores".
+    - `symmetric`: True where `between(x, y)` equals `between(y, x)`, so that half of a table is enough; False.
+    - `distance`: True where 0 means the same, as for an angle; False.
+    - `caution(x)`: a `Caution` where comparisons with this layer should not be trusted, else None; never one.
+    - `chance(x, y)`: the mean over permutations of y's samples, a number, where a formula gives it; None where none
+      does for these options. It is then known for every pair of layers; else a few permutations estimate it for layers
+      of the same name.
+    - `standard_error(x, y)`: how much a value varies with the choice of samples, a number; NaN, "not known".
     """
 
     @property
@@ -33,26 +40,26 @@ AnyMeasure = Measure | Callable[[Tensor, Tensor], Tensor]
 
 
 def needs(measures: Sequence[AnyMeasure], compact: bool = False) -> Form:
-    """Return the least that layers must keep for all measures; a plain callable on two tensors needs the features.
+    """Return the form in which layers must be kept for all measures; a plain function of two tensors needs features.
 
     Args:
-        measures: what will be asked.
-        compact: keep no more than an n × n matrix of a layer, whatever is asked: layers wider than that lose their
-            neurons' identity, which few measures see.
+        measures: those that the layers will be compared by.
+        compact: keep no more than an n × n matrix of a layer, whatever they need: layers wider than that lose the
+            basis of their neurons, which few measures depend on.
     """
-    most = max(map(_asked, measures), key=FORMS.index)
-    return "scores" if compact and most == "features" else most
+    form = max(map(_form_needed, measures), key=FORMS.index)
+    return "scores" if compact and form == "features" else form
 
 
-def _asked(measure: AnyMeasure) -> Form:
-    asked: Form = getattr(measure, "needs", "scores" if hasattr(measure, "between") else "features")
-    return asked
+def _form_needed(measure: AnyMeasure) -> Form:
+    form: Form = getattr(measure, "needs", "scores" if hasattr(measure, "between") else "features")
+    return form
 
 
 def similarity(measure: AnyMeasure, x: Representation, y: Representation) -> Tensor:
-    """Compare two layers by any measure; NaN where they did not keep what it needs, or rows differ.
+    """Compare two layers by any measure; NaN where they were not kept in the form it needs, or rows differ.
 
-    A function of the user's that fails on layers of different widths gives NaN for them, too.
+    A user's function that fails on layers of different widths gives NaN for them, too: it may be meant for equal ones.
     """
     if x.n != y.n:
         return torch.tensor(torch.nan)
@@ -93,8 +100,8 @@ def matrix(
     """
     if len(sizes := {len(x) for x in (*xs, *(ys or ())) if isinstance(x, Tensor)}) > 1:
         raise ValueError(f"xs, ys: expected features of the same samples, got {sorted(sizes)} of them")
-    left = [_prepared(x) for x in xs]
-    right = left if ys is None else [_prepared(y) for y in ys]
+    left = [_as_representation(x) for x in xs]
+    right = left if ys is None else [_as_representation(y) for y in ys]
     symmetric = ys is None and getattr(measure, "symmetric", False)
     values = torch.empty(len(left), len(right), dtype=torch.float64)
     for i, x in enumerate(left):
@@ -103,5 +110,5 @@ def matrix(
     return values
 
 
-def _prepared(x: Representation | Tensor) -> Representation:
+def _as_representation(x: Representation | Tensor) -> Representation:
     return prepare(x) if isinstance(x, Tensor) else x

@@ -10,12 +10,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lightning_interp.data.batch import at_least_float32
-from lightning_interp.network.layout import Kind, Layout, unpacked
+from lightning_interp.network.layout import Layout, LayoutKind, unpack
 
 Maps = Literal["flatten", "pool", "positions"]
 Tokens = Literal["mean", "cls", "positions", "flatten"]
-PLACES = 16
-MOST_ADDED = 8
+POSITIONS_PER_SAMPLE = 16  # one sample's rows depend on each other: more of them cost memory and add little
+MOST_EXTRA_TOKENS = 8  # a class token and a few registers; a mask that is shorter still belongs to another sequence
 
 
 @dataclass(frozen=True)
@@ -44,80 +44,88 @@ class Pooling:
         changed = [name for name in ("maps", "tokens") if getattr(self, name) != getattr(default, name)]
         return "".join(f"_{name}_{getattr(self, name)}" for name in changed)
 
+    @property
+    def description(self) -> str:
+        """The two choices in a sentence."""
+        maps = {"flatten": "one feature per channel and position", "pool": "the mean over positions of each channel"}
+        tokens = {"mean": "the mean over tokens", "cls": "the first token", "flatten": "one per token and channel"}
+        rows = "each of up to 16 positions is a row"
+        return f"Features of maps: {maps.get(self.maps, rows)}; of sequences: {tokens.get(self.tokens, rows)}."
 
-def width(layout: Layout, reading: Pooling) -> int:
+
+def feature_count(layout: Layout, pooling: Pooling) -> int:
     """Return the number of features d of a call."""
-    if layout.kind == "vector" or getattr(reading, _argument(layout.kind)) == "flatten":
+    if layout.kind == "vector" or getattr(pooling, _choice_name(layout.kind)) == "flatten":
         return torch.Size(layout.shape).numel()
     return layout.shape[-1] if layout.channels_last else layout.shape[0]
 
 
-def many_rows(layout: Layout, reading: Pooling) -> bool:
+def gives_many_rows(layout: Layout, pooling: Pooling) -> bool:
     """Say whether a sample becomes several rows."""
-    return layout.kind != "vector" and getattr(reading, _argument(layout.kind)) == "positions"
+    return layout.kind != "vector" and getattr(pooling, _choice_name(layout.kind)) == "positions"
 
 
-def rows(output: Any, layout: Layout, reading: Pooling, mask: Bool[Tensor, "n tokens"] | None) -> Float[Tensor, "r d"]:
+def pool(output: Any, layout: Layout, pooling: Pooling, mask: Bool[Tensor, "n tokens"] | None) -> Float[Tensor, "r d"]:
     """Return a layer's output as features; a view where it can be.
 
     Args:
         output: what the layer gave.
         layout: how it is laid out.
-        reading: what to make of maps and sequences.
+        pooling: what to make of maps and sequences.
         mask: True for tokens that count; taken where a sequence is as long, or up to 8 tokens longer at its front.
     """
-    tensor, own = unpacked(output)
+    tensor, packed_mask = unpack(output)
     assert tensor is not None
     tensor = tensor if layout.batch_first else tensor.transpose(0, 1)
     if layout.kind == "vector":
         return tensor
-    choice = getattr(reading, _argument(layout.kind))
+    choice = getattr(pooling, _choice_name(layout.kind))
     if choice == "flatten":
         return tensor.flatten(1)
     tokens = at_least_float32(tensor if layout.channels_last else tensor.movedim(1, -1))
     if layout.kind == "map":
         if choice == "pool":
             return tokens.flatten(1, -2).mean(1)
-        return _grid(tokens).flatten(0, -2)
-    mask = own if own is not None else mask
-    kept = None if mask is None else fitted(mask, tokens.shape[1])
-    if kept is None or len(kept) != len(tokens):
-        kept = torch.ones(tokens.shape[:2], dtype=torch.bool)
-    return _of_tokens(tokens, choice, kept.to(tokens.device, torch.bool))
+        return _grid_positions(tokens).flatten(0, -2)
+    mask = packed_mask if packed_mask is not None else mask
+    token_mask = None if mask is None else fit_mask(mask, tokens.shape[1])
+    if token_mask is None or len(token_mask) != len(tokens):
+        token_mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
+    return _pool_tokens(tokens, choice, token_mask.to(tokens.device, torch.bool))
 
 
-def fitted(mask: Tensor, tokens: int) -> Tensor | None:
-    """Return a mask `(n, given)` for sequences of so many tokens; None where it fits in no way.
+def fit_mask(mask: Tensor, tokens: int) -> Tensor | None:
+    """Return a batch's mask for a layer's sequences of `tokens` tokens; None where it does not fit them.
 
-    Up to 8 more than the mask tells of are tokens that the network puts in front (a class token), and count.
+    Up to 8 tokens more than the mask has are taken for those that the network puts in front (a class token), and count.
     """
-    added = tokens - mask.shape[1] if mask.ndim == 2 else -1
-    return torch.cat([mask.new_ones(len(mask), added), mask], dim=1) if 0 <= added <= MOST_ADDED else None
+    extra = tokens - mask.shape[1] if mask.ndim == 2 else -1
+    return torch.cat([mask.new_ones(len(mask), extra), mask], dim=1) if 0 <= extra <= MOST_EXTRA_TOKENS else None
 
 
-def _of_tokens(tokens: Tensor, choice: str, mask: Tensor) -> Tensor:
+def _pool_tokens(tokens: Tensor, choice: str, mask: Tensor) -> Tensor:
     if choice == "cls":
         return tokens[torch.arange(len(tokens)), mask.int().argmax(1)]
     if choice == "mean":
-        kept = mask[..., None]
-        return (tokens * kept).sum(1) / kept.sum(1).clamp(min=1)
-    picked = [kept.nonzero().flatten()[_spread(int(kept.sum()), PLACES)] for kept in mask]
-    return torch.cat([sample[places] for sample, places in zip(tokens, picked, strict=True)])
+        weights = mask[..., None]
+        return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
+    positions = [row.nonzero().flatten()[_even_positions(int(row.sum()), POSITIONS_PER_SAMPLE)] for row in mask]
+    return torch.cat([sample[indices] for sample, indices in zip(tokens, positions, strict=True)])
 
 
-def _grid(maps: Float[Tensor, "n *space d"]) -> Float[Tensor, "n *grid d"]:
+def _grid_positions(maps: Float[Tensor, "n *space d"]) -> Float[Tensor, "n *grid d"]:
     """Return up to 16 positions of each map, on a regular grid."""
-    per_side = int(PLACES ** (1 / (maps.ndim - 2)) + 1e-9)
+    per_side = int(POSITIONS_PER_SAMPLE ** (1 / (maps.ndim - 2)) + 1e-9)  # 16 ** (1/2) may round to just below 4
     for side in range(1, maps.ndim - 1):
-        maps = maps.index_select(side, _spread(maps.shape[side], per_side).to(maps.device))
+        maps = maps.index_select(side, _even_positions(maps.shape[side], per_side).to(maps.device))
     return maps
 
 
-def _spread(length: int, count: int) -> Int[Tensor, " k"]:
-    """Return up to `count` places, each in the middle of its share of the length."""
+def _even_positions(length: int, count: int) -> Int[Tensor, " k"]:
+    """Return up to `count` positions, each in the middle of its share of the length."""
     count = min(length, count)
     return ((torch.arange(count) + 0.5) * length / max(1, count)).long()
 
 
-def _argument(kind: Kind) -> str:
+def _choice_name(kind: LayoutKind) -> str:
     return "maps" if kind == "map" else "tokens"

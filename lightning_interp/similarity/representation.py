@@ -1,4 +1,4 @@
-"""One layer's output on n samples, and what every measure reads from it."""
+"""One layer's output on n samples, and what every measure computes from it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lightning_interp.similarity.symmetric_product import symmetric_product
 
 Form = Literal["gram", "scores", "features"]
 FORMS: tuple[Form, ...] = get_args(Form)
-T = TypeVar("T")
+Derived = TypeVar("Derived")
 
 
 @dataclass(frozen=True, eq=False)
 class Representation:
-    """One layer's output on n samples, held in one of three forms; each gives those that say less.
+    """One layer's output on n samples, in one of three forms; each gives those after it in this list.
 
     "features": the activations X themselves, `(n, d)`, not centred. "scores": U S of the centred features' thin
     singular value decomposition U S Vᵀ, `(n, r)`: all but the rotation V of the neurons. "gram": the `(n, n)` Gram
     matrix U S² Uᵀ of the centred features, up to a common factor where it is in half precision, in which it serves
-    centred kernel alignment alone. What is derived is in float64, and kept as long as this object.
+    centred kernel alignment alone. What is derived is in float64, and cached as long as this object lives.
 
     Args:
         values: the numbers.
@@ -85,7 +85,7 @@ class Representation:
         return double(centre(self.values) if self.form == "features" else self.values)
 
     def reduced(self, form: Form) -> Representation:
-        """Return the smallest thing to keep that still gives `form`: small layers stay features."""
+        """Return the smallest representation that still gives `form`: narrow layers stay features."""
         longest = self.n // 4 if form == "gram" else self.n
         if self.form == form or (self.form == "features" and (form == "features" or self.width <= longest)):
             return self
@@ -100,11 +100,11 @@ class Representation:
         shuffled = Representation((self.u * self.s)[order], "scores", self.width)
         if self.form == "features":
             shuffled = Representation(self.values[order], "features", self.width)
-        shuffled.__dict__["_factors"] = self.u[order], self.s  # known already
+        shuffled.__dict__["_factors"] = self.u[order], self.s  # the same but for the order: no need to decompose again
         return shuffled
 
-    def derived(self, key: Hashable, make: Callable[[Representation], T]) -> T:
-        """Return what a measure makes of this layer alone, made once and kept under `key`."""
+    def derived(self, key: Hashable, make: Callable[[Representation], Derived]) -> Derived:
+        """Return what a measure computes from this layer alone, computed once and cached under `key`."""
         if key not in self._derived:
             self._derived[key] = make(self)
         return self._derived[key]
@@ -132,13 +132,13 @@ class Representation:
         # products moves eigenvalues by up to three eps of the largest.
         rounding = self.n**0.5 * eps
         if self.form == "features" and 2 * self.width <= self.n:
-            return _decomposed(centre(self.values), rounding)
+            return _svd_factors(centre(self.values), rounding)
         exact = self.form == "features" and (self.width <= self.n or self.values.is_cuda)
-        return _eigen(self.gram, rounding**2 if exact else 10 * eps)
+        return _eigen_factors(self.gram, rounding**2 if exact else 10 * eps)
 
 
 def prepare(features: Float[Tensor, "n d"]) -> Representation:
-    """Return `(n, d)` features as a layer that measures compare; what they need is computed once.
+    """Return `(n, d)` features as a layer for measures to compare; what they need of it is computed once.
 
     Raises:
         ValueError: features are not `(n ≥ 2, d ≥ 1)` floating point numbers, or not finite.
@@ -205,13 +205,13 @@ def same_samples(x: Representation, y: Representation) -> None:
         raise ValueError(f"y: expected {x.n} samples as x has, got {y.n}")
 
 
-def _decomposed(centred: Float[Tensor, "n d"], rounding: float) -> tuple[Tensor, Tensor]:
+def _svd_factors(centred: Float[Tensor, "n d"], rounding: float) -> tuple[Tensor, Tensor]:
     u, s, _ = torch.linalg.svd(double(centred), full_matrices=False)
     keep = s > rounding * s[0]
     return u[:, keep], s[keep]
 
 
-def _eigen(gram: Float[Tensor, "n n"], rounding: float) -> tuple[Tensor, Tensor]:
+def _eigen_factors(gram: Float[Tensor, "n n"], rounding: float) -> tuple[Tensor, Tensor]:
     eigenvalues, vectors = torch.linalg.eigh(gram)
     eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)
     noise = max(rounding, gram.shape[0] * torch.finfo(torch.float64).eps)

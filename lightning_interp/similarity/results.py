@@ -1,4 +1,4 @@
-"""What similarity hands on: snapshots, maps of similarities, and how far to trust each."""
+"""The records of this room: snapshots, maps of similarities, and how far to trust each value."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Snapshot:
 
 
 class Caution(NamedTuple):
-    """Why not to trust a measure on a layer.
+    """A reason not to trust a measure on a layer.
 
     Args:
         reason: in words.
@@ -46,7 +46,7 @@ class Reliability(NamedTuple):
         value: the similarity itself.
         chance: what it would be with the samples of one side shuffled; NaN where it is not known.
         standard_error: how much it varies with the choice of samples; NaN where it is not known.
-        caution: why not to trust it; None where nothing is known.
+        caution: the reason for caution; None where there is none.
     """
 
     value: float
@@ -68,7 +68,7 @@ class SimilarityMap:
         row_title: what the rows are.
         column_title: what the columns are.
         n: number of samples compared.
-        note: when not to trust it, in words; empty where nothing is known.
+        note: reasons for caution, in words; empty where there are none.
         distance: whether 0 means the same, as for an angle, instead of 1.
         chance: what each value would be with one side's samples shuffled, `(rows, columns)`; NaN where not known.
         standard_error: how much each varies with the choice of samples, `(rows, columns)`; NaN where not known.

@@ -10,7 +10,7 @@ from torchmetrics import Metric
 from lightning_interp.checks import check_count
 from lightning_interp.similarity.representation import check_features
 
-ROUNDING = 16 * torch.finfo(torch.float64).eps
+SUM_ROUNDING = 16 * torch.finfo(torch.float64).eps  # what sums of a constant side may be off by, relative to them
 
 
 class StreamingCKA(Metric):
@@ -18,9 +18,9 @@ class StreamingCKA(Metric):
 
     ‖XᵀY‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F) of features centred over all samples, from sums of products in float64; for the
     debiased one, what HSIC₁ takes off follows from the samples' squared lengths and their products with the features.
-    Each rank sums what is left of its samples less the mean of its first batch, so that an offset costs no digits; sums
-    about one point follow from those about another exactly, so that ranks add up, under DDP, too. Memory: 8 bytes times
-    (d_x + d_y + 4)²; a mean of per-batch values would be wrong, however large the batches.
+    Each rank sums its samples less the mean of its first batch, so that an offset costs no digits; sums about one point
+    follow exactly from those about another, so that ranks add up under DDP. Memory: 8 (d_x + d_y + 4)² bytes. A mean of
+    per-batch values would be wrong, however large the batches.
 
     Reference: Kornblith et al., Similarity of Neural Network Representations Revisited, 2019; Song et al.,
     Feature Selection via Dependence Maximization, 2012; Chan et al., Computing the Sample Variance, 1983.
@@ -49,7 +49,7 @@ class StreamingCKA(Metric):
         self.widths = (width_x, width_y)
         self.debiased = debiased
         size = width_x + width_y + 3
-        self.add_state("sums", torch.zeros(size + 1, size, dtype=torch.float64), dist_reduce_fx=self._merged)
+        self.add_state("sums", torch.zeros(size + 1, size, dtype=torch.float64), dist_reduce_fx=self._merge)
         self.set_dtype(torch.float64)
         self.sums: Tensor
 
@@ -67,10 +67,10 @@ class StreamingCKA(Metric):
             check_features(features, name, fewest=1)
             if features.shape != (len(x), width):
                 raise ValueError(f"{name}: expected shape ({len(x)}, {width}), got {tuple(features.shape)}")
-        both = torch.cat([x, y], dim=1).detach().to(self.sums)
+        features = torch.cat([x, y], dim=1).detach().to(self.sums)
         if not self.sums[0, 0]:
-            self.sums[-1, 1:-2] = both.mean(0)
-        shifted = both - self.sums[-1, 1:-2]
+            self.sums[-1, 1:-2] = features.mean(0)
+        shifted = features - self.sums[-1, 1:-2]
         lengths = [side.square().sum(1) for side in shifted.split(self.widths, dim=1)]
         rows = torch.column_stack([torch.ones_like(lengths[0]), shifted, *lengths])
         self.sums[:-1] += rows.T @ rows
@@ -84,7 +84,7 @@ class StreamingCKA(Metric):
         n = self.sums[0, 0]
         if self.debiased and n < 4:
             raise ValueError(f"StreamingCKA(debiased=True): expected at least 4 samples, got {int(n)}")
-        sums = self._about(self.sums, self.sums[-1, 1:-2] + self.sums[0, 1:-2] / n)
+        sums = self._sums_about(self.sums, self.sums[-1, 1:-2] + self.sums[0, 1:-2] / n)
         xx, xy, yy = (self._hsic(sums, a, b) for a, b in ((0, 0), (0, 1), (1, 1)))
         norms = torch.where(self._varies(sums, 0) & self._varies(sums, 1), (xx * yy).clamp(min=0), 0)
         return xy / torch.where(norms > 0, norms, torch.nan).sqrt()
@@ -100,14 +100,14 @@ class StreamingCKA(Metric):
 
     def _varies(self, sums: Tensor, side: int) -> Tensor:
         """Say whether a side's squared lengths about the mean are more than rounding of the sums or of the features."""
-        n, spread, place = sums[0, 0], sums[0, side - 2], self._side(side)
-        summed, offset = self.sums[0, side - 2], sums[-1, place].square().sum()
-        return (spread > ROUNDING * summed) & (spread > n * ROUNDING**2 * offset)
+        n, spread = sums[0, 0], sums[0, side - 2]
+        total, offset = self.sums[0, side - 2], sums[-1, self._side(side)].square().sum()
+        return (spread > SUM_ROUNDING * total) & (spread > n * SUM_ROUNDING**2 * offset)
 
     def _side(self, side: int) -> slice:
         return slice(1, 1 + self.widths[0]) if side == 0 else slice(1 + self.widths[0], 1 + sum(self.widths))
 
-    def _about(self, sums: Tensor, point: Tensor) -> Tensor:
+    def _sums_about(self, sums: Tensor, point: Tensor) -> Tensor:
         """Return the same sums about another point.
 
         A sample's row is w = (1, z, |z_x|², |z_y|²), z its features less the point, and the sums are Σ w wᵀ, with the
@@ -116,20 +116,21 @@ class StreamingCKA(Metric):
         move = torch.zeros_like(sums[-1])
         move[1:-2] = point - sums[-1, 1:-2]
         about = sums.clone()
-        about[:-1] = self._moved(self._moved(sums[:-1], move).T, move)
+        about[:-1] = self._move_rows(self._move_rows(sums[:-1], move).T, move)
         about[-1, 1:-2] = point
         return about
 
-    def _moved(self, sums: Tensor, move: Tensor) -> Tensor:
-        moved = sums - torch.outer(move, sums[0])
-        for side, place in ((0, self._side(0)), (1, self._side(1))):
-            part = move[place]
-            moved[side - 2] = sums[side - 2] - 2 * part @ sums[place] + part.square().sum() * sums[0]
-        return moved
+    def _move_rows(self, sums: Tensor, move: Tensor) -> Tensor:
+        result = sums - torch.outer(move, sums[0])
+        for side in (0, 1):
+            columns = self._side(side)
+            shift = move[columns]
+            result[side - 2] = sums[side - 2] - 2 * shift @ sums[columns] + shift.square().sum() * sums[0]
+        return result
 
-    def _merged(self, ranks: Float[Tensor, "ranks rows columns"]) -> Float[Tensor, "rows columns"]:
-        """Return the sums of several ranks, or of before and a batch, about the point of the first with any."""
+    def _merge(self, ranks: Float[Tensor, "ranks rows columns"]) -> Float[Tensor, "rows columns"]:
+        """Return the sums of several ranks, or of a state and a batch, about the point of the first with samples."""
         point = ranks[int(ranks[:, 0, 0].ne(0).int().argmax()), -1, 1:-2]
-        merged = torch.stack([self._about(sums, point) for sums in ranks if sums[0, 0]] or [ranks[0]]).sum(0)
+        merged = torch.stack([self._sums_about(sums, point) for sums in ranks if sums[0, 0]] or [ranks[0]]).sum(0)
         merged[-1, 1:-2] = point
         return merged

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-LEAF = 64
+LEAF_ROWS = 64  # blocks of fewer rows cost more in calls than half of their product saves
 
 
 def symmetric_product(x: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
@@ -16,27 +16,27 @@ def symmetric_product(x: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
     """
     if x.device.type != "cpu":
         return x @ x.T
-    if x.dtype is torch.float32 and _rounds():
+    if x.dtype is torch.float32 and _may_round():
         return symmetric_product(x.double()).float()
     product = x.new_zeros(len(x), len(x))
     if x.numel():
         with torch.no_grad():
-            _lower(x, product)
+            _fill_lower(x, product)
     return product.tril_().add_(product.tril(-1).T)
 
 
-def _lower(x: Float[Tensor, "n d"], product: Float[Tensor, "n n"]) -> None:
+def _fill_lower(x: Float[Tensor, "n d"], product: Float[Tensor, "n n"]) -> None:
     """Fill the lower blocks: halves of halves, so that what is computed nears one half."""
     half = len(x) // 2
-    if half < LEAF:
-        product.copy_(_times(x, x))
+    if half < LEAF_ROWS:
+        product.copy_(_times_transposed(x, x))
         return
-    _lower(x[:half], product[:half, :half])
-    _lower(x[half:], product[half:, half:])
-    product[half:, :half] = _times(x[half:], x[:half])
+    _fill_lower(x[:half], product[:half, :half])
+    _fill_lower(x[half:], product[half:, half:])
+    product[half:, :half] = _times_transposed(x[half:], x[:half])
 
 
-def _times(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
+def _times_transposed(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
     """Return X Yᵀ by oneDNN, where torch has it: on processors that MKL does not favour it is twice as fast."""
     if x.dtype is torch.float32 and _ONEDNN is not None and torch.backends.mkldnn.enabled:
         product: Tensor = _ONEDNN(x, y, None, "none", [], "")
@@ -57,7 +57,7 @@ def _onednn() -> torch._ops.OpOverloadPacket | None:
 _ONEDNN = _onednn()
 
 
-def _rounds() -> bool:
+def _may_round() -> bool:
     """Say whether float32 products may be rounded to bfloat16 or TensorFloat-32, as the user allowed."""
     setting = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9 and newer
     allowed = torch.get_float32_matmul_precision() if setting is None else setting.fp32_precision

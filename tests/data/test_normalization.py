@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.utils.data import Subset
 
-from lightning_interp.data.normalization import USUAL, normalization_of
+from lightning_interp.data.normalization import COMMON_CONSTANTS, normalization_of
 
 
 def pixels(channels: int = 3) -> torch.Tensor:
     return torch.randint(0, 256, (4, channels, 6, 6), generator=torch.Generator().manual_seed(0)) / 255
 
 
-@pytest.mark.parametrize(("mean", "std"), USUAL)
+@pytest.mark.parametrize(("mean", "std"), COMMON_CONSTANTS)
 def test_usual_constants_are_recognised(mean: list[float], std: list[float]) -> None:
     images = pixels(len(mean))
     normalised = (images - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_interp import Task
-from lightning_interp.data.batch import map_tensors, row, size, take, tensors
+from lightning_interp.data.batch import count_samples, map_tensors, single_sample, slice_samples, tensors
 from lightning_interp.data.probe import fingerprint, take_probe
 from lightning_interp.data.samples import Samples, class_names
 
@@ -46,14 +46,14 @@ def test_batches_keep_their_structure(batch: Any) -> None:
     doubled = map_tensors(lambda t: t * 2, batch)
     assert type(doubled) is type(batch)
     assert [t.tolist() for t in tensors(doubled)] == [(t * 2).tolist() for t in tensors(batch)]
-    assert size(batch) == 4
-    assert next(tensors(take(batch, 1, 3))).tolist() == [1, 2]
-    assert next(tensors(row(batch, 2))).tolist() in (2, [0, 1, 2, 3])
+    assert count_samples(batch) == 4
+    assert next(tensors(slice_samples(batch, 1, 3))).tolist() == [1, 2]
+    assert next(tensors(single_sample(batch, 2))).tolist() in (2, [0, 1, 2, 3])
 
 
 def test_a_batch_without_samples_is_named() -> None:
     with pytest.raises(ValueError, match="expected at least one tensor"):
-        size({"a": "text"})
+        count_samples({"a": "text"})
 
 
 def test_order_and_ids_through_subsets() -> None:
@@ -120,7 +120,7 @@ def test_probes() -> None:
     data = TensorDataset(torch.arange(100.0)[:, None], torch.arange(100))
     probe = take_probe(Samples(data, batch_size=4), 5, "validation set", Task())
     assert probe.ids == (0, 25, 50, 74, 99)
-    assert [size(b) for b in probe.batches] == [4, 1]
+    assert [count_samples(b) for b in probe.batches] == [4, 1]
     again = take_probe(Samples(data, batch_size=4), 5, "other", Task())
     assert again.fingerprint == probe.fingerprint
     relabelled = TensorDataset(data.tensors[0], data.tensors[1] + 1)
@@ -138,7 +138,7 @@ def test_a_probe_of_a_stream_takes_the_first() -> None:
             yield torch.full((4, 2), i), torch.zeros(4)
 
     probe = take_probe(stream(), 6, "stream", Task())
-    assert [size(b) for b in probe.batches] == [4, 2]
+    assert [count_samples(b) for b in probe.batches] == [4, 2]
     assert probe.ids == (0, 1, 2, 3, 4, 5)
     assert read == [0, 1]
 

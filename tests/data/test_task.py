@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lightning_interp import Task
 from lightning_interp.data.task import (
     call_model,
+    infer_problem,
     loss_per_sample,
-    predicted,
-    problem,
+    predict_classes,
     read_inputs,
     read_targets,
     settle_kind,
@@ -96,7 +96,7 @@ def test_an_output_without_tensor_is_named() -> None:
     ],
 )
 def test_losses(outputs: Tensor, targets: Tensor, kind: str, expected: Any) -> None:
-    assert problem(outputs, targets) == kind
+    assert infer_problem(outputs, targets) == kind
     assert torch.allclose(loss_per_sample(outputs, targets), expected(), atol=1e-6)
 
 
@@ -108,22 +108,22 @@ def test_a_segmentation_loss_is_the_mean_over_positions() -> None:
 
 def test_what_fits_nothing_is_named() -> None:
     with pytest.raises(ValueError, match=r"outputs \(4, 3\) and targets \(4, 7\)"):
-        problem(X, torch.zeros(4, 7))
+        infer_problem(X, torch.zeros(4, 7))
 
 
 def test_predictions() -> None:
-    chosen, chance = predicted(X, "classes")
+    chosen, chance = predict_classes(X, "classes")
     assert chosen.tolist() == X.argmax(1).tolist()
     assert torch.allclose(chance, X.softmax(1).amax(1))
-    chosen, chance = predicted(torch.tensor([[2.0], [-2.0]]), "binary")
+    chosen, chance = predict_classes(torch.tensor([[2.0], [-2.0]]), "binary")
     assert chosen.tolist() == [1, 0]
     assert torch.allclose(chance, torch.tensor([2.0, 2.0]).sigmoid())
-    chosen, chance = predicted(torch.tensor([[2.0], [-2.0]]), "regression")
+    chosen, chance = predict_classes(torch.tensor([[2.0], [-2.0]]), "regression")
     assert chosen.tolist() == [1, 1]
     assert bool(chance.isnan().all())
-    chosen, chance = predicted(X, "multilabel")
+    chosen, chance = predict_classes(X, "multilabel")
     assert torch.allclose(chance, X.sigmoid().amax(1))
-    assert predicted(torch.randn(4, 1, 5, 5), None)[0].shape == (4,)
+    assert predict_classes(torch.randn(4, 1, 5, 5), None)[0].shape == (4,)
 
 
 def test_the_kind_is_settled_by_many_targets() -> None:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from lightning_interp.network.layout import Layout, layout_of
-from lightning_interp.similarity.pooling import Pooling, rows, width
+from lightning_interp.similarity.pooling import Pooling, feature_count, pool
 
 
 def read(part: nn.Module, output: Any, n: int, mask: Tensor | None = None, **choice: Any) -> Tensor:
     layout = layout_of(part, output, n)
     assert layout is not None
-    found = rows(output, layout, Pooling(**choice), mask)
-    assert found.shape[1] == width(layout, Pooling(**choice))
+    found = pool(output, layout, Pooling(**choice), mask)
+    assert found.shape[1] == feature_count(layout, Pooling(**choice))
     return found
 
 
@@ -84,7 +84,7 @@ def test_the_choice_is_in_the_tag(unchecked: None) -> None:
     assert Pooling("pool", "cls").tag == "_maps_pool_tokens_cls"
     with pytest.raises(ValueError, match="maps: expected one of flatten, pool, positions, got 'average'"):
         Pooling("average")  # type: ignore[arg-type]
-    assert width(Layout("map", True, False, (3, 8, 8)), Pooling("pool")) == 3
+    assert feature_count(Layout("map", True, False, (3, 8, 8)), Pooling("pool")) == 3
 
 
 def test_means_of_half_precision_outputs_are_taken_in_float32() -> None:

@@ -26,8 +26,11 @@ from lightning_interp.similarity import (
     r_squared_null,
     standard_error,
 )
-from lightning_interp.similarity.pooling import fitted
-from lightning_interp.similarity.significance import cka_without_each
+from lightning_interp.similarity.cka import cka_without_each
+from lightning_interp.similarity.history import with_reliability
+from lightning_interp.similarity.pooling import fit_mask
+from lightning_interp.similarity.representation import Representation
+from lightning_interp.similarity.results import SimilarityMap, Snapshot
 
 
 def test_the_null_of_linear_cka_is_golden(pair: tuple[Tensor, Tensor]) -> None:
@@ -230,8 +233,59 @@ def test_wide_layers_look_alike_to_procrustes(measure: Procrustes) -> None:
 def test_masks_and_class_tokens() -> None:
 
     mask = torch.tensor([[False, True, True], [True, True, False]])
-    found = fitted(mask, 5)
+    found = fit_mask(mask, 5)
     assert found is not None
     assert found.tolist() == [[True, True, False, True, True], [True, True, True, True, False]]
-    assert fitted(mask, 2) is None
-    assert fitted(mask, 12) is None
+    assert fit_mask(mask, 2) is None
+    assert fit_mask(mask, 12) is None
+
+
+class Signs:
+    """A measure of a user's: the share of equal signs in the first feature, without any optional method."""
+
+    name = "signs"
+    needs = "features"
+
+    def between(self, x: Representation, y: Representation) -> Tensor:
+        assert x.features is not None
+        assert y.features is not None
+        return (x.features[:, 0].sign() == y.features[:, 0].sign()).double().mean()
+
+
+class KnownSigns(Signs):
+    """The same, with a formula for chance (none for a constant sign) and a binomial standard error."""
+
+    def chance(self, x: Representation, y: Representation) -> float | None:
+        assert x.features is not None
+        assert y.features is not None
+        a, b = (float((z.features[:, 0] > 0).double().mean()) for z in (x, y))
+        return a * b + (1 - a) * (1 - b) if 0 < a < 1 else None
+
+    def standard_error(self, x: Representation, y: Representation) -> Tensor:
+        p = self.between(x, y)
+        return (p * (1 - p) / x.n).sqrt()
+
+
+def test_a_users_measure_may_say_chance_and_error_itself() -> None:
+    layers = {name: prepare(torch.randn(40, 2)) for name in ("first", "last")}
+    x, y = layers.values()
+    by_formula = chance(KnownSigns(), x, y)
+    assert by_formula == pytest.approx(float(permutation_null(Signs(), x, y, 300).mean()), abs=0.02)
+    assert chance(Signs(), x, y) == pytest.approx(float(permutation_null(Signs(), x, y, 3).mean()), abs=1e-12)
+    assert standard_error(KnownSigns(), x, y) == pytest.approx(0.08, abs=0.02)
+    assert np.isnan(standard_error(Signs(), x, y))
+    snapshot = Snapshot(0, 0, layers)
+    table = SimilarityMap("signs", "", tuple(layers), tuple(layers), torch.zeros(2, 2), "", "", 40)
+    known, unknown = (
+        with_reliability(table, measure, snapshot, snapshot).chance for measure in (KnownSigns(), Signs())
+    )
+    assert known is not None
+    assert unknown is not None
+    assert known.isfinite().all()
+    assert unknown.isfinite().tolist() == [[True, False], [False, True]]
+
+
+def test_permutations_where_a_measures_own_chance_is_none() -> None:
+    constant, y = prepare(torch.ones(40, 1) + torch.rand(40, 1)), prepare(torch.randn(40, 1))
+    assert KnownSigns().chance(constant, y) is None
+    assert chance(KnownSigns(), constant, y) == pytest.approx(float(KnownSigns().between(constant, y)))

@@ -94,13 +94,13 @@ def afford_scores(score: Callable[[Sequence[int]], float], train: Samples, secon
     if n <= LARGEST_TRIAL or math.isinf(seconds):
         return None
     started = time.perf_counter()
-    score(train.places(SMALLEST_TRIAL))
+    score(train.spread_indices(SMALLEST_TRIAL))
     size = _trial_size((time.perf_counter() - started) / SMALLEST_TRIAL, seconds)
     # The difference of two trials, so that what does not grow with the samples, such as solving for the queries, is no
     # cost of theirs.
-    per_sample = max(1e-9, (score(train.places(2 * size)) - score(train.places(size))) / size)
+    per_sample = max(1e-9, (score(train.spread_indices(2 * size)) - score(train.spread_indices(size))) / size)
     count = min(n, max(LARGEST_TRIAL, int((seconds - (time.perf_counter() - started)) / per_sample)))
-    return None if count == n else train.places(count)
+    return None if count == n else train.spread_indices(count)
 
 
 def _layer_to_cut_to(prepared: PreparedInfluence, seconds: float) -> str | None:

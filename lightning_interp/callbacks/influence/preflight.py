@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lightning_interp.data.batch import take, tensors
+from lightning_interp.data.batch import slice_samples, tensors
 from lightning_interp.data.task import Task
 
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
@@ -68,7 +68,7 @@ def loss_disagreement(module: pl.LightningModule, task: Task, batch: Any) -> str
     Raises:
         ValueError: the Task cannot read the batch or call the model.
     """
-    samples = take(batch, 0, 4)
+    samples = slice_samples(batch, 0, 4)
     with torch.no_grad():
         task_loss = float(task.losses(module, samples)[2].mean())
     step_loss = _loss_of_step(module, samples)

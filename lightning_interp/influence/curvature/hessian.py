@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_interp.data.batch import size, take
+from lightning_interp.data.batch import count_samples, slice_samples
 from lightning_interp.data.samples import Samples
 from lightning_interp.influence.curvature.gauss_newton import FittedMatrix
 from lightning_interp.influence.curvature.vectors import Space, twice_differentiable, vector_jacobian_products
@@ -68,11 +68,11 @@ class Hessian:
 def _hessian_of_batch(reader: Reader, space: Space, batch: Any) -> Tensor:
     """Return Σ ∂²ℓ/∂θ² over a batch, some rows at a time."""
     watch, parameters = reader.coverage.watched_model, space.parameters
-    elements_per_sample = elements_in_memory(PerSampleGradients(watch, take(batch, 0, 1)).loss_gradients())
+    elements_per_sample = elements_in_memory(PerSampleGradients(watch, slice_samples(batch, 0, 1)).loss_gradients())
     with twice_differentiable():
         loss = watch.task.total(watch.model, batch)
     slopes = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
     identity = torch.eye(space.size, dtype=loss.dtype, device=loss.device)
-    rows = identity.split(max(1, ELEMENTS_AT_ONCE // (space.size + elements_per_sample * size(batch))))
+    rows = identity.split(max(1, ELEMENTS_AT_ONCE // (space.size + elements_per_sample * count_samples(batch))))
     products = (vector_jacobian_products(slopes, parameters, space.spread(unit_vectors)) for unit_vectors in rows)
     return torch.cat([space.gathered(product) for product in products])

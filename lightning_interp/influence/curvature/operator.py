@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_interp.data.batch import size
+from lightning_interp.data.batch import count_samples
 from lightning_interp.data.samples import Samples
 from lightning_interp.data.task import Task, loss_per_sample
 from lightning_interp.influence.curvature.curvature import Shift, sum_of
@@ -98,7 +98,7 @@ class Operator:
         transposed = torch.autograd.grad(
             outputs, parameters, u, create_graph=True, allow_unused=True, materialize_grads=True
         )
-        step = max(1, ELEMENTS_AT_ONCE // (self.space.size + self.elements_per_sample * size(batch)))
+        step = max(1, ELEMENTS_AT_ONCE // (self.space.size + self.elements_per_sample * count_samples(batch)))
         for start in range(0, len(vectors[0]), step):
             chunk = slice(start, start + step)
             (along_outputs,) = vector_jacobian_products(transposed, [u], [vector[chunk] for vector in vectors])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_interp.atomic import atomic_write
 from lightning_interp.data.samples import Samples
 from lightning_interp.data.task import Task
 from lightning_interp.influence.curvature import IdentityCurvature, Shift
@@ -216,12 +216,12 @@ def stored(fitted: FittedInfluence, folder: str | os.PathLike[str]) -> GradientS
         if existing.facts["key"] == key:
             return existing
     home.mkdir(parents=True, exist_ok=True)
-    with _file_in_full(home / _file(key)) as path:
+    with atomic_write(home / _file(key)) as path:
         tensors, norm = _write_gradients(fitted, inverse, path)
     spread = {block: lam for block, lam in (inverse.shift or {}).items() if isinstance(lam, Tensor)}
     tensors |= {f"shift/{block}": lam.cpu().contiguous() for block, lam in spread.items()}
     facts = _facts(fitted, inverse, norm) | {"key": key, "weights": weights}
-    with _file_in_full(home / HEAD) as path:
+    with atomic_write(home / HEAD) as path:
         save_file(tensors, path, {"facts": json.dumps(facts)})
     for old in home.glob("gradients-*.npy"):
         if old.name != _file(key):
@@ -303,19 +303,6 @@ def _write_gradients(fitted: FittedInfluence, inverse: ProjectedInverse, path: P
     tensors = {"matrix": inverse.matrix, "scales": torch.cat(scales), "targets": torch.cat(targets).contiguous()}
     norm = sum(float((sums / n).double().square().sum()) for sums in total.values()) ** 0.5
     return tensors | {"ids": torch.tensor(fitted.train.ids)}, norm
-
-
-@contextlib.contextmanager
-def _file_in_full(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which takes the place of the file only when all is written."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        with partial.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _file(key: str) -> str:

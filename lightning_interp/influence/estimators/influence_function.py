@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lightning_interp.data.batch import device_of, to_device
-from lightning_interp.data.samples import Samples, both
+from lightning_interp.data.samples import Samples, train_and_query_samples
 from lightning_interp.data.task import SAMPLES_TO_SETTLE, Task, settle_kind
 from lightning_interp.influence.curvature import Curvature
 from lightning_interp.influence.damping import Damping
@@ -167,7 +167,7 @@ class InfluenceFunction:
             ValueError: a dataset is empty, no parameter is covered, or the curvature is zero.
             FloatingPointError: gradients or scores are not finite.
         """
-        samples, queries = both(train, query)
+        samples, queries = train_and_query_samples(train, query)
         return self.fit(model, samples, task, progress)(queries, candidates, top_k)
 
     def _find_coverage(self, model: nn.Module, train: Samples, task: Task) -> Coverage:

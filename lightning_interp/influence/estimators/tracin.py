@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_interp.data.samples import Samples, both
+from lightning_interp.data.samples import Samples, train_and_query_samples
 from lightning_interp.data.task import Task
 from lightning_interp.influence.curvature import IdentityCurvature
 from lightning_interp.influence.curvature.curvature import sum_of
@@ -86,7 +86,7 @@ class TracIn:
             ValueError: a dataset is empty, no parameter is covered, or a checkpoint does not fit the model.
             FloatingPointError: gradients or scores are not finite.
         """
-        samples, queries = both(train, query)
+        samples, queries = train_and_query_samples(train, query)
         with loaded(model, self.checkpoints[0]):
             fitted = InfluenceFunction(IdentityCurvature(), 1.0, self.layers).fit(model, samples, task, progress)
         scored = samples_to_score(fitted.train, candidates)

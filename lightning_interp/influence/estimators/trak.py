@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_interp.data.samples import Samples, both
+from lightning_interp.data.samples import Samples, train_and_query_samples
 from lightning_interp.data.task import Problem, Task
 from lightning_interp.influence.curvature import IdentityCurvature
 from lightning_interp.influence.curvature.curvature import sum_of
@@ -96,7 +96,7 @@ class TRAK:
                 than `dim`, or a checkpoint does not fit the model.
             FloatingPointError: gradients or scores are not finite, or ΦᵀΦ cannot be inverted.
         """
-        samples, queries = both(train, query)
+        samples, queries = train_and_query_samples(train, query)
         if not self.damping and len(samples) < self.dim:
             raise ValueError(
                 f"TRAK(dim=...): expected at most {len(samples)} (the training samples) without damping, got {self.dim}"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_interp.data.batch import size, take, tensors
+from lightning_interp.data.batch import count_samples, slice_samples, tensors
 from lightning_interp.data.task import Task
 from lightning_interp.influence.gradients.blocks import ParameterBlock
 from lightning_interp.influence.gradients.factored import FactoredGradients, Lookup
@@ -139,7 +139,7 @@ def find_coverage(model: nn.Module, task: Task, batch: Any, layers: Sequence[str
     Raises:
         FloatingPointError: the first samples' losses are not finite.
     """
-    batch = take(batch, 0, min(SEARCH_SAMPLES, size(batch)))
+    batch = slice_samples(batch, 0, min(SEARCH_SAMPLES, count_samples(batch)))
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad and _in_layers(name, layers)}
     search = _Search(model, task, batch, names, _gradients_by_autograd(model, task, batch, names))
     candidates = list(search.candidates())
@@ -189,7 +189,7 @@ class _Search:
         activations = sum(map(sum, output_sizes.values())) + sum(tensor.numel() for tensor in tensors(self.batch))
         return _Verified(
             WatchedModel(self.model, self.task, kept_layers, self.parameter_names, covered),
-            MemoryPerSample(self._factor_sizes(correct, gradients), -(-activations // size(self.batch))),
+            MemoryPerSample(self._factor_sizes(correct, gradients), -(-activations // count_samples(self.batch))),
         )
 
     def names_of(self, layer: str) -> set[str]:
@@ -204,7 +204,7 @@ class _Search:
 
     def agrees(self, block: ParameterBlock, gradients: FactoredGradients) -> bool:
         """Say whether a block's per-sample gradients are those of autograd."""
-        if len(gradients) != size(self.batch):
+        if len(gradients) != count_samples(self.batch):
             return False
         compared = gradients.at(slice(len(self.expected_gradients)))
         values = block.unpack(compared.gradients())
@@ -248,7 +248,7 @@ class _Search:
         self, blocks: Sequence[ParameterBlock], gradients: Mapping[str, FactoredGradients]
     ) -> dict[str, int]:
         """Return the number of elements that one sample's factors take, per block."""
-        return {block.name: gradients[block.name].stored_elements // size(self.batch) for block in blocks}
+        return {block.name: gradients[block.name].stored_elements // count_samples(self.batch) for block in blocks}
 
     def _blocks(self, uses: Sequence[tuple[str, ParameterUse]]) -> Iterator[ParameterBlock]:
         """Yield the blocks that these uses fill: a weight with its bias, unless either is shared."""
@@ -311,8 +311,8 @@ def _gradients_by_autograd(
     """Return the gradients of the first samples' losses, one sample at a time, of parameters that reach them."""
     parameters = [p for p in model.parameters() if id(p) in parameter_names]
     gradients = []
-    for sample in range(min(COMPARED_SAMPLES, size(batch))):
-        loss = task.total(model, take(batch, sample, sample + 1))
+    for sample in range(min(COMPARED_SAMPLES, count_samples(batch))):
+        loss = task.total(model, slice_samples(batch, sample, sample + 1))
         if not bool(loss.isfinite()):
             raise FloatingPointError("influence: losses of the first training samples hold NaN or infinity")
         values = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else []

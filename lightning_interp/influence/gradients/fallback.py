@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_interp.data.batch import at_least_float32, map_tensors, size, take, tensors
+from lightning_interp.data.batch import at_least_float32, count_samples, map_tensors, slice_samples, tensors
 from lightning_interp.data.task import Task
 from lightning_interp.influence.gradients.blocks import ParameterBlock
 from lightning_interp.influence.gradients.factored import FactoredGradients
@@ -50,18 +50,20 @@ class FallbackGradients:
     ) -> dict[str, FactoredGradients]:
         """Return the gradients of `value(model, sample, *its weights)`."""
         gradients = (self._by_vmap if self.vectorised else self._one_by_one)(batch, weights, value)
-        return {block.name: _as_vectors(block, gradients, size(batch)) for block in self.blocks}
+        return {block.name: _as_vectors(block, gradients, count_samples(batch)) for block in self.blocks}
 
     def _one_by_one(self, batch: Any, weights: list[Tensor], value: Callable[..., Tensor]) -> dict[str, Tensor]:
         parameters = [self._wrapper.get_parameter(name) for name in self._names]
         by_sample = []
-        for i in range(size(batch)):
-            sample_value = value(self._wrapper.model, take(batch, i, i + 1), *(weight[i] for weight in weights))
+        for i in range(count_samples(batch)):
+            sample_value = value(
+                self._wrapper.model, slice_samples(batch, i, i + 1), *(weight[i] for weight in weights)
+            )
             by_sample.append(torch.autograd.grad(sample_value, parameters, materialize_grads=True))
         return dict(zip(self._names, map(torch.stack, zip(*by_sample, strict=True)), strict=True))
 
     def _by_vmap(self, batch: Any, weights: list[Tensor], value: Callable[..., Tensor]) -> dict[str, Tensor]:
-        n = size(batch)
+        n = count_samples(batch)
         mapped = [tensor for tensor in tensors(batch) if _is_per_sample(tensor, n)]
         # Read anew each time, since another checkpoint or device may have given the model other tensors.
         constants = {name: parameter.detach() for name, parameter in self._wrapper.named_parameters()}

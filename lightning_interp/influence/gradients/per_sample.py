@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_interp.data.batch import size
+from lightning_interp.data.batch import count_samples
 from lightning_interp.data.task import Task
 from lightning_interp.influence.gradients.blocks import ParameterBlock
 from lightning_interp.influence.gradients.factored import (
@@ -88,7 +88,7 @@ class PerSampleGradients:
     """
 
     def __init__(self, watched_model: WatchedModel, batch: Any) -> None:
-        self._watched_model, self.batch, self._n = watched_model, batch, size(batch)
+        self._watched_model, self.batch, self._n = watched_model, batch, count_samples(batch)
         self.uses: list[tuple[str, ParameterUse]] = []
         self._outputs_targets_losses: tuple[Tensor, Tensor, Tensor] | None = None
         with _record_calls(watched_model, self._record):

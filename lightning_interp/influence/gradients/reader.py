@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_interp.data.batch import device_of, select_rows, size, take, to_device
+from lightning_interp.data.batch import count_samples, device_of, select_samples, slice_samples, to_device
 from lightning_interp.data.samples import Samples
 from lightning_interp.influence.gradients.coverage import Coverage
 from lightning_interp.influence.gradients.distributed import Ranks, SingleProcess, share_of_rank
@@ -69,11 +69,11 @@ class Reader:
         """Yield the samples in batches that fit, on the network's device."""
         device, step = device_of(self.coverage.model), self.max_batch_size
         for batch in self.progress(samples, -(-len(samples) // samples.batch_size), description):
-            batch, n = to_device(batch, device), size(batch)
+            batch, n = to_device(batch, device), count_samples(batch)
             if n <= step:
                 yield batch
             else:
-                yield from (take(batch, start, start + step) for start in range(0, n, step))
+                yield from (slice_samples(batch, start, start + step) for start in range(0, n, step))
 
     def per_sample_gradients(self, samples: Samples, description: str) -> Iterator[PerSampleGradients]:
         """Yield one forward of each batch."""
@@ -113,12 +113,12 @@ class Reader:
         start, device = 0, device_of(self.coverage.model)
         samples = samples.at(sample_indices.tolist())
         for batch in self.progress(samples, -(-len(samples) // samples.batch_size), description):
-            in_batch = ((row_of_column >= start) & (row_of_column < start + size(batch))).nonzero()[:, 0]
+            in_batch = ((row_of_column >= start) & (row_of_column < start + count_samples(batch))).nonzero()[:, 0]
             for indices in in_batch.split(self.max_batch_size):
-                inputs = to_device(select_rows(batch, row_of_column[indices] - start), device)
+                inputs = to_device(select_samples(batch, row_of_column[indices] - start), device)
                 forward = PerSampleGradients(self.coverage.watched_model, inputs)
                 yield forward.output_gradients(columns.vectors[indices].reshape(forward.outputs.shape))
-            start += size(batch)
+            start += count_samples(batch)
 
     def _roots(self, samples: Samples, generator: torch.Generator) -> Iterator[Root]:
         model, task = self.coverage.model, self.coverage.task

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_interp import Task
-from lightning_interp.data.batch import take
+from lightning_interp.data.batch import slice_samples
 from lightning_interp.data.samples import Samples
 from lightning_interp.influence.gradients.coverage import find_coverage
 from lightning_interp.influence.gradients.per_sample import PerSampleGradients
@@ -236,7 +236,7 @@ def test_memory_per_sample_is_what_one_sample_takes(kind: type[nn.Module], width
     batch = torch.randn(5, width, dtype=torch.float64), torch.tensor([0, 2, 1, 1, 0])
     with differentiable(net):
         coverage = find_coverage(net, TASK, batch)
-        first = take(batch, 0, 1)
+        first = slice_samples(batch, 0, 1)
         with capture(net, [name for name, _ in net.named_modules()], lambda _, __, output: output.numel()) as outputs:
             gradients = PerSampleGradients(coverage.watched_model, first).loss_gradients()
     assert coverage.memory.factors == {name: block.stored_elements for name, block in gradients.items()}
