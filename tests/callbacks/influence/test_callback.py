@@ -490,6 +490,30 @@ def test_a_network_without_a_last_layer_to_cut_to_is_not_cut() -> None:
     assert prepared.curvature == EKFAC(samples=40)
 
 
+class SecondRank:
+    """A rank that hears from rank zero what to cut."""
+
+    index, count = 1, 2
+
+    def __init__(self, *of_rank_zero: Any) -> None:
+        self.of_rank_zero = list(of_rank_zero)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [self.of_rank_zero.pop(0), value]
+
+    def failed(self, why: str) -> None:
+        raise AssertionError(why)
+
+
+def test_rank_zero_decides_what_is_cut() -> None:
+    train, ranks = Samples(Shapes(96)), SecondRank("head", 50)
+    prepared, message = afford_curvature(InfluenceFunction(EKFAC()), partial(prepare, Net(), train), 1e6, ranks)
+    assert list(prepared.coverage.parameter_sizes) == ["head.weight", "head.bias"]
+    assert prepared.curvature == EKFAC(samples=50)
+    assert "only the parameters of head" in message
+    assert ranks.of_rank_zero == []
+
+
 def test_an_estimator_that_cannot_work_is_named_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
