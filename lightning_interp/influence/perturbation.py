@@ -47,7 +47,7 @@ def input_influence(fitted: FittedInfluence, query: Any, places: Sequence[int]) 
         raise TypeError(f"fitted: expected a curvature whose inverse has `solve`, got {fitted.curvature!r}")
     coverage, reader = fitted.coverage, fitted.reader
     with differentiable(coverage.model):
-        solutions = fitted.inverse.solve(query_gradients(reader, Samples.of(query)).rows)
+        solutions = fitted.inverse.solve(query_gradients(reader, Samples.of(query)).gradients)
         by_parameter: dict[str, Tensor] = {}
         for name, solution in solutions.items():
             by_parameter |= coverage.blocks[name].unpack(solution)

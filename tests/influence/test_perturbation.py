@@ -62,8 +62,8 @@ def test_solutions_are_those_that_scores_are_made_of(curvature: Curvature, each:
     fitted = InfluenceFunction(curvature, damping=damping).fit(net, train)
     assert isinstance(fitted.inverse, Solver)
     with differentiable(net):
-        asked = query_gradients(fitted.reader, Samples.of(query)).rows
-        rows = query_gradients(fitted.reader, Samples.of(train)).rows
+        asked = query_gradients(fitted.reader, Samples.of(query)).gradients
+        rows = query_gradients(fitted.reader, Samples.of(train)).gradients
         solved = fitted.inverse.solve(asked)
         expected = fitted.inverse.against(asked)(rows)
     found = sum(solved[block].flatten(1) @ row.gradients().flatten(1).mT for block, row in rows.items())

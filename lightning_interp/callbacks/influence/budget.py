@@ -23,10 +23,10 @@ from lightning_interp.network.undisturbed import differentiable
 from lightning_interp.progress import quiet
 
 Item = TypeVar("Item")
-SMALLEST_TRIAL = 2  # samples: enough for one batch, and the least a cost per sample can be taken from
-LARGEST_TRIAL = 40  # samples: their time says enough of that for all; so few are never cut
+SMALLEST_TRIAL = 2  # samples: a cost per sample can be estimated from no fewer
+LARGEST_TRIAL = 40  # samples: also the fewest that a budget cuts to
 TRIAL_SHARE = 0.1  # of the budget: what finding out may cost
-TIMED_SIDE = 256  # of the matrix whose decomposition is timed: some milliseconds, most of them no overhead
+TIMED_SIDE = 256  # of the matrix whose decomposition is timed, in milliseconds
 FORWARD_PASS = "curvature, columns"  # how `Reader` names the one pass whose cost grows with the samples
 
 
@@ -105,8 +105,10 @@ def afford_scores(score: Callable[[Sequence[int]], float], train: Samples, secon
 
 def _layer_to_cut_to(prepared: PreparedInfluence, seconds: float) -> str | None:
     """Return the last layer where decomposing the curvature of all would take too long, else None."""
-    cost = _decomposition_seconds(prepared.curvature, prepared.coverage)
-    return weighted_layers(prepared.coverage.model)[-1] if cost > TRIAL_SHARE * seconds else None
+    layers = weighted_layers(prepared.coverage.model)
+    if not layers or _decomposition_seconds(prepared.curvature, prepared.coverage) <= TRIAL_SHARE * seconds:
+        return None
+    return layers[-1]
 
 
 def _affordable_samples(prepared: PreparedInfluence, seconds: float) -> int | None:
@@ -152,7 +154,7 @@ def _trial_size(per_sample: float, seconds: float) -> int:
 
 def _decomposition_seconds(curvature: Curvature, coverage: Coverage) -> float:
     """Estimate how long the eigenvectors of all layers' factors take, from those of one small matrix."""
-    cost = decomposition_cost(curvature, coverage.shapes.values())
+    cost = decomposition_cost(curvature, coverage.blocks.values())
     if not cost:
         return 0.0
     matrix = torch.eye(TIMED_SIDE, dtype=torch.float64) + 1

@@ -34,7 +34,7 @@ from lightning_interp.callbacks.influence.report import describe_influence, infl
 from lightning_interp.callbacks.influence.scoring import AnyEstimator, InfluenceQuestion, score_within_budget
 from lightning_interp.callbacks.influence.spot_checks import (
     LAST_LAYER,
-    Retrain,
+    RetrainMethod,
     check_last_layer,
     checked_by_retraining,
 )
@@ -143,7 +143,7 @@ class DataInfluence(Callback):
         query_dataset: Any = None,
         weights: Literal["last", "best"] = "last",
         self_influence: bool = True,
-        retrain: Retrain | None = None,
+        retrain: RetrainMethod | None = None,
         budget_seconds: float | None = None,
         task: Task = Task(),
         display: Display = Display(),

@@ -1,4 +1,4 @@
-"""What speaks against influence scores before a single one is computed."""
+"""Reasons for caution that are known before a score is computed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from lightning_interp.data.task import Task
 
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
-TOLERANCE = 1e-3
+LOSS_TOLERANCE = 1e-3  # relative: above float32's rounding, below any difference in what the losses are
 
 
-def augmentation_warning(task: Task, batch: Any, batch_again: Any) -> str:
-    """Return a warning if a dataset gave other inputs the second time it was read, else nothing."""
-    pairs = zip(tensors(task.inputs(batch)), tensors(task.inputs(batch_again)), strict=True)
+def augmentation_warning(task: Task, first: Any, second: Any) -> str:
+    """Return a warning if a dataset gave other inputs the second time it was read, else an empty text."""
+    pairs = zip(tensors(task.inputs(first)), tensors(task.inputs(second)), strict=True)
+    # NaN differs from itself, and stands for a missing value in tables.
     if all(a.shape == b.shape and bool(((a == b) | (a != a)).all()) for a, b in pairs):
         return ""
     return (
@@ -31,17 +32,18 @@ def augmentation_warning(task: Task, batch: Any, batch_again: Any) -> str:
 
 
 def averaging_warning(trainer: pl.Trainer, callback: Callback) -> str:
-    """Return a warning if a later callback puts averaged weights into the network, else nothing."""
+    """Return a warning if a callback will put averaged weights into the network after this one scored with it."""
     callbacks = getattr(trainer, "callbacks", [])
     later = callbacks[callbacks.index(callback) + 1 :] if callback in callbacks else []
-    kinds = [type(c).__name__ for c in later if {k.__name__ for k in type(c).__mro__} & set(AVERAGING)]
-    if not kinds:
+    # By name along the classes, so that no version of Lightning without one of them fails to import it.
+    averaging = [type(c).__name__ for c in later if {kind.__name__ for kind in type(c).__mro__} & set(AVERAGING)]
+    if not averaging:
         return ""
-    return f"scores are those of the weights before {kinds[0]} averages them; list DataInfluence after it"
+    return f"scores are those of the weights before {averaging[0]} averages them; list DataInfluence after it"
 
 
 def unrecorded_steps_warning(trainer: pl.Trainer, recorded: int) -> str:
-    """Return a warning if training resumes from a checkpoint whose steps were not recorded, else nothing."""
+    """Return a warning if training goes on from a checkpoint without a record of the steps before it."""
     if recorded or not trainer.global_step or trainer.should_stop:
         return ""
     return (
@@ -68,13 +70,13 @@ def loss_disagreement(module: pl.LightningModule, task: Task, batch: Any) -> str
     """
     samples = slice_samples(batch, 0, 4)
     with torch.no_grad():
-        ours = float(task.losses(module, samples)[2].mean())
-    theirs = _loss_of_step(module, samples)
-    if theirs is None or abs(ours - theirs) <= TOLERANCE * max(1.0, abs(theirs)):
+        task_loss = float(task.losses(module, samples)[2].mean())
+    step_loss = _loss_of_step(module, samples)
+    if step_loss is None or abs(task_loss - step_loss) <= LOSS_TOLERANCE * max(1.0, abs(step_loss)):
         return ""
     return (
-        f"the loss that is explained, {ours:.4g} on a few samples, is not the one of training_step, {theirs:.4g};"
-        " pass task=Task(loss=...) to explain your own"
+        f"the loss that is explained, {task_loss:.4g} on a few samples, is not the one of training_step,"
+        f" {step_loss:.4g}; pass task=Task(loss=...) to explain your own"
     )
 
 

@@ -26,7 +26,7 @@ from lightning_interp.progress import Progress
 
 AnyEstimator = Callable[..., Influence]
 MOST_SCORES = 2**24  # 64 MB of float32: of more, only each query's strongest are kept
-STRONGEST = 100  # of each list of a query: far more than a report shows
+STRONGEST = 100  # of each of a query's lists, more than a report shows
 SELF_LEFT_OUT = "self-influence is left out: this curvature would iterate once for each training sample"
 
 

@@ -20,8 +20,8 @@ from lightning_interp.influence.results import Influence, SpotCheck
 from lightning_interp.network.undisturbed import undisturbed
 from lightning_interp.progress import Within
 
-M = TypeVar("M")
-Retrain = Callable[[Sequence[int]], nn.Module] | Literal["last_layer"]
+Trained = TypeVar("Trained")
+RetrainMethod = Callable[[Sequence[int]], nn.Module] | Literal["last_layer"]
 LAST_LAYER: Final = "last_layer"
 
 
@@ -43,78 +43,80 @@ def check_last_layer(owner: str, model: nn.Module, task: Task, batch: Any) -> No
 
 
 def checked_by_retraining(
-    asked: InfluenceQuestion,
-    found: Influence,
-    retrain: Retrain,
+    question: InfluenceQuestion,
+    influence: Influence,
+    retrain: RetrainMethod,
     damping: float | Damping | Trajectory | None,
     seconds: float,
 ) -> tuple[SpotCheck, ...]:
     """Check the strongest scores of each query.
 
     Args:
-        asked: what was asked.
-        found: the scores.
+        question: which samples were scored for which queries.
+        influence: the scores.
         retrain: dataset indices → a network trained on them; or "last_layer".
         damping: how far training could move that layer.
         seconds: after which no other retraining is begun.
     """
     if not isinstance(retrain, str):
-        ids = asked.train.ids
-        again = partial(_retrained, retrain, ids)
-        return spot_checks(asked, found, again, partial(_losses, asked), seconds)
-    last = LastLayer.of(asked.model, asked.train, asked.query, asked.task, damping, asked.progress)
-    checks = spot_checks(asked, found, last.retrain, last.losses, seconds)
+        retrain_at = partial(_retrain_at, retrain, question.train.ids)
+        return spot_checks(question, influence, retrain_at, partial(_query_losses, question), seconds)
+    last_layer = LastLayer.of(question.model, question.train, question.query, question.task, damping, question.progress)
+    checks = spot_checks(question, influence, last_layer.retrain, last_layer.losses, seconds)
     return tuple(check._replace(whole=False) for check in checks)
 
 
 def spot_checks(
-    asked: InfluenceQuestion,
-    found: Influence,
-    retrain: Callable[[Sequence[int]], M],
-    losses: Callable[[M], Tensor],
+    question: InfluenceQuestion,
+    influence: Influence,
+    retrain: Callable[[Sequence[int]], Trained],
+    losses: Callable[[Trained], Tensor],
     seconds: float = math.inf,
 ) -> tuple[SpotCheck, ...]:
-    """Retrain without the most helpful and the most harmful sample of each query, and compare.
+    """RetrainMethod without the most helpful and the most harmful sample of each query, and compare.
 
     Args:
-        asked: what was asked.
-        found: the scores.
-        retrain: places among the training samples → what was trained on them; called for all of them first: what
-            differs is then the sample alone.
+        question: which samples were scored for which queries.
+        influence: the scores.
+        retrain: positions among the training samples → what was trained on them; called for all of them first, so that
+            only the sample differs.
         losses: what was trained → each query's loss.
-        seconds: after which no other retraining is begun; what does not fit is left out, said aloud.
+        seconds: after which no other retraining is begun; what does not fit is left out, with a warning.
     """
     pairs = [
         (query, int(column))
-        for query, scores in enumerate(found.scores)
+        for query, scores in enumerate(influence.scores)
         for column in dict.fromkeys((int(scores.argmax()), int(scores.argmin())))
     ]
     left_out = list(dict.fromkeys(column for _, column in pairs))
-    places = found.columns[left_out].tolist()
-    moved = leave_one_out(retrain, losses, len(asked.train), places, Within(seconds, asked.progress))
-    done = left_out[: moved.shape[1]]
+    positions = influence.columns[left_out].tolist()
+    within = Within(seconds, question.progress)
+    changes = leave_one_out(retrain, losses, len(question.train), positions, within)
+    done = left_out[: changes.shape[1]]
     if len(done) < len(left_out):
         rank_zero_warn(f"DataInfluence: {len(done)} of {len(left_out)} retrainings fit into {seconds:.0f} s.")
-    centred = found.centred()
+    centred = influence.centred()
     return tuple(
         SpotCheck(
-            asked.query.ids[query],
-            int(found.train_ids[column]),
+            question.query.ids[query],
+            int(influence.train_ids[column]),
             float(centred[query, column]),
-            float(moved[query, done.index(column)]),
+            float(changes[query, done.index(column)]),
         )
         for query, column in pairs
         if column in done
     )
 
 
-def _retrained(retrain: Callable[[Sequence[int]], nn.Module], ids: Sequence[int], kept: Sequence[int]) -> nn.Module:
-    return retrain([ids[place] for place in kept])
+def _retrain_at(
+    retrain: Callable[[Sequence[int]], nn.Module], ids: Sequence[int], positions: Sequence[int]
+) -> nn.Module:
+    return retrain([ids[position] for position in positions])
 
 
-def _losses(asked: InfluenceQuestion, model: nn.Module) -> Tensor:
+def _query_losses(question: InfluenceQuestion, model: nn.Module) -> Tensor:
     """Return the queries' losses by another network of the same kind."""
-    device = next(asked.model.parameters()).device
+    device = next(question.model.parameters()).device
     model = model.to(device)
     with undisturbed(model), torch.no_grad():
-        return torch.cat([asked.task.losses(model, batch)[2].cpu() for batch in asked.query])
+        return torch.cat([question.task.losses(model, batch)[2].cpu() for batch in question.query])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_interp.data.samples import Samples
 from lightning_interp.influence.damping import Damping
+from lightning_interp.influence.gradients.blocks import ParameterBlock
 from lightning_interp.influence.gradients.factored import FactoredGradients
 from lightning_interp.influence.gradients.reader import Reader
 
@@ -74,12 +75,12 @@ class Curvature(Protocol):
       give the step's loss.
     - `in_loss_unit = True`: whether scores are changes of the loss. Where False, they have no unit, and damping has no
       meaning.
-    - `solves_per_query = False`: whether all of its cost comes with the queries. Where True, time spent on a few
-      samples says nothing of that for more, and self-influence is left out by the callback.
+    - `solves_per_query = False`: whether all of its cost comes with the queries. Where True, the callback scores
+      all samples whatever its budget, and leaves out self-influence, which would be a query for each of them.
     - `default_damping(fitted) -> Damping`: what suits it where the user gave no damping. It then also precedes the
       damping that follows from a recorded `Trajectory`. By default that one, or else 0.1 × the mean eigenvalue.
-    - `decomposition_cost(shapes) -> float`: how many multiplications `fit` spends beside its passes over samples, for
-      gradients of these shapes `(groups, o, i)`. By default 0: none to speak of.
+    - `decomposition_cost(blocks) -> float`: how many multiplications `fit` spends beside its passes over samples, for
+      these `ParameterBlock`s. By default 0: none to speak of.
     - `samples: int | None`, a dataclass field: how many training samples it is estimated from; a callback that is short
       of time lowers it. Without it, the curvature is estimated from all.
     - `columns: int | None`, a dataclass field: how many columns of the matrix it is estimated from. Without it, or with
@@ -108,10 +109,10 @@ def solves_per_query(curvature: Curvature) -> bool:
     return bool(getattr(curvature, "solves_per_query", False))
 
 
-def decomposition_cost(curvature: Curvature, shapes: Iterable[tuple[int, int, int]]) -> float:
+def decomposition_cost(curvature: Curvature, blocks: Iterable[ParameterBlock]) -> float:
     """Return how many multiplications a curvature's `fit` spends beside its passes over samples."""
     cost = getattr(curvature, "decomposition_cost", None)
-    return 0.0 if cost is None else float(cost(shapes))
+    return 0.0 if cost is None else float(cost(blocks))
 
 
 def damping_for(curvature: Curvature, fitted: Fitted, users: Damping | None, recorded: Damping | None) -> Damping:

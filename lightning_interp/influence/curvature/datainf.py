@@ -27,7 +27,7 @@ class DataInf:
     H is the second moment of the samples' gradients, near the generalised Gauss–Newton matrix where the predicted
     probabilities fit the data. Each sample's inverse has a closed form (Sherman and Morrison); their mean is not the
     inverse of the mean, the less so the more parameters a layer has. Λ may differ by parameter. The samples' gradients
-    are held in memory, as factors where these are smaller.
+    stay in memory, as factors where these are smaller.
 
     Reference: Kwon et al., DataInf: Efficiently Estimating Data Influence in LoRA-tuned LLMs and Diffusion Models,
     2023.

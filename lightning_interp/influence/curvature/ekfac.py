@@ -22,11 +22,12 @@ from lightning_interp.influence.curvature.curvature import (
     sum_of,
 )
 from lightning_interp.influence.damping import Damping
+from lightning_interp.influence.gradients.blocks import ParameterBlock
 from lightning_interp.influence.gradients.factored import FactoredGradients, Lookup, elements_in_memory
 from lightning_interp.influence.gradients.reader import Reader
 
 WIDEST_FACTOR = 4096  # 128 MB in float64; as time grows with the cube, a wider side keeps its own coordinates
-MOST_CACHED = 2**22  # elements, 16 MB of float32: so much of the columns is kept between passes, else each reads them
+MOST_CACHED = 2**22  # elements, 16 MB of float32: if the columns take more, each pass computes them anew
 
 ColumnPass = Callable[[str], Iterator[dict[str, FactoredGradients]]]
 
@@ -64,9 +65,9 @@ class EKFAC:
         """Return 0.1 × the mean eigenvalue: what Kronecker factors leave out takes more damping than training had."""
         return share_of_mean_eigenvalue(fitted)
 
-    def decomposition_cost(self, shapes: Iterable[tuple[int, int, int]]) -> float:
-        """Return the cubes of the sides whose eigenvectors are found."""
-        return eigenvectors_cost(shapes)
+    def decomposition_cost(self, blocks: Iterable[ParameterBlock]) -> float:
+        """Return the sum of the cubes of all sides that get eigenvectors."""
+        return eigenvectors_cost(blocks)
 
     def fit(self, reader: Reader, samples: Samples) -> FittedEKFAC:
         """Estimate the blocks in two passes over the columns: factors first, then the eigenvalues in their basis."""
@@ -198,13 +199,14 @@ def column_passes(
     return sampled_columns, columns.n, columns.notes
 
 
-def eigenvectors_cost(shapes: Iterable[tuple[int, int, int]]) -> float:
-    """Return the multiplications, up to a factor, that the eigenvectors of both sides of all blocks take.
-
-    Args:
-        shapes: of the blocks' gradients, `(groups, o, i)`.
-    """
-    return float(sum(groups * side**3 for groups, *sides in shapes for side in sides if 1 < side <= WIDEST_FACTOR))
+def eigenvectors_cost(blocks: Iterable[ParameterBlock]) -> float:
+    """Return how many multiplications, up to a factor, the eigenvectors of these blocks' sides take."""
+    cost = 0.0
+    for block in blocks:
+        groups, o, i = block.shape
+        sides = (o,) if block.layout == "table" else (o, i)  # a table's other side keeps its own coordinates
+        cost += groups * sum(side**3 for side in sides if 1 < side <= WIDEST_FACTOR)
+    return cost
 
 
 def _bases(column_gradients: Iterator[dict[str, FactoredGradients]]) -> dict[str, Basis]:

@@ -16,7 +16,7 @@ from lightning_interp.influence.gradients.factored import FactoredGradients, con
 from lightning_interp.influence.gradients.reader import Reader
 
 MOST_PARAMETERS_FOR_MATRIX = 8192  # 512 MB in float64
-LARGEST_VECTOR = 2**20  # elements, 4 MB of float32 for each column that is kept as a whole gradient
+LARGEST_VECTOR = 2**20  # elements, 4 MB of float32, of a column that is stored as a gradient instead of factors
 LARGEST_SOLUTION = 2**25  # elements, 128 MB of float32 for all solved queries
 
 
@@ -50,7 +50,7 @@ class GaussNewton:
         """Raise an error if there are too many parameters.
 
         Raises:
-            ValueError: there are more than 8,192, and all columns are asked for.
+            ValueError: there are more than 8,192, and `columns` is None.
         """
         if self.columns is None and parameters > MOST_PARAMETERS_FOR_MATRIX:
             raise ValueError(

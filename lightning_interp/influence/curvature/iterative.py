@@ -57,7 +57,7 @@ class FittedIterative:
         return len(self.operator.samples)
 
     def inverse(self, shift: Shift) -> IterativeInverse:
-        """Return (H + Λ)⁻¹, which solves when it is asked."""
+        """Return (H + Λ)⁻¹, which solves its systems when queries come."""
         damped = self.operator.damped(shift)
         return IterativeInverse(damped, self.prepare(damped))
 

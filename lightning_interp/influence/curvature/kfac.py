@@ -21,6 +21,7 @@ from lightning_interp.influence.curvature.ekfac import (
     eigenvectors_cost,
 )
 from lightning_interp.influence.damping import Damping
+from lightning_interp.influence.gradients.blocks import ParameterBlock
 from lightning_interp.influence.gradients.factored import FactoredGradients, Lookup
 from lightning_interp.influence.gradients.reader import Reader
 
@@ -57,9 +58,9 @@ class KFAC:
         """Return 0.1 × the mean eigenvalue: what Kronecker factors leave out takes more damping than training had."""
         return share_of_mean_eigenvalue(fitted)
 
-    def decomposition_cost(self, shapes: Iterable[tuple[int, int, int]]) -> float:
-        """Return the cubes of the sides whose eigenvectors are found."""
-        return eigenvectors_cost(shapes)
+    def decomposition_cost(self, blocks: Iterable[ParameterBlock]) -> float:
+        """Return the sum of the cubes of all sides that get eigenvectors."""
+        return eigenvectors_cost(blocks)
 
     def fit(self, reader: Reader, samples: Samples) -> FittedEKFAC:
         """Estimate A in a pass over the samples, B in one over the columns."""

@@ -26,9 +26,9 @@ class ProjectedGaussNewton:
     """Generalised Gauss–Newton matrix in a random projection of the gradients to `dim` numbers.
 
     ∇ℓ_qᵀ (H + λ)⁻¹ ∇ℓ_i ≈ φ_qᵀ (P H Pᵀ + λ)⁻¹ φ_i, φ = P∇ℓ: a training sample is `dim` numbers whatever the size of
-    the network, so that its gradient can be kept (see `GradientStore`). Layers enter with one another.
+    the network, so that its gradient can be stored (see `GradientStore`). Layers enter with one another.
     The projection blurs every dot product by about 1/√dim, which shows in the order of the scores: prefer
-    `GaussNewton(columns=...)` where nothing is kept. A Λ per parameter is divided out before the projection.
+    `GaussNewton(columns=...)` where nothing is stored. A Λ per parameter is divided out before the projection.
 
     Reference: Park et al., TRAK: Attributing Model Behavior at Scale, 2023; Choe et al., What is Your Data Worth to
     GPT? LLM-Scale Data Valuation with Influence Functions, 2024.

@@ -45,7 +45,7 @@ class Ensemble:
 
     Args:
         estimator: scores with one set of weights.
-        checkpoints: the weights (see `lightning_interp.influence.checkpoints.loaded`); the model's own do not enter.
+        checkpoints: the weights (see `lightning_interp.network.weights.loaded`); the model's own do not enter.
     """
 
     estimator: Estimator
@@ -69,12 +69,12 @@ class Ensemble:
         Args:
             model: any module that the checkpoints fit.
             train: training dataset (or a loader, read in dataset order).
-            query: dataset or loader of the samples whose losses are asked about.
+            query: dataset or loader of the samples whose losses are explained.
             task: how to read batches, call the model, and its loss per sample.
-            candidates: places in `train` to score; all when None.
+            candidates: indices in `train` to score; all when None.
             top_k: return only so many of each query's most helpful, harmful and surprisingly helpful samples. All
-                scores are held while they are summed: to hold what is fitted to each set of weights, or to fit it anew
-                for each chunk of samples, would cost more.
+                scores are in memory while they are summed: to keep what is fitted to each set of weights there, or to
+                fit it anew for each chunk of samples, would cost more.
             progress: shows how far it got.
 
         Raises:
@@ -87,60 +87,60 @@ class Ensemble:
                     yield self.estimator(model, train, query, task, candidates, None, progress)
 
         share = 1 / len(self.checkpoints)
-        found = combined(scored(), [share] * len(self.checkpoints))
-        method = f"mean over {len(self.checkpoints)} checkpoints, {found.method}"
-        return top_of(dataclasses.replace(found, method=method), top_k)
+        influence = combine(scored(), [share] * len(self.checkpoints))
+        method = f"mean over {len(self.checkpoints)} checkpoints, {influence.method}"
+        return only_top(dataclasses.replace(influence, method=method), top_k)
 
 
-def combined(found: Iterable[Influence], weights: Sequence[float]) -> Influence:
-    """Return the weighted sum of several scores of the same samples, one held at a time.
+def combine(influences: Iterable[Influence], weights: Sequence[float]) -> Influence:
+    """Return the weighted sum of several scores of the same samples, one in memory at a time.
 
     Losses and the norm of the mean gradient are means over them; the damping is theirs where they agree, else NaN,
-    and said in a note.
+    with a note of its range.
     """
-    parts = zip(found, weights, strict=True)
-    first, weight = next(parts)
+    pairs = zip(influences, weights, strict=True)
+    first, weight = next(pairs)
     scores, losses, norm = first.scores * weight, first.query_losses, first.gradient_norm
     dampings, notes = [first.damping], list(first.notes)
-    for part, weight in parts:
-        scores = scores.add_(part.scores, alpha=weight)
-        losses, norm = losses + part.query_losses, norm + part.gradient_norm
-        dampings.append(part.damping)
-        notes += [note for note in part.notes if note not in notes]
-    same = len(set(dampings)) == 1 or isnan(first.damping)
-    if not same:
+    for influence, weight in pairs:
+        scores = scores.add_(influence.scores, alpha=weight)
+        losses, norm = losses + influence.query_losses, norm + influence.gradient_norm
+        dampings.append(influence.damping)
+        notes += [note for note in influence.notes if note not in notes]
+    agree = len(set(dampings)) == 1 or isnan(first.damping)
+    if not agree:
         notes.append(f"damping: {min(dampings):.3g} to {max(dampings):.3g}, each set of weights its own")
     return dataclasses.replace(
         first,
         scores=scores,
         query_losses=losses / len(weights),
         gradient_norm=norm / len(weights),
-        damping=first.damping if same else nan,
+        damping=first.damping if agree else nan,
         notes=tuple(notes),
         mean=None,
         agreement={},
     )
 
 
-def top_of(found: Influence, top_k: int | None) -> Influence:
+def only_top(influence: Influence, top_k: int | None) -> Influence:
     """Return only the columns of each query's most helpful, harmful and surprisingly helpful samples; all when None.
 
     Raises:
         ValueError: `top_k` is below 1.
     """
     if top_k is None:
-        return found
+        return influence
     if top_k < 1:
         raise ValueError(f"top_k: expected a number from 1, got {top_k}")
-    top = TopScores(top_k, found.query_targets)
-    top.add(found.scores, found.train_targets)
-    kept = top.kept()
+    top = TopScores(top_k, influence.query_targets)
+    top.add(influence.scores, influence.train_targets)
+    columns = top.columns()
     return dataclasses.replace(
-        found,
-        scores=kept.scores,
-        train_ids=found.train_ids[kept.places],
-        train_targets=kept.targets,
-        places=found.columns[kept.places],
-        scored=found.n_scored,
-        mean=found.scores.mean(1),
+        influence,
+        scores=columns.scores,
+        train_ids=influence.train_ids[columns.positions],
+        train_targets=columns.targets,
+        places=influence.columns[columns.positions],
+        scored=influence.n_scored,
+        mean=influence.scores.mean(1),
     )

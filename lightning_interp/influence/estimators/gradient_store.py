@@ -49,7 +49,7 @@ class GradientStore:
 
     Args:
         folder: where it is.
-        facts: what the head says of it.
+        facts: the head's metadata.
         held: the head's tensors: `matrix` `(k, k)`, `scales` `(n,)`, `targets` `(n, ...)`, `ids` `(n,)`, and the
             damping of each block that has one per parameter.
     """
@@ -60,7 +60,7 @@ class GradientStore:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> GradientStore:
-        """Read the head; gradients are read when they are asked for.
+        """Read the head; gradients are read when they are needed.
 
         Raises:
             FileNotFoundError: there is no store in the folder.
@@ -71,10 +71,10 @@ class GradientStore:
             raise FileNotFoundError(f"folder: expected a gradient store, got {os.fspath(folder)!r} without {HEAD}")
         with safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {}).get("facts", "{}"))
-            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         if facts.get("format") != STORE_FORMAT:
             raise ValueError(f"folder: expected a gradient store of format {STORE_FORMAT}, got {facts.get('format')}")
-        return cls(Path(folder), facts, held)
+        return cls(Path(folder), facts, tensors)
 
     def __len__(self) -> int:
         return int(self.facts["n"])
@@ -92,9 +92,9 @@ class GradientStore:
 
         Args:
             model: with the weights that the gradients are of.
-            query: dataset or loader of the samples whose losses are asked about.
+            query: dataset or loader of the samples whose losses are explained.
             task: as it was when the gradients were stored.
-            candidates: places in the training set to score; all when None.
+            candidates: indices in the training set to score; all when None.
             top_k: keep only so many of each query's most helpful, harmful and surprisingly helpful samples.
             progress: shows how far it got.
 
@@ -105,44 +105,45 @@ class GradientStore:
         self._check(model)
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k: expected a number from 1, got {top_k}")
-        asked = self._asked(model, Samples.of(query), task, progress)
-        places = torch.arange(len(self)) if candidates is None else torch.tensor(list(candidates), dtype=torch.long)
-        if not len(places) or not bool(((places >= 0) & (places < len(self))).all()):
+        queries = self._project_queries(model, Samples.of(query), task, progress)
+        indices = torch.arange(len(self)) if candidates is None else torch.tensor(list(candidates), dtype=torch.long)
+        if not len(indices) or not bool(((indices >= 0) & (indices < len(self))).all()):
             raise ValueError(f"candidates: expected places below {len(self)} (the training samples), got {candidates}")
-        kept, mean = self._scored(asked, places, top_k)
-        few = f"{len(places):,} of {len(self):,} training samples were scored; the others are not in the ranking"
+        columns, mean = self._score(queries, indices, top_k)
+        note = f"{len(indices):,} of {len(self):,} training samples were scored; the others are not in the ranking"
         return Influence(
-            scores=kept.scores,
-            train_ids=self.held["ids"][places[kept.places]],
-            train_targets=kept.targets,
-            query_targets=asked.targets,
-            query_losses=asked.losses,
-            notes=(*([few] if len(places) < len(self) else []), *self.facts["notes"], NOTE),
-            places=kept.places,
-            scored=len(places),
+            scores=columns.scores,
+            train_ids=self.held["ids"][indices[columns.positions]],
+            train_targets=columns.targets,
+            query_targets=queries.targets,
+            query_losses=queries.losses,
+            notes=(*([note] if len(indices) < len(self) else []), *self.facts["notes"], NOTE),
+            places=columns.positions,
+            scored=len(indices),
             mean=mean,
             **self.facts["record"] | {"covered": tuple(self.facts["record"]["covered"])},
         )
 
-    def _scored(self, asked: _StoredQueries, places: Tensor, top_k: int | None) -> tuple[ScoreColumns, Tensor]:
-        keeper = TopScores(top_k, asked.targets) if top_k is not None else AllScores(len(asked.seen), len(places))
-        solved = self.inverse.solve(asked.seen).float() / len(self)
-        total = torch.zeros(len(solved))
-        for some in places.split(ROWS_READ_AT_ONCE):
-            scores = check_finite(solved @ self.rows(some).T, "scores")
-            keeper.add(scores, self.held["targets"][some])
+    def _score(self, queries: _ProjectedQueries, indices: Tensor, top_k: int | None) -> tuple[ScoreColumns, Tensor]:
+        count = len(queries.gradients)
+        keeper = TopScores(top_k, queries.targets) if top_k is not None else AllScores(count, len(indices))
+        solved = self.inverse.solve(queries.gradients).float() / len(self)
+        total = torch.zeros(count)
+        for chunk in indices.split(ROWS_READ_AT_ONCE):
+            scores = check_finite(solved @ self.rows(chunk).T, "scores")
+            keeper.add(scores, self.held["targets"][chunk])
             total += scores.sum(1)
-        return keeper.kept(), total / len(places)
+        return keeper.columns(), total / len(indices)
 
     def self_influence(self) -> Float[Tensor, " n"]:
         """Return ∇ℓ_iᵀ (H + Λ)⁻¹ ∇ℓ_i / n of every training sample; no sample is read."""
-        parts = (self.rows(some) for some in torch.arange(len(self)).split(ROWS_READ_AT_ONCE))
-        return torch.cat([(rows * self.inverse.solve(rows).float()).sum(1) / len(self) for rows in parts])
+        chunks = (self.rows(chunk) for chunk in torch.arange(len(self)).split(ROWS_READ_AT_ONCE))
+        return torch.cat([(rows * self.inverse.solve(rows).float()).sum(1) / len(self) for rows in chunks])
 
-    def rows(self, places: Tensor) -> Float[Tensor, "m k"]:
+    def rows(self, indices: Tensor) -> Float[Tensor, "m k"]:
         """Return the projected gradients of some training samples."""
-        found = torch.from_numpy(self._mapped[places.numpy()].astype(np.float32))
-        return found * self.held["scales"][places, None]
+        scaled = torch.from_numpy(self._mapped[indices.numpy()].astype(np.float32))
+        return scaled * self.held["scales"][indices, None]
 
     @cached_property
     def inverse(self) -> ProjectedInverse:
@@ -165,7 +166,7 @@ class GradientStore:
                 " weights, or store the gradients of these"
             )
 
-    def _asked(self, model: nn.Module, query: Samples, task: Task, progress: Progress) -> _StoredQueries:
+    def _project_queries(self, model: nn.Module, query: Samples, task: Task, progress: Progress) -> _ProjectedQueries:
         if not len(query):
             raise ValueError("query: expected samples, got none")
         task = dataclasses.replace(task, kind=task.kind or self.facts["kind"])
@@ -173,36 +174,36 @@ class GradientStore:
         blocks = self.facts["blocks"]
         if missing := set(blocks) - set(reader.coverage.blocks):
             raise ValueError(f"query: expected gradients of {', '.join(sorted(missing))}, got none")
-        seen, targets, losses = [], [], []
+        gradients, targets, losses = [], [], []
         with differentiable(model):
-            for trace in reader.per_sample_gradients(query, "queries"):
-                rows = trace.loss_gradients()
-                found = self.inverse.project({block: rows[block] for block in blocks})
-                seen.append(check_finite(found, "query gradients").cpu())
-                targets.append(trace.targets.detach().cpu())
-                losses.append(trace.losses.detach().cpu())
-        return _StoredQueries(torch.cat(seen), torch.cat(targets), torch.cat(losses))
+            for batch in reader.per_sample_gradients(query, "queries"):
+                rows = batch.loss_gradients()
+                projected = self.inverse.project({block: rows[block] for block in blocks})
+                gradients.append(check_finite(projected, "query gradients").cpu())
+                targets.append(batch.targets.detach().cpu())
+                losses.append(batch.losses.detach().cpu())
+        return _ProjectedQueries(torch.cat(gradients), torch.cat(targets), torch.cat(losses))
 
 
-class _StoredQueries(NamedTuple):
+class _ProjectedQueries(NamedTuple):
     """Of the queries: projected gradients, targets, losses."""
 
-    seen: Tensor
+    gradients: Tensor
     targets: Tensor
     losses: Tensor
 
 
 def stored(fitted: FittedInfluence, folder: str | os.PathLike[str]) -> GradientStore:
-    """Write the projected gradients of all training samples, in one pass; none where they are there already.
+    """Write the projected gradients of all training samples, in one pass; none where they are stored already.
 
-    A kill at any moment leaves the store that was there before, or none, or this one.
+    A process that is killed at any moment leaves the store that was there before, or none, or this one.
 
     Args:
         fitted: by `InfluenceFunction(ProjectedGaussNewton(...)).fit(model, train)`.
         folder: made if it is not there; another store in it is replaced.
 
     Raises:
-        ValueError: the curvature is no projected one.
+        ValueError: the curvature is not a projected one.
         FloatingPointError: gradients are not finite.
     """
     inverse = fitted.inverse
@@ -211,17 +212,17 @@ def stored(fitted: FittedInfluence, folder: str | os.PathLike[str]) -> GradientS
     home, weights = Path(folder), weights_key(fitted.coverage.model)
     key = _key(fitted, inverse, weights)
     if (home / HEAD).is_file():
-        there = GradientStore.open(home)
-        if there.facts["key"] == key:
-            return there
+        existing = GradientStore.open(home)
+        if existing.facts["key"] == key:
+            return existing
     home.mkdir(parents=True, exist_ok=True)
     with atomic_write(home / _file(key)) as path:
-        held, norm = _written(fitted, inverse, path)
+        tensors, norm = _write_gradients(fitted, inverse, path)
     spread = {block: lam for block, lam in (inverse.shift or {}).items() if isinstance(lam, Tensor)}
-    held |= {f"shift/{block}": lam.cpu().contiguous() for block, lam in spread.items()}
+    tensors |= {f"shift/{block}": lam.cpu().contiguous() for block, lam in spread.items()}
     facts = _facts(fitted, inverse, norm) | {"key": key, "weights": weights}
     with atomic_write(home / HEAD) as path:
-        save_file(held, path, {"facts": json.dumps(facts)})
+        save_file(tensors, path, {"facts": json.dumps(facts)})
     for old in home.glob("gradients-*.npy"):
         if old.name != _file(key):
             old.unlink()
@@ -254,7 +255,7 @@ def _digest(digest: hashlib._Hash, name: str, value: Tensor) -> None:
 
 
 def _facts(fitted: FittedInfluence, inverse: ProjectedInverse, gradient_norm: float) -> dict[str, Any]:
-    """Return what JSON can say of a store; a block with a damping per parameter has None for it."""
+    """Return the metadata of a store, in types that JSON has; None for a block whose damping differs by parameter."""
     shift = inverse.shift
     numbers = None if shift is None else {b: None if isinstance(lam, Tensor) else lam for b, lam in shift.items()}
     origin = () if fitted.damping.origin == "given" else (f"damping: {fitted.damping.origin}",)
@@ -280,27 +281,28 @@ def _facts(fitted: FittedInfluence, inverse: ProjectedInverse, gradient_norm: fl
     }
 
 
-def _written(fitted: FittedInfluence, inverse: ProjectedInverse, path: Path) -> tuple[dict[str, Tensor], float]:
+def _write_gradients(fitted: FittedInfluence, inverse: ProjectedInverse, path: Path) -> tuple[dict[str, Tensor], float]:
     """Write the gradients into a file; return the head's tensors, and the norm of the mean gradient."""
     n, start = len(fitted.train), 0
     file = np.lib.format.open_memmap(path, "w+", np.float16, (n, inverse.projection.dim))
     scales, targets = [], []
     total: dict[str, Tensor] = {}
     with differentiable(fitted.coverage.model):
-        for trace in fitted.reader.per_sample_gradients(fitted.train, "storing training gradients"):
-            rows = trace.loss_gradients()
-            seen = check_finite(inverse.project(rows).cpu().float(), "training gradients")
-            scale = seen.abs().amax(1).clamp(min=torch.finfo(seen.dtype).tiny)
-            file[start : start + len(seen)] = (seen / scale[:, None]).half().numpy()
-            start += len(seen)
+        for batch in fitted.reader.per_sample_gradients(fitted.train, "storing training gradients"):
+            rows = batch.loss_gradients()
+            projected = check_finite(inverse.project(rows).cpu().float(), "training gradients")
+            # Half precision has no gradients below 6e-8: each row is scaled by its own largest entry.
+            scale = projected.abs().amax(1).clamp(min=torch.finfo(projected.dtype).tiny)
+            file[start : start + len(projected)] = (projected / scale[:, None]).half().numpy()
+            start += len(projected)
             scales.append(scale)
-            targets.append(trace.targets.detach().cpu())
+            targets.append(batch.targets.detach().cpu())
             for block, row in rows.items():
                 accumulate(total, block, row.sum())
     file.flush()
-    held = {"matrix": inverse.matrix, "scales": torch.cat(scales), "targets": torch.cat(targets).contiguous()}
+    tensors = {"matrix": inverse.matrix, "scales": torch.cat(scales), "targets": torch.cat(targets).contiguous()}
     norm = sum(float((sums / n).double().square().sum()) for sums in total.values()) ** 0.5
-    return held | {"ids": torch.tensor(fitted.train.ids)}, norm
+    return tensors | {"ids": torch.tensor(fitted.train.ids)}, norm
 
 
 def _file(key: str) -> str:

@@ -18,7 +18,7 @@ from lightning_interp.influence.estimators.default_curvature import default_curv
 from lightning_interp.influence.estimators.fitted import FittedInfluence
 from lightning_interp.influence.estimators.prepared import PreparedInfluence
 from lightning_interp.influence.estimators.training_step_check import check_training_step
-from lightning_interp.influence.gradients.coverage import Coverage, find_coverage
+from lightning_interp.influence.gradients.coverage import SEARCH_SAMPLES, Coverage, find_coverage
 from lightning_interp.influence.gradients.distributed import Ranks
 from lightning_interp.influence.gradients.reader import SINGLE_PROCESS, Reader
 from lightning_interp.influence.results import Influence
@@ -26,8 +26,6 @@ from lightning_interp.influence.trajectory import Trajectory
 from lightning_interp.network.layers import match_layers
 from lightning_interp.network.undisturbed import differentiable
 from lightning_interp.progress import Progress, quiet
-
-SAMPLES_TO_SEARCH = 3  # as many as `find_coverage` uses
 
 
 @dataclass(frozen=True)
@@ -64,13 +62,16 @@ class InfluenceFunction:
             raise ValueError(f"InfluenceFunction(damping=...): expected a positive number or None, got {self.damping}")
 
     def known_damping(self) -> Damping | None:
-        """Return the damping as given, or as it follows from the trajectory; None where neither says it."""
+        """Return the damping as given, or as it follows from the trajectory; None where there is neither."""
         if isinstance(self.damping, Trajectory):
             return self.damping.damping()
         return self.damping if isinstance(self.damping, Damping | None) else Damping(self.damping, "given")
 
     def check(self, model: nn.Module, train: Any, task: Task = Task()) -> None:
         """Find out on a few training samples whether this model can be scored.
+
+        Before training, this is no substitute for the search of `fit`: a layer that starts at zero sends no gradient
+        back, where any rule is right, and other parameters may be trained by the end.
 
         Raises:
             ValueError: as `fit` would before its first pass over the training samples.
@@ -98,18 +99,17 @@ class InfluenceFunction:
         if not len(samples):
             raise ValueError("train: expected samples, got none")
         with differentiable(model):
-            first, coverage = self._first_and_coverage(model, samples, task)
+            coverage = self._find_coverage(model, samples, task)
             reader = Reader.of(coverage, samples, progress, ranks)
             damping, reason = self.known_damping(), ""
             curvature = self.curvature
             if curvature is None:
-                curvature, reason = default_curvature(coverage, first, damping)
+                curvature, reason = default_curvature(coverage, damping)
             curvature.check(coverage.size)
         recorded = isinstance(self.damping, Trajectory)
         return PreparedInfluence(
             reader,
             reader.rebatch(samples),
-            first,
             curvature,
             reason,
             given_damping=None if recorded else damping,
@@ -156,9 +156,9 @@ class InfluenceFunction:
         Args:
             model: any module; it runs in eval mode, batch normalisation and dropout with it.
             train: training dataset (or a loader, read in dataset order): sample i is `dataset[i]`.
-            query: dataset or loader of the samples whose losses are asked about.
+            query: dataset or loader of the samples whose losses are explained.
             task: how to read batches, call the model, and its loss per sample.
-            candidates: places in `train` to score; all when None. n stays the size of `train`.
+            candidates: indices in `train` to score; all when None. n stays the size of `train`.
             top_k: keep only so many of each query's most helpful and most harmful samples: memory then does not grow
                 with `train`.
             progress: shows how far it got.
@@ -167,14 +167,14 @@ class InfluenceFunction:
             ValueError: a dataset is empty, no parameter is covered, or the curvature is zero.
             FloatingPointError: gradients or scores are not finite.
         """
-        samples, asked = train_and_query_samples(train, query)
-        return self.fit(model, samples, task, progress)(asked, candidates, top_k)
+        samples, queries = train_and_query_samples(train, query)
+        return self.fit(model, samples, task, progress)(queries, candidates, top_k)
 
-    def _first_and_coverage(self, model: nn.Module, train: Samples, task: Task) -> tuple[Any, Coverage]:
-        """Return the first samples on the model's device, and what is covered."""
+    def _find_coverage(self, model: nn.Module, train: Samples, task: Task) -> Coverage:
+        """Settle the task's kind on a few samples, and return what is covered."""
         layers = None if self.layers is None else match_layers(model, self.layers, "InfluenceFunction(layers=...)")
         here = dataclasses.replace(train, workers=0)
-        first = to_device(next(iter(here.at(range(min(SAMPLES_TO_SEARCH, len(train)))))), device_of(model))
+        first = to_device(next(iter(here.at(range(min(SEARCH_SAMPLES, len(train)))))), device_of(model))
         if task.step is None:
             task = settle_kind(task, model, first, train.spread(SAMPLES_TO_SETTLE))
         else:
@@ -186,4 +186,4 @@ class InfluenceFunction:
                 f"model: expected trained parameters whose gradient reaches the loss, {type(model).__name__} has none"
                 f" among {', '.join(trained[:8]) or 'no trained parameters at all'}"
             )
-        return first, coverage
+        return coverage

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -28,7 +27,6 @@ class PreparedInfluence:
     Args:
         reader: how samples go through the network, and which of its parameters are covered.
         train: the training samples.
-        first: the first of them, as one batch on the network's device.
         curvature: the user's, or the default for this network.
         reason: why it is the default; empty if it is the user's.
         given_damping: the user's.
@@ -38,7 +36,6 @@ class PreparedInfluence:
 
     reader: Reader
     train: Samples
-    first: Any
     curvature: Curvature
     reason: str
     given_damping: Damping | None
@@ -66,12 +63,12 @@ class PreparedInfluence:
 
     def _mixture_note(self) -> str:
         """Say so if the curvature is that of random mixtures of the classes at many positions."""
-        task = self.coverage.task
+        task, batch = self.coverage.task, self.coverage.batch
         if not needs_outputs(self.curvature) or task.loss is not loss_per_sample:
             return ""
         with torch.no_grad():
-            outputs = task.outputs(self.coverage.model, task.inputs(self.first))
-        if not has_random_root(outputs, task.targets(self.first), task):
+            outputs = task.outputs(self.coverage.model, task.inputs(batch))
+        if not has_random_root(outputs, task.targets(batch), task):
             return ""
         return f"classes at many positions: the curvature is that of {MIXTURES} random mixtures of them per sample"
 

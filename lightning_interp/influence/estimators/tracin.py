@@ -41,7 +41,7 @@ class TracIn:
     Reference: Pruthi et al., Estimating Training Data Influence by Tracing Gradient Descent, 2020 (TracInCP).
 
     Args:
-        checkpoints: weights during the run (see `lightning_interp.influence.checkpoints.loaded`); the model's own do
+        checkpoints: weights during the run (see `lightning_interp.network.weights.loaded`); the model's own do
             not enter.
         learning_rates: η of each checkpoint, or one for all.
         layers: names or glob patterns of the layers whose parameters enter; all that are covered when None.
@@ -75,9 +75,9 @@ class TracIn:
         Args:
             model: any module that the checkpoints fit; it runs in eval mode.
             train: training dataset (or a loader, read in dataset order).
-            query: dataset or loader of the samples whose losses are asked about.
+            query: dataset or loader of the samples whose losses are explained.
             task: how to read batches, call the model, and its loss per sample.
-            candidates: places in `train` to score; all when None.
+            candidates: indices in `train` to score; all when None.
             top_k: return only so many of each query's most helpful, harmful and surprisingly helpful samples: memory
                 then does not grow with `train`, and each checkpoint is read once for about 4,096 samples.
             progress: shows how far it got.
@@ -86,18 +86,16 @@ class TracIn:
             ValueError: a dataset is empty, no parameter is covered, or a checkpoint does not fit the model.
             FloatingPointError: gradients or scores are not finite.
         """
-        samples, asked = train_and_query_samples(train, query)
+        samples, queries = train_and_query_samples(train, query)
         with loaded(model, self.checkpoints[0]):
             fitted = InfluenceFunction(IdentityCurvature(), 1.0, self.layers).fit(model, samples, task, progress)
-        chosen, runs = (
-            samples_to_score(fitted.train, candidates),
-            _Runs(fitted, fitted.reader.rebatch(asked), self._rates),
-        )
-        columns = summed_over_checkpoints(model, self.checkpoints, sample_chunks(chosen, top_k), runs)
-        first = next(columns)
+        scored = samples_to_score(fitted.train, candidates)
+        runs = _CheckpointScores(fitted, fitted.reader.rebatch(queries), self._rates)
+        columns = summed_over_checkpoints(model, self.checkpoints, sample_chunks(scored, top_k), runs)
+        first = next(columns)  # the queries' targets and losses are known only after it
         return without_unit(
-            collect_scores(itertools.chain([first], columns), runs.targets[0], len(chosen), top_k),
-            chosen,
+            collect_scores(itertools.chain([first], columns), runs.targets[0], len(scored), top_k),
+            scored,
             fitted.train,
             fitted.coverage,
             query_targets=runs.targets[0],
@@ -115,15 +113,15 @@ class TracIn:
 
 
 @dataclass(frozen=True, eq=False)
-class _Runs:
-    """Scores by each checkpoint; the queries' gradients are made anew for each chunk rather than held for all.
+class _CheckpointScores:
+    """Scores by each checkpoint; the queries' gradients are taken anew for each chunk, to hold those of one checkpoint.
 
     Args:
         fitted: the network, in which the weights change.
         query: the queries.
         rates: of the checkpoints.
-        targets: of the queries, by the checkpoint's place.
-        losses: of the queries, by the checkpoint's place.
+        targets: of the queries, by the checkpoint's index.
+        losses: of the queries, by the checkpoint's index.
     """
 
     fitted: FittedInfluence
@@ -132,11 +130,11 @@ class _Runs:
     targets: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     losses: dict[int, Tensor] = dataclasses.field(default_factory=dict)
 
-    def __call__(self, place: int, part: Samples) -> Iterator[ScoredBatch]:
+    def __call__(self, index: int, chunk: Samples) -> Iterator[ScoredBatch]:
         """Yield scores and targets of samples, batch by batch."""
-        asked = query_gradients(self.fitted.reader, self.query)
-        self.targets[place], self.losses[place] = asked.targets, asked.losses
-        scorer = self.fitted.inverse.against(asked.rows)
-        for trace in self.fitted.reader.per_sample_gradients(part, "scoring training samples"):
-            scores = check_finite(scorer(trace.loss_gradients()), "scores").cpu()
-            yield scores * self.rates[place], trace.targets.detach().cpu()
+        queries = query_gradients(self.fitted.reader, self.query)
+        self.targets[index], self.losses[index] = queries.targets, queries.losses
+        scorer = self.fitted.inverse.against(queries.gradients)
+        for batch in self.fitted.reader.per_sample_gradients(chunk, "scoring training samples"):
+            scores = check_finite(scorer(batch.loss_gradients()), "scores").cpu()
+            yield scores * self.rates[index], batch.targets.detach().cpu()

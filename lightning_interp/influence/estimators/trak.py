@@ -48,7 +48,7 @@ class TRAK:
     Reference: Park et al., TRAK: Attributing Model Behavior at Scale, 2023.
 
     Args:
-        models: weights of several networks (see `lightning_interp.influence.checkpoints.loaded`), the model's own not
+        models: weights of several networks (see `lightning_interp.network.weights.loaded`), the model's own not
             among them; the model's own alone when None.
         dim: numbers per gradient, even; without damping no more than there are training samples.
         damping: added to the diagonal of ΦᵀΦ / n.
@@ -84,9 +84,9 @@ class TRAK:
         Args:
             model: any classifier; it runs in eval mode.
             train: training dataset (or a loader, read in dataset order).
-            query: dataset or loader of the samples that are asked about.
+            query: dataset or loader of the samples to explain.
             task: how to read batches and call the model.
-            candidates: places in `train` to score; all when None. ΦᵀΦ is of all in any case.
+            candidates: indices in `train` to score; all when None. ΦᵀΦ is of all in any case.
             top_k: return only so many of each query's most helpful, harmful and surprisingly helpful samples: memory
                 then does not grow with `train`, and each network's weights are read once for about 4,096 samples.
             progress: shows how far it got.
@@ -96,64 +96,66 @@ class TRAK:
                 than `dim`, or a checkpoint does not fit the model.
             FloatingPointError: gradients or scores are not finite, or ΦᵀΦ cannot be inverted.
         """
-        samples, asked = train_and_query_samples(train, query)
+        samples, queries = train_and_query_samples(train, query)
         if not self.damping and len(samples) < self.dim:
             raise ValueError(
                 f"TRAK(dim=...): expected at most {len(samples)} (the training samples) without damping, got {self.dim}"
             )
-        chosen = samples_to_score(samples, candidates)
-        parts = sample_chunks(chosen, top_k)
+        scored = samples_to_score(samples, candidates)
+        chunks = sample_chunks(scored, top_k)
         weights: Sequence[Checkpoint | None] = [None] if self.models is None else self.models
-        fits = [self._fitted(model, weights[k], k, (samples, asked), task, progress) for k in range(len(weights))]
+        networks = [self._fit(model, weights[k], k, (samples, queries), task, progress) for k in range(len(weights))]
 
-        def scored(place: int, part: Samples) -> Iterator[ScoredBatch]:
-            return fits[place].columns(part)
+        def score(index: int, chunk: Samples) -> Iterator[ScoredBatch]:
+            return networks[index].scores(chunk)
 
-        targets, count = fits[0].targets, len(fits)
-        columns = (_averaged(*some, count) for some in summed_over_checkpoints(model, weights, parts, scored))
+        targets, count = networks[0].targets, len(networks)
+        sums = summed_over_checkpoints(model, weights, chunks, score)
+        columns = (_average(*chunk, count) for chunk in sums)
         return without_unit(
-            collect_scores(columns, targets, len(chosen), top_k),
-            chosen,
+            collect_scores(columns, targets, len(scored), top_k),
+            scored,
             samples,
-            fits[0].reader.coverage,
+            networks[0].reader.coverage,
             query_targets=targets,
-            query_losses=sum_of(one.losses for one in fits) / count,
+            query_losses=sum_of(network.losses for network in networks) / count,
             method=f"{self!r}, {count} network{'s' * (count > 1)}",
             damping=self.damping or nan,
             curvature_n=len(samples),
         )
 
-    def _fitted(
+    def _fit(
         self,
         model: nn.Module,
         weights: Checkpoint | None,
-        place: int,
+        index: int,
         data: tuple[Samples, Samples],
         task: Task,
         progress: Progress,
     ) -> _Network:
         """Return one network's (ΦᵀΦ)⁻¹ φ of the queries, from one pass over the training samples."""
         train, query = data
-        projection = Projection(self.dim, self.seed + place)
+        projection = Projection(self.dim, self.seed + index)
         with using_checkpoint(model, weights):
             reader = (
                 InfluenceFunction(IdentityCurvature(), 1.0, self.layers).prepare(model, train, task, progress).reader
             )
             queries = list(_margins(reader, query, projection, "queries"))
-            seen = (part.seen for part in _margins(reader, train, projection, "training gradients"))
-            factor = damped_factor(second_moment(seen) / len(train), self.damping)
-        phi = torch.cat([part.seen for part in queries])
+            margins = _margins(reader, train, projection, "training gradients")
+            moment = second_moment(batch.projected for batch in margins)
+            factor = damped_factor(moment / len(train), self.damping)
+        phi = torch.cat([batch.projected for batch in queries])
         return _Network(
             reader,
             projection,
             torch.cholesky_solve(phi.T.cpu().double(), factor).T.to(phi) / len(train),
-            torch.cat([part.targets for part in queries]),
-            torch.cat([part.losses for part in queries]),
+            torch.cat([batch.targets for batch in queries]),
+            torch.cat([batch.losses for batch in queries]),
         )
 
 
 class _Network(NamedTuple):
-    """What is held of a network: how it is read, its projection, (ΦᵀΦ)⁻¹ φ, targets and losses of the queries."""
+    """One network: how it is read, its projection, and of the queries (ΦᵀΦ)⁻¹ φ, targets and losses."""
 
     reader: Reader
     projection: Projection
@@ -161,36 +163,36 @@ class _Network(NamedTuple):
     targets: Tensor
     losses: Tensor
 
-    def columns(self, samples: Samples) -> Iterator[ScoredBatch]:
+    def scores(self, samples: Samples) -> Iterator[ScoredBatch]:
         """Yield φ_qᵀ (ΦᵀΦ)⁻¹ φ_i, with 1 − p_i as one more row, and targets; the network has these weights."""
-        for part in _margins(self.reader, samples, self.projection, "scoring training samples"):
-            scores = check_finite(self.solved @ part.seen.T, "scores").cpu()
-            yield torch.cat([scores, part.doubts[None].to(scores)]), part.targets
+        for batch in _margins(self.reader, samples, self.projection, "scoring training samples"):
+            scores = check_finite(self.solved @ batch.projected.T, "scores").cpu()
+            yield torch.cat([scores, batch.error_probabilities[None].to(scores)]), batch.targets
 
 
-def _averaged(sums: Tensor, targets: Tensor, count: int) -> ScoredBatch:
-    """Return the mean scores times the mean doubts, from the rows of the sums."""
+def _average(sums: Tensor, targets: Tensor, count: int) -> ScoredBatch:
+    """Return the mean scores times the mean 1 − p, from the rows of the sums."""
     return sums[:-1] * (sums[-1] / count**2), targets
 
 
 class _Margins(NamedTuple):
     """Of some samples: projected gradients of their margins, 1 − p, targets, losses."""
 
-    seen: Tensor
-    doubts: Tensor
+    projected: Tensor
+    error_probabilities: Tensor
     targets: Tensor
     losses: Tensor
 
 
 def _margins(reader: Reader, samples: Samples, projection: Projection, what: str) -> Iterator[_Margins]:
     task = reader.coverage.task
-    for trace in reader.per_sample_gradients(samples, what):
-        outputs = trace.outputs.detach().requires_grad_()
-        values = margin(outputs, trace.targets, task.problem(outputs, trace.targets))
+    for batch in reader.per_sample_gradients(samples, what):
+        outputs = batch.outputs.detach().requires_grad_()
+        values = margin(outputs, batch.targets, task.problem(outputs, batch.targets))
         (weights,) = torch.autograd.grad(values.sum(), outputs)
-        seen = check_finite(projection(trace.output_gradients(weights)), "gradients of the margins")
-        held = (torch.sigmoid(-values), trace.targets, trace.losses)
-        yield _Margins(seen, *(part.detach().cpu() for part in held))
+        projected = check_finite(projection(batch.output_gradients(weights)), "gradients of the margins")
+        of_samples = (torch.sigmoid(-values), batch.targets, batch.losses)
+        yield _Margins(projected, *(values.detach().cpu() for values in of_samples))
 
 
 def margin(outputs: Tensor, targets: Tensor, kind: Problem | None) -> Float[Tensor, " n"]:

@@ -1,1 +1,1 @@
-"""Which scores are kept."""
+"""Scores as they come in: the strongest, sums over checkpoints, leverage, duplicates."""

@@ -1,4 +1,4 @@
-"""Training samples that are a query, bit for bit."""
+"""Training samples that equal a query, bit for bit."""
 
 from __future__ import annotations
 
@@ -7,33 +7,34 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-WHOLE_NUMBERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGER_TYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Duplicates:
-    """Looks for queries among samples that pass by.
+    """Finds queries among samples that are added batch by batch.
 
     Args:
-        queries: what is explained of each query, in the batches that they came in.
+        queries: their inputs, in the batches that they came in.
     """
 
     def __init__(self, queries: Sequence[Tensor]) -> None:
         self._queries = [row.detach().cpu() for batch in queries for row in batch]
-        self._sums = torch.stack([_sum(query[None])[0] for query in self._queries])
-        self.found: list[tuple[int, int]] = []
-        self._seen = 0
+        self._checksums = torch.stack([_checksum(query[None])[0] for query in self._queries])
+        self.pairs: list[tuple[int, int]] = []
+        self._count = 0
 
-    def look(self, batch: Tensor) -> None:
-        """Note which of the next samples are a query: (query, place)."""
+    def add(self, batch: Tensor) -> None:
+        """Note which of the next samples equal a query: (query, position among all samples added)."""
         batch = batch.detach().cpu()
-        close = (_sum(batch)[:, None] == self._sums[None, :]).nonzero().tolist()
-        for row, query in close:
+        # Different samples rarely share a checksum, so that few are compared in full.
+        candidates = (_checksum(batch)[:, None] == self._checksums[None, :]).nonzero().tolist()
+        for row, query in candidates:
             if torch.equal(batch[row], self._queries[query]):
-                self.found.append((query, self._seen + row))
-        self._seen += len(batch)
+                self.pairs.append((query, self._count + row))
+        self._count += len(batch)
 
 
-def _sum(batch: Tensor) -> Tensor:
-    """Return a number of each sample that equal samples share: exact, so that no order of summing can part them."""
+def _checksum(batch: Tensor) -> Tensor:
+    """Return an integer per sample, the same for equal samples: exact, whatever the order of summing."""
     bits = batch.contiguous().flatten(1) if batch.ndim > 1 else batch.contiguous()[:, None]
-    return bits.view(WHOLE_NUMBERS[bits.element_size()]).sum(1, dtype=torch.int64)
+    return bits.view(INTEGER_TYPES[bits.element_size()]).sum(1, dtype=torch.int64)

@@ -19,7 +19,7 @@ def leverage_scores(
     """Return ∇ℓ_qᵀ (A − C_i C_iᵀ / n)⁻¹ ∇ℓ_i for each sample i of a batch, A = H + Λ and C_i its own columns.
 
     By Woodbury's identity ∇ℓ_qᵀ A⁻¹ ∇ℓ_i + ∇ℓ_qᵀ A⁻¹ C_i (nI − C_iᵀ A⁻¹ C_i)⁻¹ C_iᵀ A⁻¹ ∇ℓ_i, of which every inner
-    product is asked of A⁻¹. One more backward for each output but one, and as many inner products squared.
+    product is one of A⁻¹. One more backward for each output but one, and as many inner products squared.
 
     Reference: Pregibon, Logistic Regression Diagnostics, 1981; Koh et al., On the Accuracy of Influence Functions for
     Measuring Group Effects, 2019.
@@ -38,24 +38,24 @@ def leverage_scores(
     root = hessian_root(trace.outputs, trace.targets, task)
     samples = torch.arange(len(trace), device=root.norms.device)
     columns = []
-    for place in range(root.norms.shape[1]):
-        column = root.column(samples, torch.full_like(samples, place)).reshape(trace.outputs.shape)
+    for index in range(root.norms.shape[1]):
+        column = root.column(samples, torch.full_like(samples, index)).reshape(trace.outputs.shape)
         columns.append(trace.output_gradients(column, keep_graph=True))
-    own = torch.stack([inverse.squares(column) for column in columns], dim=1)
-    asked = torch.stack([scorer(column) for column in columns], dim=2)
-    with_loss = torch.stack([_between(inverse, column, rows) for column in columns], dim=1)
-    inside = torch.diag_embed(own)
+    diagonal = torch.stack([inverse.squares(column) for column in columns], dim=1)
+    with_queries = torch.stack([scorer(column) for column in columns], dim=2)
+    with_loss = torch.stack([_inner_products(inverse, column, rows) for column in columns], dim=1)
+    products = torch.diag_embed(diagonal)
     for i, left in enumerate(columns):
         for j, right in enumerate(columns[:i]):
-            inside[:, i, j] = inside[:, j, i] = _between(inverse, left, right)
-    left_over = n * torch.eye(len(columns)).to(inside) - inside
-    solved, failed = torch.linalg.solve_ex(left_over, with_loss)
+            products[:, i, j] = products[:, j, i] = _inner_products(inverse, left, right)
+    remaining = n * torch.eye(len(columns)).to(products) - products
+    solved, failed = torch.linalg.solve_ex(remaining, with_loss)
     if bool(failed.any()):
         raise FloatingPointError("leverage: a sample holds all of the curvature in a direction; pass a larger damping=")
-    return scorer(rows) + torch.einsum("qmk,mk->qm", asked, solved)
+    return scorer(rows) + torch.einsum("qmk,mk->qm", with_queries, solved)
 
 
-def _between(inverse: Inverse, left: Gradients, right: Gradients) -> Tensor:
+def _inner_products(inverse: Inverse, left: Gradients, right: Gradients) -> Tensor:
     """Return gᵀ A⁻¹ h of each sample, from the squares of g, h and their sum."""
-    both = {block: concatenate_positions([row, right[block]]) for block, row in left.items()}
-    return (inverse.squares(both) - inverse.squares(left) - inverse.squares(right)) / 2
+    summed = {block: concatenate_positions([row, right[block]]) for block, row in left.items()}
+    return (inverse.squares(summed) - inverse.squares(left) - inverse.squares(right)) / 2

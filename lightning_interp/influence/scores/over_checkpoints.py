@@ -18,22 +18,22 @@ from lightning_interp.influence.scores.top_k import AllScores, ScoreColumns, Top
 from lightning_interp.network.undisturbed import differentiable
 from lightning_interp.network.weights import Checkpoint, loaded
 
-SAMPLES_AT_ONCE = 4096
+CHUNK_SAMPLES = 4096  # that each checkpoint is loaded for: 16 KB of float32 scores a query
 
 ScoredBatch = tuple[Tensor, Tensor]
 BatchScorer = Callable[[int, Samples], Iterable[ScoredBatch]]
 
 
 class CollectedScores(NamedTuple):
-    """What is kept of a stream of scores, and what all of them come to.
+    """The columns that were kept of all scores, and the mean over all of them.
 
     Args:
-        kept: columns.
+        columns: that were kept.
         mean: mean score of each query over all samples, `(q,)`.
-        n: number of samples that went by.
+        n: number of samples that were scored.
     """
 
-    kept: ScoreColumns
+    columns: ScoreColumns
     mean: Float[Tensor, " q"]
     n: int
 
@@ -44,10 +44,10 @@ def samples_to_score(train: Samples, candidates: Sequence[int] | None) -> Sample
     Raises:
         ValueError: there are none.
     """
-    chosen = train if candidates is None else train.at(candidates)
-    if not len(chosen):
+    samples = train if candidates is None else train.at(candidates)
+    if not len(samples):
         raise ValueError("candidates: expected training samples to score, got none")
-    return chosen
+    return samples
 
 
 def sample_chunks(samples: Samples, top_k: int | None) -> Iterator[Samples]:
@@ -59,30 +59,30 @@ def sample_chunks(samples: Samples, top_k: int | None) -> Iterator[Samples]:
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k: expected a number from 1, got {top_k}")
     n, batch = len(samples), samples.batch_size
-    step = -(-SAMPLES_AT_ONCE // batch) * batch
+    step = -(-CHUNK_SAMPLES // batch) * batch
     if top_k is None or n <= step:
         return iter([samples])
     return (samples.at(range(start, min(n, start + step))) for start in range(0, n, step))
 
 
 def summed_over_checkpoints(
-    model: nn.Module, weights: Sequence[Checkpoint | None], parts: Iterable[Samples], scored: BatchScorer
+    model: nn.Module, weights: Sequence[Checkpoint | None], chunks: Iterable[Samples], score: BatchScorer
 ) -> Iterator[ScoredBatch]:
-    """Yield each chunk's scores `(q, b)`, summed over the weights, and targets `(b, ...)`: q · b numbers are held.
+    """Yield each chunk's scores `(q, b)`, summed over the weights, and targets `(b, ...)`: q · b numbers are in memory.
 
     Args:
         model: gets the weights in turn, once for each chunk.
         weights: None are the model's own.
-        parts: chunks of samples.
-        scored: place among the weights, samples → their scores and targets, batch by batch.
+        chunks: of samples.
+        score: index among the weights, samples → their scores and targets, batch by batch.
     """
-    for part in parts:
+    for chunk in chunks:
         total: Tensor | None = None
-        for place in range(len(weights)):
-            with using_checkpoint(model, weights[place]):
-                scores, targets = zip(*scored(place, part), strict=True)
-            one = torch.cat(scores, dim=1)
-            total = one if total is None else total.add_(one)
+        for index in range(len(weights)):
+            with using_checkpoint(model, weights[index]):
+                batch_scores, targets = zip(*score(index, chunk), strict=True)
+            scores = torch.cat(batch_scores, dim=1)
+            total = scores if total is None else total.add_(scores)
         if total is not None:
             yield total, torch.cat(targets)
 
@@ -103,36 +103,36 @@ def collect_scores(
     for scores, targets in columns:
         keeper.add(scores, targets)
         total = total + scores.sum(1)
-    return CollectedScores(keeper.kept(), torch.as_tensor(total) / samples, samples)
+    return CollectedScores(keeper.columns(), torch.as_tensor(total) / samples, samples)
 
 
 def without_unit(
-    found: CollectedScores, chosen: Samples, train: Samples, coverage: Coverage, **facts: Any
+    collected: CollectedScores, scored: Samples, train: Samples, coverage: Coverage, **facts: Any
 ) -> Influence:
     """Return the record of scores of which only the order means something.
 
-    The norm of the mean gradient is NaN: it would take a gradient held for each set of weights, and these scores expect
-    no optimum.
+    The norm of the mean gradient is NaN: it would take a gradient in memory for each set of weights, and these scores
+    expect no optimum.
     """
-    places = found.kept.places
-    few = len(places) < len(chosen)
+    columns = collected.columns
+    subset = len(columns.positions) < len(scored)
     notes = facts.pop("notes", ())
-    if len(chosen) < len(train):
-        some = f"{len(chosen):,} of {len(train):,} training samples were scored; the others are not in the ranking"
-        notes = (some, *notes)
+    if len(scored) < len(train):
+        note = f"{len(scored):,} of {len(train):,} training samples were scored; the others are not in the ranking"
+        notes = (note, *notes)
     return Influence(
-        scores=found.kept.scores,
-        train_ids=torch.tensor((chosen.at(places.tolist()) if few else chosen).ids),
-        train_targets=found.kept.targets,
+        scores=columns.scores,
+        train_ids=torch.tensor((scored.at(columns.positions.tolist()) if subset else scored).ids),
+        train_targets=columns.targets,
         covered=tuple(coverage.parameter_sizes),
         left_out=coverage.left_out,
         covered_elements=coverage.size,
         gradient_norm=nan,
         notes=notes,
         unit="none",
-        places=places,
-        scored=found.n,
-        mean=found.mean,
+        places=columns.positions,
+        scored=collected.n,
+        mean=collected.mean,
         **facts,
     )
 

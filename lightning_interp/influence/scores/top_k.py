@@ -1,4 +1,4 @@
-"""What is kept of a stream of scores: all of them, in memory or in a file, or each query's top alone."""
+"""Scores as they come in: all are kept, in memory or in a file, or the columns of each query's strongest alone."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ class ScoreColumns(NamedTuple):
 
     Args:
         scores: `(q, m)`.
-        places: of the columns among all scored samples, `(m,)`.
+        positions: of the columns among all scored samples, `(m,)`.
         targets: of the columns' samples, `(m, ...)`.
     """
 
     scores: Float[Tensor, "q m"]
-    places: Int[Tensor, " m"]
+    positions: Int[Tensor, " m"]
     targets: Tensor
 
-    def at(self, places: Sequence[int]) -> ScoreColumns:
-        """Return the same columns, their places being places among `places`."""
-        return self._replace(places=torch.tensor(places)[self.places])
+    def at(self, positions: Sequence[int]) -> ScoreColumns:
+        """Return these columns of a subset with their positions in the whole.
+
+        Args:
+            positions: of the subset's samples in the whole.
+        """
+        return self._replace(positions=torch.tensor(positions)[self.positions])
 
 
 @runtime_checkable
@@ -37,8 +41,8 @@ class ScoreKeeper(Protocol):
     def add(self, scores: Tensor, targets: Tensor) -> None:
         """Take the scores `(q, b)` and targets `(b, ...)` of the next samples."""
 
-    def kept(self) -> ScoreColumns:
-        """Return what was kept."""
+    def columns(self) -> ScoreColumns:
+        """Return the columns that were kept, in the order of their positions."""
 
 
 class AllScores:
@@ -59,24 +63,24 @@ class AllScores:
     def add(self, scores: Tensor, targets: Tensor) -> None:
         """Write the next columns."""
         if self._scores is None:
-            self._scores = self._room(scores)
+            self._scores = self._allocate(scores)
         stop = self._filled + scores.shape[1]
         self._scores[:, self._filled : stop] = scores
         self._filled = stop
         self._targets.append(targets)
 
-    def kept(self) -> ScoreColumns:
+    def columns(self) -> ScoreColumns:
         """Return all columns."""
         if self._scores is None:
             raise ValueError("train: expected samples to score, got none")
         return ScoreColumns(self._scores, torch.arange(self._filled), torch.cat(self._targets))
 
-    def _room(self, like: Tensor) -> Tensor:
+    def _allocate(self, like: Tensor) -> Tensor:
         if self._path is None:
             return like.new_empty(self._shape)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        held = np.lib.format.open_memmap(self._path, mode="w+", dtype=like.cpu().numpy().dtype, shape=self._shape)
-        return torch.from_numpy(held)
+        file = np.lib.format.open_memmap(self._path, mode="w+", dtype=like.cpu().numpy().dtype, shape=self._shape)
+        return torch.from_numpy(file)
 
 
 class TopScores:
@@ -86,58 +90,62 @@ class TopScores:
 
     Args:
         k: how many of each list.
-        query_targets: `(q, ...)`; where they are classes, the most helpful of another class are kept as well.
+        query_targets: `(q, ...)`; where they are classes, the most helpful of another class are a list as well.
     """
 
     def __init__(self, k: int, query_targets: Tensor) -> None:
-        self._k, self._queries = k, query_targets
-        self._held: ScoreColumns | None = None
-        self._seen = 0
+        self._k, self._query_targets = k, query_targets
+        self._columns: ScoreColumns | None = None
+        self._count = 0
 
     def add(self, scores: Tensor, targets: Tensor) -> None:
         """Take the next columns in, and drop what has fallen out of every list."""
-        fresh = ScoreColumns(scores, torch.arange(self._seen, self._seen + scores.shape[1]), targets)
-        self._seen += scores.shape[1]
-        held = fresh if self._held is None else merged([self._held, fresh])
-        wanted = self._wanted(held)
-        self._held = ScoreColumns(held.scores[:, wanted], held.places[wanted], held.targets[wanted])
+        stop = self._count + scores.shape[1]
+        columns = ScoreColumns(scores, torch.arange(self._count, stop), targets)
+        self._count = stop
+        if self._columns is not None:
+            columns = merge_columns([self._columns, columns])
+        listed = self._listed(columns)
+        self._columns = ScoreColumns(columns.scores[:, listed], columns.positions[listed], columns.targets[listed])
 
-    def kept(self) -> ScoreColumns:
-        """Return the columns, in the order of their places."""
-        if self._held is None:
+    def columns(self) -> ScoreColumns:
+        """Return the columns, in the order of their positions."""
+        if self._columns is None:
             raise ValueError("train: expected samples to score, got none")
-        return self._held
+        return self._columns
 
-    def _wanted(self, held: ScoreColumns) -> Tensor:
-        lists = [held.scores, -held.scores]
-        if held.targets.ndim == 1 and self._queries.ndim == 1 and not held.targets.is_floating_point():
-            same = held.targets[None, :] == self._queries[:, None]
-            lists.append(held.scores.masked_fill(same, -torch.inf))
-        k = min(self._k, held.scores.shape[1])
+    def _listed(self, columns: ScoreColumns) -> Tensor:
+        """Return the indices of the columns that are in a list of any query."""
+        lists = [columns.scores, -columns.scores]
+        are_classes = columns.targets.ndim == 1 and not columns.targets.is_floating_point()
+        if are_classes and self._query_targets.ndim == 1:
+            equal = columns.targets[None, :] == self._query_targets[:, None]
+            lists.append(columns.scores.masked_fill(equal, -torch.inf))
+        k = min(self._k, columns.scores.shape[1])
         return torch.cat([scores.topk(k, dim=1).indices.flatten() for scores in lists]).unique()
 
 
-def merged(parts: Sequence[ScoreColumns]) -> ScoreColumns:
-    """Return the columns of all parts, in the order of their places."""
-    if len(parts) == 1:
-        return parts[0]
-    whole = ScoreColumns(
-        torch.cat([part.scores for part in parts], dim=1),
-        torch.cat([part.places for part in parts]),
-        torch.cat([part.targets for part in parts]),
+def merge_columns(subsets: Sequence[ScoreColumns]) -> ScoreColumns:
+    """Return the columns of all subsets, in the order of their positions."""
+    if len(subsets) == 1:
+        return subsets[0]
+    merged = ScoreColumns(
+        torch.cat([columns.scores for columns in subsets], dim=1),
+        torch.cat([columns.positions for columns in subsets]),
+        torch.cat([columns.targets for columns in subsets]),
     )
-    order = whole.places.argsort()
-    return ScoreColumns(whole.scores[:, order], whole.places[order], whole.targets[order])
+    order = merged.positions.argsort()
+    return ScoreColumns(merged.scores[:, order], merged.positions[order], merged.targets[order])
 
 
 def overlap(left: ScoreColumns, right: ScoreColumns, k: int) -> float:
     """Return the share of each query's `k` most helpful and `k` most harmful that both hold, mean over queries."""
     shares = []
     for sign in (1, -1):
-        for mine, theirs in zip(sign * left.scores, sign * right.scores, strict=True):
+        for left_scores, right_scores in zip(sign * left.scores, sign * right.scores, strict=True):
             first, second = (
-                set(kept.places[row.topk(min(k, len(row))).indices].tolist())
-                for kept, row in ((left, mine), (right, theirs))
+                set(columns.positions[scores.topk(min(k, len(scores))).indices].tolist())
+                for columns, scores in ((left, left_scores), (right, right_scores))
             )
             shares.append(len(first & second) / max(1, min(k, len(first))))
     return sum(shares) / len(shares)

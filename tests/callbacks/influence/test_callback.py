@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_interp import DataInfluence, Display, Task
@@ -350,7 +350,7 @@ def test_coverage_is_searched_once_after_training_and_the_curvature_fitted_once_
     assert (len(searched), curvature.sizes) == (2, sizes)  # once before training, to refuse what cannot work
 
 
-def prepare(module: Net, train: Samples, estimator: InfluenceFunction) -> PreparedInfluence:
+def prepare(module: nn.Module, train: Samples, estimator: InfluenceFunction) -> PreparedInfluence:
     return estimator.prepare(module, train)
 
 
@@ -469,6 +469,49 @@ def test_a_decomposition_that_takes_too_long_leaves_the_last_layer() -> None:
     _, message = afford_curvature(InfluenceFunction(damping=0.1), partial(prepare, module, train), 1e-7)
     assert message == ""  # columns were chosen, which decompose no layer
     assert InfluenceFunction(layers=["head"])(module, train, query).covered == ("head.weight", "head.bias")
+
+
+class MeanOfEmbeddings(nn.Module):
+    """Has no linear or convolutional layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.embedding(tokens).mean(1)
+
+
+def test_a_network_without_a_last_layer_to_cut_to_is_not_cut() -> None:
+    torch.manual_seed(0)
+    train = Samples(TensorDataset(torch.randint(9, (60, 4)), torch.arange(60) % 3))
+    prepared, message = afford_curvature(InfluenceFunction(EKFAC()), partial(prepare, MeanOfEmbeddings(), train), 1e-7)
+    assert (list(prepared.coverage.parameter_sizes), message) == (["embedding.weight"], "")
+    assert prepared.curvature == EKFAC(samples=40)
+
+
+class SecondRank:
+    """A rank that hears from rank zero what to cut."""
+
+    index, count = 1, 2
+
+    def __init__(self, *of_rank_zero: Any) -> None:
+        self.of_rank_zero = list(of_rank_zero)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [self.of_rank_zero.pop(0), value]
+
+    def failed(self, why: str) -> None:
+        raise AssertionError(why)
+
+
+def test_rank_zero_decides_what_is_cut() -> None:
+    train, ranks = Samples(Shapes(96)), SecondRank("head", 50)
+    prepared, message = afford_curvature(InfluenceFunction(EKFAC()), partial(prepare, Net(), train), 1e6, ranks)
+    assert list(prepared.coverage.parameter_sizes) == ["head.weight", "head.bias"]
+    assert prepared.curvature == EKFAC(samples=50)
+    assert "only the parameters of head" in message
+    assert ranks.of_rank_zero == []
 
 
 def test_an_estimator_that_cannot_work_is_named_before_training(

@@ -16,7 +16,7 @@ from torch.utils.data import Subset, TensorDataset
 from lightning_interp import DataInfluence, Task
 from lightning_interp.callbacks.influence import callback as callback_of
 from lightning_interp.callbacks.influence.scoring import InfluenceQuestion
-from lightning_interp.callbacks.influence.spot_checks import Retrain, checked_by_retraining
+from lightning_interp.callbacks.influence.spot_checks import RetrainMethod, checked_by_retraining
 from lightning_interp.data.samples import Samples
 from lightning_interp.influence import GaussNewton, InfluenceFunction, LastLayer, Trajectory, leave_one_out
 from lightning_interp.influence.gradients.distributed import SingleProcess
@@ -35,7 +35,7 @@ def asked() -> InfluenceQuestion:
     return InfluenceQuestion(nn.Linear(4, 3), Samples(train), Samples(query), Task(), quiet, SingleProcess())
 
 
-def by(asked: InfluenceQuestion, retrain: Retrain, top_k: int | None = None) -> tuple[SpotCheck, ...]:
+def by(asked: InfluenceQuestion, retrain: RetrainMethod, top_k: int | None = None) -> tuple[SpotCheck, ...]:
     fitted = InfluenceFunction(GaussNewton(), DAMPING).fit(asked.model, asked.train, asked.task)
     return checked_by_retraining(asked, fitted(asked.query, top_k=top_k), retrain, DAMPING, math.inf)
 
@@ -83,7 +83,7 @@ def test_the_callback_hands_its_damping_on(
     given: list[Any] = []
 
     def noted(
-        asked: InfluenceQuestion, found: Any, retrain: Retrain, damping: Any, seconds: float
+        asked: InfluenceQuestion, found: Any, retrain: RetrainMethod, damping: Any, seconds: float
     ) -> tuple[SpotCheck, ...]:
         given.append((damping, seconds))
         return checked_by_retraining(asked, found, retrain, damping, seconds)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_interp import DataInfluence, Task
-from lightning_interp.influence import Damping, DataInf, InfluenceFunction
+from lightning_interp.influence import Damping, DataInf, GaussNewton, InfluenceFunction
+from lightning_interp.influence.curvature.curvature import damping_for
 from tests.influence.naive import gradients
 from tests.models import Net, Shapes, trainer
 
@@ -74,6 +75,19 @@ def test_its_own_damping_is_a_share_of_each_layers_squared_gradients(
             assert fitted.damping.on(name) == pytest.approx(float(damping))
     scores = fitted(query).scores
     assert torch.allclose(scores, transcribed(right, naive_gradients(net, query), tuple(expected)), rtol=1e-9)
+
+
+def test_a_curvatures_own_damping_precedes_the_recorded_one_but_not_the_users(
+    small: tuple[nn.Module, TensorDataset, TensorDataset],
+) -> None:
+    net, train, _ = small
+    fitted = InfluenceFunction(DataInf()).fit(net, train)
+    users, recorded = Damping(0.5, "given"), Damping(0.2, "recorded")
+    assert damping_for(DataInf(), fitted.fitted, None, recorded) == fitted.damping
+    assert damping_for(DataInf(), fitted.fitted, users, recorded) is users
+    assert damping_for(GaussNewton(), fitted.fitted, None, recorded) is recorded
+    share = damping_for(GaussNewton(), fitted.fitted, None, None)
+    assert share.values == pytest.approx(0.1 * fitted.fitted.mean_eigenvalue)
 
 
 def test_gradients_of_zero_give_no_damping() -> None:

@@ -14,8 +14,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_interp import Task
 from lightning_interp.data.samples import Samples
-from lightning_interp.influence import KFAC, GaussNewton, InfluenceFunction
+from lightning_interp.influence import EKFAC, KFAC, GaussNewton, InfluenceFunction
+from lightning_interp.influence.curvature.curvature import decomposition_cost
 from lightning_interp.influence.curvature.ekfac import FittedEKFAC
+from lightning_interp.influence.gradients.blocks import ParameterBlock
 from lightning_interp.influence.gradients.coverage import Coverage, find_coverage
 from lightning_interp.influence.gradients.reader import Reader
 from lightning_interp.network.undisturbed import differentiable
@@ -151,3 +153,14 @@ def test_samples_and_errors(small: tuple[nn.Module, TensorDataset]) -> None:
     assert found.n == 6
     with pytest.raises(ValueError, match=r"KFAC\(columns=...\): expected a whole number from 1"):
         KFAC(columns=0)
+
+
+def test_the_cost_of_eigenvectors_is_that_of_the_sides_that_get_some() -> None:
+    matrix = ParameterBlock("conv", ("w", "b"), (torch.Size([6, 2, 3, 3]), torch.Size([6])), groups=2)
+    table = ParameterBlock("words", ("w",), (torch.Size([50, 7]),), "table")
+    vector = ParameterBlock("norm", ("w", "b"), (torch.Size([5]), torch.Size([5])), "vector")
+    wide = ParameterBlock("wide", ("w",), (torch.Size([5000, 4]),))
+    for curvature in (KFAC(), EKFAC()):
+        costs = [decomposition_cost(curvature, [block]) for block in (matrix, table, vector, wide)]
+        assert costs == [2 * (3**3 + 19**3), 7**3, 10**3, 4**3]
+    assert decomposition_cost(GaussNewton(), [matrix]) == 0

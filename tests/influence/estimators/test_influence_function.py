@@ -362,10 +362,10 @@ def test_the_choice_goes_by_what_columns_hold(monkeypatch: pytest.MonkeyPatch) -
     assert prepared.curvature == GaussNewton()
     assert "723 parameters is small" in prepared.reason
     monkeypatch.setattr("lightning_interp.influence.estimators.default_curvature.SMALL", 722)
-    monkeypatch.setattr("lightning_interp.influence.estimators.default_curvature.STORED", 77 * 600)
+    monkeypatch.setattr("lightning_interp.influence.estimators.default_curvature.MOST_STORED", 77 * 600)
     assert default(0.1) == GaussNewton(columns=600)
     assert isinstance(default(each), EKFAC)
-    monkeypatch.setattr("lightning_interp.influence.estimators.default_curvature.STORED", 723 * 1024)
+    monkeypatch.setattr("lightning_interp.influence.estimators.default_curvature.MOST_STORED", 723 * 1024)
     assert default(each) == GaussNewton(columns=1024)
     assert isinstance(default(None), EKFAC)
     given = InfluenceFunction(GaussNewton(7)).prepare(net, train)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_interp.influence import EKFAC, Ensemble, GaussNewton, IdentityCurvature, InfluenceFunction, TracIn
-from lightning_interp.influence.estimators.ensemble import combined
+from lightning_interp.influence.estimators.ensemble import combine
 from lightning_interp.network.weights import loaded
 
 State = dict[str, Tensor]
@@ -182,7 +182,7 @@ def test_scores_without_a_unit_have_no_damping_and_predict_no_loss(
     assert bool((found.scores < -found.query_losses[:, None]).any())
     assert found.notes == ()
     parts = [dataclasses.replace(found, damping=float("nan")) for _ in range(2)]
-    assert combined(parts, [0.5, 0.5]).notes == ()
+    assert combine(parts, [0.5, 0.5]).notes == ()
 
 
 def test_errors_are_named(

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from lightning_interp.data.samples import Samples
 from lightning_interp.influence import TRAK, TracIn
 from lightning_interp.influence.curvature import projected
-from lightning_interp.influence.estimators.ensemble import Estimator, top_of
+from lightning_interp.influence.estimators.ensemble import Estimator, only_top
 from lightning_interp.influence.gradients import reader
 from lightning_interp.influence.scores import over_checkpoints
 
@@ -29,7 +29,7 @@ ESTIMATORS: dict[str, Callable[[list[State]], Estimator]] = {
 
 @pytest.fixture(params=ESTIMATORS)
 def estimator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Estimator:
-    monkeypatch.setattr(over_checkpoints, "SAMPLES_AT_ONCE", 10)
+    monkeypatch.setattr(over_checkpoints, "CHUNK_SAMPLES", 10)
     monkeypatch.setattr(reader, "LARGEST_BATCH", 4)
     return ESTIMATORS[request.param]([network().state_dict() for _ in range(3)])
 
@@ -68,7 +68,7 @@ def largest(estimator: Estimator, n: int, top_k: int | None) -> int:
 def test_the_top_of_chunks_is_the_top_of_all_scores(estimator: Estimator, candidates: list[int] | None) -> None:
     model, train, query = network(), samples(83), samples(4)
     whole = estimator(model, train, query, candidates=candidates)
-    found, expected = estimator(model, train, query, candidates=candidates, top_k=2), top_of(whole, 2)
+    found, expected = estimator(model, train, query, candidates=candidates, top_k=2), only_top(whole, 2)
     for name in ("columns", "train_ids", "train_targets", "query_targets"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
     for name in ("scores", "mean", "query_losses"):

@@ -44,9 +44,9 @@ def test_what_is_kept_does_not_grow() -> None:
     sizes = []
     for _ in range(50):
         top.add(torch.randn(2, 100), torch.randint(0, 3, (100,)))
-        sizes.append(top.kept().scores.shape[1])
+        sizes.append(top.columns().scores.shape[1])
     assert max(sizes) <= 2 * 3 * 3
-    assert int(top.kept().places.max()) > 1000
+    assert int(top.columns().positions.max()) > 1000
 
 
 def test_all_scores_in_a_file(asked: tuple[FittedInfluence, TensorDataset], tmp_path: Path) -> None:
