@@ -1,4 +1,4 @@
-"""Other weights in the same network, for a while."""
+"""A checkpoint's weights in the same network, for the duration of a context."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Checkpoint = Mapping[str, Tensor] | str | os.PathLike[str]
 
 @contextlib.contextmanager
 def loaded(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
-    """Give a network a checkpoint's weights and buffers; its own are put back, bit by bit, on every way out.
+    """Give a network a checkpoint's weights and buffers; its own are restored bit by bit on every way out.
 
     Args:
         model: its parameters stay the same objects.
@@ -28,14 +28,14 @@ def loaded(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
     Raises:
         ValueError: the file holds other things, or its weights do not fit the model.
     """
-    kept = [(held, held.detach().clone()) for held in (*model.parameters(), *model.buffers())]
+    originals = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
     try:
         _load_into(model, checkpoint)
         yield
     finally:
         with torch.no_grad():
-            for held, values in kept:
-                held.copy_(values)
+            for tensor, values in originals:
+                tensor.copy_(values)
 
 
 def check_checkpoints(owner: str, checkpoints: Sequence[Checkpoint]) -> None:
@@ -67,15 +67,15 @@ def _state_dict(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
     if Path(checkpoint).suffix == ".safetensors":
         return load_file(checkpoint)
     try:
-        held: Any = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        content: Any = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"checkpoint: expected tensors and plain Python in {checkpoint}, got more; load it yourself where you trust"
             " it, and pass its state dict"
         ) from error
-    if not isinstance(held, Mapping):
-        raise ValueError(f"checkpoint: expected a state dict in {checkpoint}, got {_type_name(held)}")
-    return held.get("state_dict", held)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"checkpoint: expected a state dict in {checkpoint}, got {_type_name(content)}")
+    return content.get("state_dict", content)
 
 
 def _describe_checkpoint(checkpoint: object) -> str:
