@@ -44,7 +44,7 @@ from lightning_interp.attribution import (
     pointing,
 )
 from lightning_interp.attribution.engine.single_pass import Attributor
-from lightning_interp.views.attribution import Titled, film
+from lightning_interp.views.attribution import TitledMap, film
 from lightning_interp.views.canvas import render, under
 from lightning_interp.views.display import Display, SampleView
 
@@ -203,7 +203,8 @@ def by_kernel(net: nn.Module, samples: int) -> Image.Image:
         shown = SampleView(photograph.thing, pixels, "", named, float(probability))
         found = by_width(LIME(samples), net, inputs, label, WIDTHS)
         frames = [
-            Titled(f"{w:g}: R² {float(one.facts['r2']):.2f}", one.maps[0]) for w, one in zip(WIDTHS, found, strict=True)
+            TitledMap(f"{width:g}: R² {float(explained.facts['r2']):.2f}", explained.maps[0])
+            for width, explained in zip(WIDTHS, found, strict=True)
         ]
         films.append(Image.fromarray(film(shown, frames, "LIME by the width of its kernel", Display())))
     return with_palette(under(films))

@@ -47,7 +47,7 @@ class Damping:
 
     def shift(self, coverage: Coverage) -> dict[str, float | Tensor]:
         """Return λ per block: a number where it is the same throughout, else `(groups, o, i)`."""
-        held = dict(coverage.watch.model.named_parameters())
+        held = dict(coverage.model.named_parameters())
         found: dict[str, float | Tensor] = {}
         for name, block in coverage.blocks.items():
             values = {parameter: self.on(parameter) for parameter in block.parameters}

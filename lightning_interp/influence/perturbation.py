@@ -45,7 +45,7 @@ def input_influence(fitted: FittedInfluence, query: Any, places: Sequence[int]) 
     """
     if not isinstance(fitted.inverse, Solver):
         raise TypeError(f"fitted: expected a curvature whose inverse has `solve`, got {fitted.curvature!r}")
-    watch, reader = fitted.coverage.watch, fitted.reader
+    watch, reader = fitted.coverage.watched_model, fitted.reader
     with differentiable(watch.model):
         solved = fitted.inverse.solve(query_gradients(reader, Samples.of(query)).rows)
         vectors = {

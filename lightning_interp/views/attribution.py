@@ -45,7 +45,7 @@ MOST_WORDS = 28
 FAINTEST = 1e-6
 
 
-class Titled(NamedTuple):
+class TitledMap(NamedTuple):
     """A map and what to write over it.
 
     Args:
@@ -57,7 +57,7 @@ class Titled(NamedTuple):
     map: Tensor
 
 
-def attribution_panel(shown: SampleView, maps: Sequence[Titled], title: str, display: Display, top: float) -> Pixels:
+def attribution_panel(view: SampleView, maps: Sequence[TitledMap], title: str, display: Display, top: float) -> Pixels:
     """Draw a sample beside its maps and its likeliest classes, with their probabilities.
 
     An image gets each map as an overlay: bright for the largest absolute value over channels, or blue for positive
@@ -65,7 +65,7 @@ def attribution_panel(shown: SampleView, maps: Sequence[Titled], title: str, dis
     is zero or negative everywhere, or not finite, is said to be so instead of being drawn.
 
     Args:
-        shown: the sample.
+        view: the sample.
         maps: one, or one per class, each with its class in words.
         title: method, layer and moment.
         display: how samples are shown.
@@ -74,30 +74,30 @@ def attribution_panel(shown: SampleView, maps: Sequence[Titled], title: str, dis
     Returns:
         `(height, width, 3)`, 0 to 255.
     """
-    kind = kind_of(shown.value)
+    kind = kind_of(view.value)
     signed = _signed([one.map for one in maps])
-    drawn = [_drawn(shown.value, one.map, display, top, signed, SIDE) for one in maps]
+    drawn = [_drawn(view.value, one.map, display, top, signed, SIDE) for one in maps]
     if len(maps) > 1:
         drawn = [captioned_image([one.title], body) for one, body in zip(maps, drawn, strict=True)]
     scale = [_colour_bar(top, signed, max(48, drawn[0].height))] if kind == "image" else []
-    classes = [_likeliest(shown)] if shown.likeliest else []
+    classes = [_likeliest(view)] if view.likeliest else []
     peaks = ", ".join(f"{scale_of(one.map):.2g}" for one in maps)
-    caption = [f"#{shown.id}   {verdict(shown)}", title, f"largest {peaks}, full colour at {top:.2g}"]
-    left = picture(shown.value, display)
+    caption = [f"#{view.id}   {verdict(view)}", title, f"largest {peaks}, full colour at {top:.2g}"]
+    left = picture(view.value, display)
     if kind == "table" and display.show_inputs and maps[0].map.ndim == 1:
         left = bars(
-            main_tensor(shown.value), SIDE, order=largest(maps[0].map), name=display.column
+            main_tensor(view.value), SIDE, order=largest(maps[0].map), name=display.column
         )  # the columns that the map's bars are of
     return captioned(caption, beside([left, *drawn, *scale, *classes]))
 
 
-def film(shown: SampleView, frames: Sequence[Titled], title: str, display: Display) -> Pixels:
+def film(view: SampleView, frames: Sequence[TitledMap], title: str, display: Display) -> Pixels:
     """Draw one sample's maps at several moments in a row, all on one colour scale.
 
     Maps of images are overlays; those of tokens and tables a cell for each token or column and moment.
 
     Args:
-        shown: the sample, as it is answered at the end.
+        view: the sample, as it is answered at the end.
         frames: the maps, each with its moment in words.
         title: method and class.
         display: how samples are shown.
@@ -106,13 +106,13 @@ def film(shown: SampleView, frames: Sequence[Titled], title: str, display: Displ
         `(height, width, 3)`, 0 to 255.
     """
     top = max([scale_of(frame.map) for frame in frames if not trouble(frame.map)], default=0.0)
-    caption = [f"#{shown.id}   {verdict(shown)}", f"{title}; one colour scale, full colour at {top:.2g}"]
-    if kind_of(shown.value) == "image":
+    caption = [f"#{view.id}   {verdict(view)}", f"{title}; one colour scale, full colour at {top:.2g}"]
+    if kind_of(view.value) == "image":
         signed = _signed([frame.map for frame in frames])
-        drawn = [_frame(shown.value, frame, display, top, signed) for frame in frames]
-        return captioned(caption, beside([picture(shown.value, display, FRAME), *drawn]))
-    names = _names(shown.value, len(frames[0].map), display)
-    return captioned(caption, beside([picture(shown.value, display, SIDE), _cells(names, frames, top)]))
+        drawn = [_frame(view.value, frame, display, top, signed) for frame in frames]
+        return captioned(caption, beside([picture(view.value, display, FRAME), *drawn]))
+    names = _names(view.value, len(frames[0].map), display)
+    return captioned(caption, beside([picture(view.value, display, SIDE), _cells(names, frames, top)]))
 
 
 def trouble(attribution: Tensor) -> str:
@@ -181,25 +181,25 @@ def _colour_bar(top: float, signed: bool, height: int) -> Image.Image:
     return sheet
 
 
-def _likeliest(shown: SampleView, width: int = 116) -> Image.Image:
+def _likeliest(view: SampleView, width: int = 116) -> Image.Image:
     """Draw the likeliest classes, a bar for each one's probability."""
-    sheet = Image.new("RGB", (width, 34 * len(shown.likeliest) + 4), PAPER)
+    sheet = Image.new("RGB", (width, 34 * len(view.likeliest) + 4), PAPER)
     pen = ImageDraw.Draw(sheet)
-    for place, (name, chance) in enumerate(shown.likeliest):
+    for place, (name, chance) in enumerate(view.likeliest):
         y = 34 * place
         written(pen, (0, y), f"{name}: {chance:.2f}", width, "la")
         pen.rectangle((0, y + 18, max(1, int((width - 1) * chance)), y + 27), POSITIVE)
     return sheet
 
 
-def _frame(value: Any, frame: Titled, display: Display, top: float, signed: bool) -> Image.Image:
+def _frame(value: Any, frame: TitledMap, display: Display, top: float, signed: bool) -> Image.Image:
     body = _drawn(value, frame.map, display, top, signed, FRAME)
     note = Image.new("RGB", (FRAME, 16), PAPER)
     written(ImageDraw.Draw(note), (0, 0), "" if trouble(frame.map) else f"{scale_of(frame.map):.2g}", FRAME, "la")
     return captioned_image([frame.title], under([body, note], gap=2))
 
 
-def _cells(names: Sequence[str], frames: Sequence[Titled], top: float) -> Image.Image:
+def _cells(names: Sequence[str], frames: Sequence[TitledMap], top: float) -> Image.Image:
     """Draw a cell for each token or column (down) and moment (across)."""
     label, cell, row = 110, 26, 16
     sheet = Image.new("RGB", (label + cell * len(frames), row * (len(names) + 1) + 2), PAPER)

@@ -20,16 +20,16 @@ SHOWN_CLASSES = 3
 
 def view_samples(model: nn.Module, task: Task, samples: Samples, display: Display) -> list[SampleView]:
     """Return samples with what the network says of them."""
-    shown: list[SampleView] = []
+    views: list[SampleView] = []
     ids = samples.ids
     with torch.no_grad():
         for batch in samples:
             outputs = task.outputs(model, task.inputs(batch))
             for place in range(count_samples(batch)):  # one by one: images of a list each have their own size
                 one = slice_samples(batch, place, place + 1)
-                held = sample_views(one, outputs[place : place + 1], task, [ids[len(shown)]], display)[0]
-                shown.append(_without_padding(held, one, task))
-    return shown
+                held = sample_views(one, outputs[place : place + 1], task, [ids[len(views)]], display)[0]
+                views.append(_without_padding(held, one, task))
+    return views
 
 
 def view_by_index(
@@ -55,13 +55,13 @@ def target_in_words(target: Tensor, kind: Problem | None, display: Display) -> s
     return display.label(target if kind in (None, "regression") else target.long())
 
 
-def _without_padding(shown: SampleView, one: Any, task: Task) -> SampleView:
+def _without_padding(view: SampleView, one: Any, task: Task) -> SampleView:
     """Return a text without the tokens that do not count."""
     mask = task.mask(one)
-    value = shown.value
+    value = view.value
     if mask is None or not isinstance(value, Tensor) or value.shape != mask.shape[1:]:
-        return shown
-    return dataclasses.replace(shown, value=value[mask[0].to(value.device).bool()])
+        return view
+    return dataclasses.replace(view, value=value[mask[0].to(value.device).bool()])
 
 
 def sample_views(batch: Any, outputs: Tensor, task: Task, ids: Sequence[int], display: Display) -> list[SampleView]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_interp.data.batch import is_zeros_and_ones, main_tensor
 
-Kind = Literal["image", "table", "tokens", "other"]
+SampleKind = Literal["image", "table", "tokens", "other"]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Display:
         return names[index] if names is not None and 0 <= index < len(names) else str(index)
 
 
-def kind_of(value: Any) -> Kind:
+def kind_of(value: Any) -> SampleKind:
     """Say what one sample of a model input is, from its main tensor's shape and type.
 
     >>> kind_of(torch.zeros(1, 28, 28)), kind_of(torch.zeros(7)), kind_of(torch.zeros(5, dtype=torch.long))

@@ -30,9 +30,9 @@ def suspects_sheet(suspects: Sequence[SuspectSample], title: str, display: Displ
     Returns:
         `(height, width, 3)`, 0 to 255.
     """
-    across = IMAGES_ACROSS if kind_of(suspects[0].shown.value) == "image" else OTHERS_ACROSS
-    columns = columns_of(suspects[0].shown.value)
-    tiles = [(held.shown, _said(held)) for held in suspects]
+    across = IMAGES_ACROSS if kind_of(suspects[0].view.value) == "image" else OTHERS_ACROSS
+    columns = columns_of(suspects[0].view.value)
+    tiles = [(held.view, _said(held)) for held in suspects]
     rows = [noted(tiles[start : start + across], display, columns) for start in range(0, len(tiles), across)]
     return captioned([title], under(rows, gap=GAP))
 
@@ -57,10 +57,10 @@ def spot_scatter(checks: Sequence[SpotCheck]) -> Pixels:
 
 
 def _said(held: SuspectSample) -> str:
-    shown = held.shown
-    lines = [f"#{tail(shown.id)}", f"label {shown.label}", f"{WRONG if shown.wrong else ''}network: {shown.prediction}"]
-    if held.chance == held.chance:
-        lines.append(f"p(label) {held.chance:.2f}")
+    view = held.view
+    lines = [f"#{tail(view.id)}", f"label {view.label}", f"{WRONG if view.wrong else ''}network: {view.prediction}"]
+    if held.label_probability == held.label_probability:
+        lines.append(f"p(label) {held.label_probability:.2f}")
     return "\n".join([*lines, f"self-infl. {held.score:.3g}"])
 
 

@@ -100,7 +100,7 @@ def noted(
     if not samples:
         return sheet_of_nothing()
     side = side or (TILE if kind_of(samples[0][0].value) == "image" else SIDE)
-    drawn = [picture(shown.value, display, side, columns) for shown, _ in samples]
+    drawn = [picture(view.value, display, side, columns) for view, _ in samples]
     height = max(tile.height for tile in drawn)
     lines = [note.split("\n") for _, note in samples]
     room = LINE_OF_NOTE * max(map(len, lines))
@@ -125,12 +125,12 @@ def tail(name: str, most: int = 14) -> str:
     return name if len(name) <= most else "…" + name[1 - most :]
 
 
-def verdict(shown: SampleView) -> str:
+def verdict(view: SampleView) -> str:
     """Return what is known of a sample in one line: true class, predicted class and probability."""
-    said = f"true {shown.label}" if shown.label else "no label"
-    if shown.prediction:
-        chance = f" ({shown.probability:.2f})" if shown.probability == shown.probability else ""
-        said += f"   predicted {shown.prediction}{chance}"
+    said = f"true {view.label}" if view.label else "no label"
+    if view.prediction:
+        chance = f" ({view.probability:.2f})" if view.probability == view.probability else ""
+        said += f"   predicted {view.prediction}{chance}"
     return said
 
 

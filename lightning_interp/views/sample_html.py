@@ -37,9 +37,9 @@ class SampleHTML:
 class ScoredSample(NamedTuple):
     """A training sample in a query's list."""
 
-    shown: SampleView
+    view: SampleView
     score: float
-    face: SampleHTML
+    html: SampleHTML
 
 
 class InfluenceList(NamedTuple):
@@ -53,9 +53,9 @@ class InfluenceList(NamedTuple):
 class QueryCard(NamedTuple):
     """A query with its lists."""
 
-    shown: SampleView
+    view: SampleView
     loss: float
-    face: SampleHTML
+    html: SampleHTML
     lists: list[InfluenceList]
 
 
@@ -63,16 +63,16 @@ class SuspectSample(NamedTuple):
     """A training sample to look at.
 
     Args:
-        shown: with the network's own answer as its prediction.
-        chance: probability that the network gives to the label; NaN where there are no classes.
+        view: with the network's own answer as its prediction.
+        label_probability: that the network gives to the label; NaN where there are no classes.
         score: self-influence.
-        face: how it is shown.
+        html: how it is shown.
     """
 
-    shown: SampleView
-    chance: float
+    view: SampleView
+    label_probability: float
     score: float
-    face: SampleHTML
+    html: SampleHTML
 
 
 class RetrainingCheck(NamedTuple):

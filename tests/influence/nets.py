@@ -22,7 +22,7 @@ def per_sample(net: nn.Module, batch: tuple[Tensor, Tensor], task: Task = TASK) 
     worst = 0.0
     with differentiable(net):
         coverage = find_coverage(net, task, batch)
-        rows = PerSampleGradients(coverage.watch, batch).loss_rows()
+        rows = PerSampleGradients(coverage.watched_model, batch).loss_gradients()
         for sample in range(len(batch[1])):
             loss = task.losses(net, tuple(part[sample : sample + 1] for part in batch))[2].sum()
             for name, block in coverage.blocks.items():

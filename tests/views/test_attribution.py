@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_interp import Display
-from lightning_interp.views.attribution import FRAME, Titled, attribution_panel, film, trouble
+from lightning_interp.views.attribution import FRAME, TitledMap, attribution_panel, film, trouble
 from lightning_interp.views.canvas import GAP, LINE, SIDE
 from lightning_interp.views.display import SampleView
 from lightning_interp.views.sample import NEGATIVE, POSITIVE
@@ -28,7 +28,7 @@ from lightning_interp.views.sample import NEGATIVE, POSITIVE
 )
 def test_panels_of_every_kind(value: object, attribution: torch.Tensor) -> None:
     shown = SampleView("7", value, "cat", "dog", 0.75)
-    pixels = attribution_panel(shown, [Titled("dog", attribution)], "Saliency of dog", Display(), 1.0)
+    pixels = attribution_panel(shown, [TitledMap("dog", attribution)], "Saliency of dog", Display(), 1.0)
     assert pixels.dtype == np.uint8
     assert pixels.ndim == 3
     assert pixels.shape[2] == 3
@@ -37,7 +37,7 @@ def test_panels_of_every_kind(value: object, attribution: torch.Tensor) -> None:
 
 def overlay_of(attribution: Tensor, top: float) -> np.ndarray:
     shown = SampleView("7", torch.zeros(1, 8, 8), "a", "b")
-    pixels = attribution_panel(shown, [Titled("", attribution)], "t", Display(), top)
+    pixels = attribution_panel(shown, [TitledMap("", attribution)], "t", Display(), top)
     caption, left = 3 * LINE + 4, SIDE + GAP
     return pixels[caption : caption + SIDE, left : left + SIDE].astype(float)
 
@@ -88,17 +88,17 @@ def test_private_inputs_are_not_shown() -> None:
     value = torch.rand(1, 8, 8)
     shown = [SampleView("7", v, "a", "b") for v in (value, 1 - value)]
     display = Display(show_inputs=False)
-    assert np.array_equal(*(attribution_panel(s, [Titled("", value)], "t", display, 1.0) for s in shown))
-    assert np.array_equal(*(film(s, [Titled("epoch 1", value[0])], "t", display) for s in shown))
+    assert np.array_equal(*(attribution_panel(s, [TitledMap("", value)], "t", display, 1.0) for s in shown))
+    assert np.array_equal(*(film(s, [TitledMap("epoch 1", value[0])], "t", display) for s in shown))
     ids = [SampleView("7", torch.arange(4) + k, "a", "b") for k in (0, 1)]
-    maps = [Titled("epoch 1", torch.rand(4))]
+    maps = [TitledMap("epoch 1", torch.rand(4))]
     assert np.array_equal(*(attribution_panel(s, maps, "t", display, 1.0) for s in ids))
     assert np.array_equal(*(film(s, maps, "t", display) for s in ids))
 
 
 def test_a_film_shows_all_moments_on_the_scale_of_the_largest() -> None:
     shown = SampleView("7", torch.zeros(1, 8, 8), "a", "b")
-    weak, strong = Titled("epoch 1", torch.full((8, 8), 0.1)), Titled("epoch 2", torch.ones(8, 8))
+    weak, strong = TitledMap("epoch 1", torch.full((8, 8), 0.1)), TitledMap("epoch 2", torch.ones(8, 8))
     pixels = film(shown, [weak, strong], "t", Display()).astype(float)
     top = 2 * LINE + 4 + LINE + 4  # below the caption and the frames' titles
     first, second = (pixels[top : top + FRAME, x : x + FRAME] for x in (FRAME + GAP, 2 * (FRAME + GAP)))
@@ -111,7 +111,7 @@ def test_a_film_shows_all_moments_on_the_scale_of_the_largest() -> None:
 def test_films_of_tokens_and_tables_have_a_cell_for_each_moment(value: Tensor) -> None:
     values = torch.zeros(6)
     values[2] = 1.0
-    frames = [Titled("epoch 1", torch.zeros(6)), Titled("epoch 2", values)]
+    frames = [TitledMap("epoch 1", torch.zeros(6)), TitledMap("epoch 2", values)]
     pixels = film(SampleView("7", value, "a", "b"), frames, "t", Display())
     blue = np.argwhere(pixels[:, SIDE + GAP :, 2].astype(int) - pixels[:, SIDE + GAP :, 0] > 40)
     assert len(blue) > 50

@@ -16,7 +16,7 @@ from lightning_interp.callbacks.attribution.arguments import Choice
 from lightning_interp.data.batch import count_samples, device_of, to_device
 from lightning_interp.data.probe import Probe
 from lightning_interp.data.task import Problem, Task, predict_classes, probabilities
-from lightning_interp.views.attribution import Titled, attribution_panel, trouble
+from lightning_interp.views.attribution import TitledMap, attribution_panel, trouble
 from lightning_interp.views.canvas import Pixels
 from lightning_interp.views.describe import sample_views, targets_of
 from lightning_interp.views.display import Display, SampleView
@@ -150,7 +150,7 @@ def _panel(
     asked: AttributionSetup,
     moment: str,
 ) -> Pixels:
-    maps = [Titled(word, one.maps[place]) for word, one in zip(words, found, strict=True)]
+    maps = [TitledMap(word, one.maps[place]) for word, one in zip(words, found, strict=True)]
     top = max([asked.scales.get(key, 0.0), *(scale_of(one.map) for one in maps if not trouble(one.map))])
     asked.scales[key] = top
     layer = f" at {found[0].layer}" if found[0].layer else ""

@@ -15,7 +15,7 @@ from lightning_interp.callbacks.loggers import Loggers
 from lightning_interp.callbacks.publish import write_section
 from lightning_interp.checks import clean, markdown
 from lightning_interp.views import report
-from lightning_interp.views.attribution import Titled, film
+from lightning_interp.views.attribution import TitledMap, film
 from lightning_interp.views.canvas import Pixels, png
 from lightning_interp.views.display import SampleView
 
@@ -93,7 +93,7 @@ def _films(
     for method in asked.methods:
         for place, (sample, words) in enumerate(shown):
             pairs = zip(titles, frames, strict=True)
-            maps = [Titled(title, look.maps[method][place]) for title, look in pairs if method in look.maps]
+            maps = [TitledMap(title, look.maps[method][place]) for title, look in pairs if method in look.maps]
             if maps and maps[-1].map.ndim in (1, 2):
                 drawn[f"{method}/{sample.id}"] = film(sample, maps, f"{method} of {words}", asked.display)
     return drawn

@@ -329,7 +329,7 @@ class DataInfluence(Callback):
         except OtherRankError:
             raise
         except Exception as error:
-            ranks.failed(f"{type(error).__name__}: {error}")
+            ranks.report_failure(f"{type(error).__name__}: {error}")
             raise
 
     def _score(self, trainer: pl.Trainer, module: pl.LightningModule, ranks: Ranks) -> None:

@@ -114,7 +114,7 @@ def describe_influence(
     trusted = trust(found, _duplicates(found, queries, same), spot_checks)
     checked = _checked(spot_checks, display) if spot_checks else None
     return InfluenceReport(
-        galleries={card.shown.id: _gallery(card, display) for card in cards},
+        galleries={card.view.id: _gallery(card, display) for card in cards},
         cards=cards,
         rows=_rows(found, queries, display, task.kind),
         summary=_summary(found, trusted, doubted),
@@ -172,18 +172,18 @@ def _card(
 
 def _gallery(card: QueryCard, display: Display) -> Pixels:
     rows = [
-        (f"{heading}: {about}", [(held.shown, _note(held.shown, held.score)) for held in samples])
+        (f"{heading}: {about}", [(held.view, _note(held.view, held.score)) for held in samples])
         for heading, about, samples in card.lists
     ]
-    true, *answer = verdict(card.shown).split("   ")
-    answer = [f"{WRONG if card.shown.wrong else ''}{said}" for said in answer]
-    note = "\n".join((f"query #{tail(card.shown.id)}", true, *answer, f"loss {card.loss:.3g}"))
-    return gallery(card.shown, note, rows, display)
+    true, *answer = verdict(card.view).split("   ")
+    answer = [f"{WRONG if card.view.wrong else ''}{said}" for said in answer]
+    note = "\n".join((f"query #{tail(card.view.id)}", true, *answer, f"loss {card.loss:.3g}"))
+    return gallery(card.view, note, rows, display)
 
 
-def _note(shown: SampleView, score: float) -> str:
-    differs = f"\n{WRONG}predicted {shown.prediction}" if shown.wrong else ""
-    return f"#{tail(shown.id)}\nlabel {shown.label}\n{score:+.2e}{differs}"
+def _note(view: SampleView, score: float) -> str:
+    differs = f"\n{WRONG}predicted {view.prediction}" if view.wrong else ""
+    return f"#{tail(view.id)}\nlabel {view.label}\n{score:+.2e}{differs}"
 
 
 def _duplicates(
@@ -227,6 +227,6 @@ def _summary(found: Influence, trusted: Trust, doubted: Sequence[SuspectSample])
     rows = [("what", "how much"), *((name, said.replace("|", "\\|")) for name, said in trusted.rows)]
     lines = [meaning(found.unit), f"**How far to trust them: {trusted.level}.** {trusted.sentence}."]
     if doubted:
-        named = ", ".join(f"#{held.shown.id}" for held in doubted[:8])
+        named = ", ".join(f"#{held.view.id}" for held in doubted[:8])
         lines.append(f"**Look first** at the training samples with the largest self-influence: {named}.")
     return "\n\n".join([*lines, markdown(rows)])

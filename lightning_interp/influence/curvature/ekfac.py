@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_interp.checks import check_counts
 from lightning_interp.data.samples import Samples
 from lightning_interp.influence.curvature.curvature import Gradients, Scorer, Shift, sum_of
-from lightning_interp.influence.gradients.factored import FactoredGradients, Lookup
+from lightning_interp.influence.gradients.factored import FactoredGradients, Lookup, elements_in_memory
 from lightning_interp.influence.gradients.reader import Reader
 
 WIDEST = 4096
@@ -137,7 +137,7 @@ class EKFACInverse:
     def against(self, queries: Gradients) -> Scorer:
         """Return a function: gradients of m samples → ∇ℓ_qᵀ (H + Λ)⁻¹ ∇ℓ_i, `(q, m)`."""
         solved = self.solve(queries)
-        return lambda rows: sum_of(rows[block].against(solved[block]) for block in solved)
+        return lambda rows: sum_of(rows[block].dot(solved[block]) for block in solved)
 
     def solve(self, rows: Gradients) -> dict[str, Tensor]:
         """Return (H + Λ)⁻¹ ∇ℓ of each sample: block → `(q, groups, o, i)`."""
@@ -160,8 +160,8 @@ class EKFACInverse:
 def passes(reader: Reader, samples: Samples, count: int | None, seed: int) -> tuple[Pass, int, tuple[str, ...]]:
     """Return how to go over the curvature's columns, how many samples they stand for, and what to say of them."""
     if count is None:
-        return lambda what: reader.all_columns(samples, seed, what), len(samples), ()
-    columns = reader.columns(samples, count, seed)
+        return lambda what: reader.gradients_of_all_columns(samples, seed, what), len(samples), ()
+    columns = reader.sample_columns(samples, count, seed)
     held: list[dict[str, FactoredGradients]] = []
 
     def again(what: str) -> Iterator[dict[str, FactoredGradients]]:
@@ -170,8 +170,8 @@ def passes(reader: Reader, samples: Samples, count: int | None, seed: int) -> tu
             return
         kept: list[dict[str, FactoredGradients]] = []
         size = 0
-        for rows in reader.column_rows(samples, columns, what):
-            size += sum(row.held for row in rows.values())
+        for rows in reader.gradients_of_columns(samples, columns, what):
+            size += elements_in_memory(rows)
             kept = [*kept, rows] if size <= CACHED else []
             yield rows
         held.extend(kept)
@@ -204,7 +204,7 @@ def _modes(rows: FactoredGradients) -> tuple[Tensor | None, Tensor | None]:
         flat = rows.outputs.flatten(0, 2)
         return None if wide_o else (flat.mT @ flat)[None], None
     outputs, inputs = None, None
-    for _, few in rows.blocks():
+    for _, few in rows.chunks():
         grads = few.gradients()
         if not wide_o:
             more = torch.einsum("ngoi,ngpi->gop", grads, grads)
@@ -227,7 +227,7 @@ def _squares(rows: FactoredGradients, basis: Basis) -> Tensor:
         return rows.inputs.summed(_rotated_table(rows, basis).square())
     if (factors := _squared_factors(rows, basis)) is not None:
         return torch.einsum("ngo,ngi->goi", *factors)
-    return sum_of(basis.rotate(few.gradients()).square().sum(0) for _, few in rows.blocks())
+    return sum_of(basis.rotate(few.gradients()).square().sum(0) for _, few in rows.chunks())
 
 
 def _rotated_table(rows: FactoredGradients, basis: Basis) -> Float[Tensor, "n t o"]:
@@ -252,5 +252,5 @@ def _weighted_squares(rows: FactoredGradients, basis: Basis, weights: Tensor) ->
         return torch.einsum("ntd,dnt->n", _rotated_table(rows, basis).square(), weights[0][:, rows.inputs.index])
     if (factors := _squared_factors(rows, basis)) is not None:
         return torch.einsum("ngo,ngi,goi->n", *factors, weights)
-    parts = [(basis.rotate(few.gradients()).square() * weights).sum((1, 2, 3)) for _, few in rows.blocks()]
+    parts = [(basis.rotate(few.gradients()).square() * weights).sum((1, 2, 3)) for _, few in rows.chunks()]
     return torch.cat(parts)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_interp.checks import check_counts
 from lightning_interp.data.samples import Samples
 from lightning_interp.influence.curvature.curvature import Gradients, Scorer, Shift, sum_of
-from lightning_interp.influence.gradients.factored import FactoredGradients, products, stacked
+from lightning_interp.influence.gradients.factored import FactoredGradients, concatenate_samples, dot_products
 from lightning_interp.influence.gradients.reader import Reader
 
 MOST_PARAMETERS = 8192
@@ -67,10 +67,10 @@ class GaussNewton:
         some = samples if self.samples is None else samples.spread(self.samples)
         self.check(reader.coverage.size)
         if self.columns is None:
-            matrix = _summed(reader.all_columns(some, self.seed, "curvature"))
+            matrix = _summed(reader.gradients_of_all_columns(some, self.seed, "curvature"))
             return FittedMatrix(matrix / len(some), reader.coverage.shapes, len(some))
-        columns = reader.columns(some, self.columns, self.seed)
-        rows = gathered(reader.column_rows(some, columns, "curvature"))
+        columns = reader.sample_columns(some, self.columns, self.seed)
+        rows = gathered(reader.gradients_of_columns(some, columns, "curvature"))
         return FittedColumns(rows, columns.n, reader.coverage.size, columns.notes)
 
 
@@ -161,7 +161,7 @@ class FittedColumns:
     def inverse(self, shift: Shift) -> ColumnsInverse:
         """Return (H + Λ)⁻¹."""
         rows = whitened(self.rows, shift)
-        kernel = sum_of(products(row, row) for row in rows.values()).cpu().double()
+        kernel = sum_of(dot_products(row, row) for row in rows.values()).cpu().double()
         kernel.diagonal().add_(self.n)
         return ColumnsInverse(rows, shift, cholesky(kernel))
 
@@ -184,13 +184,13 @@ class ColumnsInverse:
         """Return a function: gradients of m samples → ∇ℓ_qᵀ (H + Λ)⁻¹ ∇ℓ_i, `(q, m)`."""
         if self._vectors_are_cheaper(queries):
             vectors = self.solve(queries)
-            return lambda rows: sum_of(rows[block].against(vectors[block]) for block in vectors)
+            return lambda rows: sum_of(rows[block].dot(vectors[block]) for block in vectors)
         asked, solved = self._in_columns(queries)
 
         def score(rows: Gradients) -> Tensor:
             rows = whitened(rows, self.shift)
             parts = ((asked[b], self.rows[b], row) for b, row in rows.items())
-            return sum_of(products(q, row) - solved @ products(c, row) for q, c, row in parts)
+            return sum_of(dot_products(q, row) - solved @ dot_products(c, row) for q, c, row in parts)
 
         return score
 
@@ -199,7 +199,7 @@ class ColumnsInverse:
         asked, solved = self._in_columns(rows)
         found = {}
         for block, row in asked.items():
-            along = torch.stack([self.rows[block].scaled(weights).total() for weights in solved])
+            along = torch.stack([self.rows[block].scale(weights).sum() for weights in solved])
             rest = row.gradients().flatten(1) - along.flatten(1)
             shift = self.shift[block]
             scale = shift.rsqrt().reshape(-1).to(rest) if isinstance(shift, Tensor) else shift**-0.5
@@ -209,7 +209,7 @@ class ColumnsInverse:
     def squares(self, rows: Gradients) -> Tensor:
         """Return ∇ℓ_iᵀ (H + Λ)⁻¹ ∇ℓ_i of each sample, `(n,)`."""
         rows = whitened(rows, self.shift)
-        inside = sum_of(products(self.rows[block], row) for block, row in rows.items())
+        inside = sum_of(dot_products(self.rows[block], row) for block, row in rows.items())
         half = torch.linalg.solve_triangular(self.factor, inside.cpu().double(), upper=False)
         whole = sum_of(row.squared_norms() for row in rows.values())
         return whole - half.square().sum(0).to(whole)
@@ -217,8 +217,8 @@ class ColumnsInverse:
     def _in_columns(self, queries: Gradients) -> tuple[dict[str, FactoredGradients], Tensor]:
         """Return Λ^−½ ∇ℓ, laid out as the columns are, and (nI + DᵀD)⁻¹ Dᵀ Λ^−½ ∇ℓ, `(q, r)`."""
         asked = whitened(queries, self.shift)
-        asked = {b: q if q.shape == self.rows[b].shape else q.whole() for b, q in asked.items()}
-        inside = sum_of(products(asked[block], row) for block, row in self.rows.items())
+        asked = {b: q if q.shape == self.rows[b].shape else q.as_vectors() for b, q in asked.items()}
+        inside = sum_of(dot_products(asked[block], row) for block, row in self.rows.items())
         return asked, torch.cholesky_solve(inside.T.cpu().double(), self.factor).T.to(inside)
 
     def _vectors_are_cheaper(self, queries: Gradients) -> bool:
@@ -242,8 +242,8 @@ def gathered(passed: Iterable[dict[str, FactoredGradients]]) -> dict[str, Factor
     for rows in passed:
         for block, row in rows.items():
             dense.setdefault(block, row.positions**2 * sum(row.shape[1:]) >= row.size and row.size <= LARGEST_WHOLE)
-            parts.setdefault(block, []).append(row.whole() if dense[block] else row)
-    return {block: stacked(held) for block, held in parts.items()}
+            parts.setdefault(block, []).append(row.as_vectors() if dense[block] else row)
+    return {block: concatenate_samples(held) for block, held in parts.items()}
 
 
 def _product(row: FactoredGradients, columns: FactoredGradients) -> int:
@@ -288,6 +288,7 @@ def _summed(passed: Iterable[dict[str, FactoredGradients]]) -> Tensor:
 def _whitened(row: FactoredGradients, shift: float | Tensor) -> FactoredGradients:
     if isinstance(shift, Tensor):
         return FactoredGradients(
-            row.outputs.new_ones(len(row), 1, 1, 1), row.whole().outputs * shift.rsqrt().reshape(-1).to(row.outputs)
+            row.outputs.new_ones(len(row), 1, 1, 1),
+            row.as_vectors().outputs * shift.rsqrt().reshape(-1).to(row.outputs),
         )
     return FactoredGradients(row.inputs, row.outputs * shift**-0.5)

@@ -12,6 +12,7 @@ from lightning_interp.data.batch import count_samples, slice_samples
 from lightning_interp.data.samples import Samples
 from lightning_interp.influence.curvature.gauss_newton import FittedMatrix
 from lightning_interp.influence.curvature.vectors import Space, pulled, twice_differentiable
+from lightning_interp.influence.gradients.factored import elements_in_memory
 from lightning_interp.influence.gradients.per_sample import PerSampleGradients
 from lightning_interp.influence.gradients.reader import ELEMENTS_AT_ONCE, Reader
 
@@ -66,8 +67,8 @@ class Hessian:
 
 def _summed(reader: Reader, space: Space, batch: Any) -> Tensor:
     """Return Σ ∂²ℓ/∂θ² over a batch, some rows at a time."""
-    watch, parameters = reader.coverage.watch, space.parameters
-    held = sum(row.held for row in PerSampleGradients(watch, slice_samples(batch, 0, 1)).loss_rows().values())
+    watch, parameters = reader.coverage.watched_model, space.parameters
+    held = elements_in_memory(PerSampleGradients(watch, slice_samples(batch, 0, 1)).loss_gradients())
     with twice_differentiable():
         loss = watch.task.total(watch.model, batch)
     slopes = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True, materialize_grads=True)

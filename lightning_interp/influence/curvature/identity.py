@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_interp.data.samples import Samples
 from lightning_interp.influence.curvature.curvature import Gradients, Scorer, Shift, sum_of
-from lightning_interp.influence.gradients.factored import products
+from lightning_interp.influence.gradients.factored import dot_products
 from lightning_interp.influence.gradients.reader import Reader
 
 
@@ -43,7 +43,7 @@ class FittedIdentity:
 
     def against(self, queries: Gradients) -> Scorer:
         """Return a function: gradients of m samples → dot products, `(q, m)`."""
-        return lambda rows: sum_of(products(queries[block], row) for block, row in rows.items())
+        return lambda rows: sum_of(dot_products(queries[block], row) for block, row in rows.items())
 
     def solve(self, rows: Gradients) -> dict[str, Tensor]:
         """Return the gradients themselves: block → `(q, groups, o, i)`."""

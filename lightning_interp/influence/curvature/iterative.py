@@ -108,12 +108,12 @@ class Solved:
 
     def __call__(self, rows: Gradients) -> Tensor:
         """Return ∇ℓ_qᵀ (H + Λ)⁻¹ ∇ℓ_i, `(q, m)`."""
-        return sum_of(rows[block].against(vectors) for block, vectors in self.solutions.items())
+        return sum_of(rows[block].dot(vectors) for block, vectors in self.solutions.items())
 
 
 def mean_eigenvalue(reader: Reader, samples: Samples, seed: int) -> float:
     """Return the mean eigenvalue of H, unbiased, from 256 of its columns."""
-    columns = reader.columns(samples, COLUMNS, seed)
-    passed = reader.column_rows(samples, columns, "curvature, mean eigenvalue")
+    columns = reader.sample_columns(samples, COLUMNS, seed)
+    passed = reader.gradients_of_columns(samples, columns, "curvature, mean eigenvalue")
     total = sum(float(row.squared_norms().sum()) for rows in passed for row in rows.values())
     return total / (columns.n * reader.coverage.size)

@@ -49,8 +49,8 @@ class KFAC:
         """Estimate A in a pass over the samples, B in one over the columns."""
         some = samples if self.samples is None else samples.spread(self.samples)
         column_rows, n, notes = passes(reader, some, self.columns, self.seed)
-        traces = reader.traces(some, "curvature, inputs")
-        inputs = _summed((trace.loss_rows() for trace in traces), _of_inputs)
+        traces = reader.per_sample_gradients(some, "curvature, inputs")
+        inputs = _summed((trace.loss_gradients() for trace in traces), _of_inputs)
         outputs = _summed(column_rows("curvature, output gradients"), _of_outputs)
         sides = {b: (_side(outputs[b] / n), _side(inputs[b] / len(some))) for b in inputs}
         bases = {name: Basis(b.vectors, a.vectors) for name, (b, a) in sides.items()}

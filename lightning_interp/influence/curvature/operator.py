@@ -17,6 +17,7 @@ from lightning_interp.data.task import Task, loss_per_sample
 from lightning_interp.influence.curvature.curvature import Shift, sum_of
 from lightning_interp.influence.curvature.vectors import Space, pulled, twice_differentiable
 from lightning_interp.influence.gradients.distributed import share_of_rank
+from lightning_interp.influence.gradients.factored import elements_in_memory
 from lightning_interp.influence.gradients.ggn_columns import hessian_root
 from lightning_interp.influence.gradients.per_sample import PerSampleGradients
 from lightning_interp.influence.gradients.reader import ELEMENTS_AT_ONCE, Reader
@@ -51,11 +52,11 @@ class Operator:
     def of(cls, reader: Reader, samples: Samples) -> Operator:
         """Measure on one sample how many samples and vectors fit in memory."""
         one = next(reader.batches(samples.at([0]), "curvature, size"))
-        held = sum(row.held for row in PerSampleGradients(reader.coverage.watch, one).loss_rows().values())
+        held = elements_in_memory(PerSampleGradients(reader.coverage.watched_model, one).loss_gradients())
         batch_size = max(samples.batch_size, SAMPLES_AT_ONCE)
         at_once = max(1, min(batch_size, ELEMENTS_AT_ONCE // max(1, held)))
         samples = dataclasses.replace(samples, batch_size=batch_size)
-        return cls(dataclasses.replace(reader, at_once=at_once), samples, held)
+        return cls(dataclasses.replace(reader, max_batch_size=at_once), samples, held)
 
     @property
     def space(self) -> Space:
@@ -86,9 +87,9 @@ class Operator:
 
     def _add(self, batch: Any, vectors: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
         """Add Σ Jᵀ H_ℓ J v over a batch to the sums, some vectors at a time."""
-        parameters, task = self.space.parameters, self.reader.coverage.watch.task
+        parameters, task = self.space.parameters, self.reader.coverage.task
         with twice_differentiable():
-            outputs = task.outputs(self.reader.coverage.watch.model, task.inputs(batch))
+            outputs = task.outputs(self.reader.coverage.model, task.inputs(batch))
         curved = loss_hessian(outputs, task.targets(batch), task)
         probe = torch.zeros_like(outputs, requires_grad=True)
         back = torch.autograd.grad(

@@ -34,7 +34,7 @@ class Space:
     @property
     def parameters(self) -> list[Tensor]:
         """The parameters themselves."""
-        held = dict(self.coverage.watch.model.named_parameters())
+        held = dict(self.coverage.model.named_parameters())
         return [held[name] for block in self.coverage.blocks.values() for name in block.parameters]
 
     def blocks(self, vectors: Float[Tensor, "q p"]) -> dict[str, Tensor]:
@@ -58,7 +58,7 @@ class Space:
     def gathered(self, values: Sequence[Tensor]) -> Float[Tensor, "q p"]:
         """Return values by parameters, `(q, *shape)`, as vectors."""
         names = [name for block in self.coverage.blocks.values() for name in block.parameters]
-        return self.joined(self.coverage.of(dict(zip(names, values, strict=True))))
+        return self.joined(self.coverage.pack(dict(zip(names, values, strict=True))))
 
     def diagonal(self, shift: Shift, like: Tensor) -> Float[Tensor, " p"]:
         """Return Λ's diagonal, in the type of `like`."""

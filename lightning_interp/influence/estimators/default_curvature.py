@@ -50,8 +50,11 @@ def default_curvature(coverage: Coverage, few: Any, damping: Damping | None) -> 
 def _held(coverage: Coverage, few: Any, damping: Damping) -> int:
     """Return how many numbers a column takes: its factors, but the gradient where damping differs within a block."""
     shift = damping.shift(coverage)
-    rows = PerSampleGradients(coverage.watch, slice_samples(few, 0, 1)).loss_rows()
-    return sum(row.size if isinstance(shift[name], Tensor) else min(row.held, row.size) for name, row in rows.items())
+    rows = PerSampleGradients(coverage.watched_model, slice_samples(few, 0, 1)).loss_gradients()
+    return sum(
+        row.size if isinstance(shift[name], Tensor) else min(row.stored_elements, row.size)
+        for name, row in rows.items()
+    )
 
 
 def _mb(numbers: int) -> float:

@@ -17,7 +17,7 @@ from lightning_interp.influence.curvature.curvature import Gradients, Scorer
 from lightning_interp.influence.damping import Damping
 from lightning_interp.influence.gradients.coverage import Coverage
 from lightning_interp.influence.gradients.distributed import share_of_rank
-from lightning_interp.influence.gradients.factored import FactoredGradients, stacked
+from lightning_interp.influence.gradients.factored import FactoredGradients, concatenate_samples
 from lightning_interp.influence.gradients.per_sample import PerSampleGradients
 from lightning_interp.influence.gradients.reader import Reader
 from lightning_interp.influence.results import Influence, SelfInfluence
@@ -99,8 +99,8 @@ class FittedInfluence:
             raise ValueError("candidates: expected training samples to score, got none")
         mine, places = share_of_rank(chosen, self.reader.ranks)
         path = None if scores_file is None else Path(scores_file)
-        with differentiable(self.coverage.watch.model):
-            asked = query_gradients(self.reader, self.reader.whole(query))
+        with differentiable(self.coverage.model):
+            asked = query_gradients(self.reader, self.reader.rebatch(query))
             keeper = TopScores(top_k, asked.targets) if top_k is not None else AllScores(len(query), len(mine), path)
             ways = [(self.inverse.against(asked.rows), keeper)]
             others = self._others() if check else {}
@@ -124,8 +124,8 @@ class FittedInfluence:
         """
         chosen = self.train if candidates is None else self.train.at(candidates)
         mine, places = share_of_rank(chosen, self.reader.ranks)
-        with differentiable(self.coverage.watch.model):
-            found = [self._of_itself(trace) for trace in self.reader.traces(mine, "self-influence")]
+        with differentiable(self.coverage.model):
+            found = [self._of_itself(trace) for trace in self.reader.per_sample_gradients(mine, "self-influence")]
         whole = self.reader.ranks.gather((found, list(places)))
         order = torch.tensor([place for _, held in whole for place in held]).argsort()
         columns = [torch.cat(column)[order] for column in zip(*(row for rows, _ in whole for row in rows), strict=True)]
@@ -142,8 +142,8 @@ class FittedInfluence:
 
     def _of_itself(self, trace: PerSampleGradients) -> tuple[Tensor, ...]:
         """Return self-influence, loss, target, predicted class (−1 for none) and the label's probability of a batch."""
-        task = self.coverage.watch.task
-        scores = self.inverse.squares(trace.loss_rows()).cpu() / len(self.train)
+        task = self.coverage.task
+        scores = self.inverse.squares(trace.loss_gradients()).cpu() / len(self.train)
         kind = task.problem(trace.outputs, trace.targets)
         suggested, chance = torch.full((len(trace),), -1), torch.full((len(trace),), torch.nan)
         if kind in ("classes", "binary") and trace.targets.numel() == len(trace):
@@ -164,8 +164,8 @@ class FittedInfluence:
     def _score(self, chosen: Samples, ways: Sequence[tuple[Scorer, ScoreKeeper]], same: Duplicates | None) -> _Sums:
         scored: Tensor | float = 0.0
         total: dict[str, Tensor] = {}
-        for trace in self.reader.traces(chosen, "scoring training samples"):
-            rows = trace.loss_rows(keep=self.leverage)
+        for trace in self.reader.per_sample_gradients(chosen, "scoring training samples"):
+            rows = trace.loss_gradients(keep_graph=self.leverage)
             targets = trace.targets.detach().cpu()
             for place, (scorer, keeper) in enumerate(ways):
                 found = self._leveraged(trace, rows, scorer) if self.leverage and place == 0 else scorer(rows)
@@ -174,17 +174,17 @@ class FittedInfluence:
                 if place == 0:
                     scored = scored + scores.sum(1)
             for block, row in rows.items():
-                accumulate(total, block, row.total())
+                accumulate(total, block, row.sum())
             if same is not None:
                 same.look(self._explained(trace))
         return _Sums(scored, {block: value.cpu() for block, value in total.items()})
 
     def _leveraged(self, trace: PerSampleGradients, rows: Gradients, scorer: Scorer) -> Tensor:
-        task = self.coverage.watch.task
+        task = self.coverage.task
         return leverage_scores(trace, rows, scorer, self.inverse, task, len(self.train))
 
     def _explained(self, trace: PerSampleGradients) -> Tensor:
-        task = self.coverage.watch.task
+        task = self.coverage.task
         return task.explained(task.inputs(trace.batch))
 
     def _record(
@@ -204,7 +204,7 @@ class FittedInfluence:
             query_losses=asked.losses,
             method=f"influence function, {self.curvature!r}",
             damping=self.damping.typical if self.measured else torch.nan,
-            covered=tuple(self.coverage.parameters),
+            covered=tuple(self.coverage.parameter_sizes),
             left_out=self.coverage.left_out,
             covered_elements=self.coverage.size,
             gradient_norm=totals.gradient_norm,
@@ -279,17 +279,17 @@ def accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 def query_gradients(reader: Reader, query: Samples) -> _QueryGradients:
     """Return the queries' gradients, targets, losses and inputs."""
-    task = reader.coverage.watch.task
+    task = reader.coverage.task
     parts: dict[str, list[FactoredGradients]] = {}
     targets, losses, inputs = [], [], []
-    for trace in reader.traces(query, "queries"):
-        for block, row in trace.loss_rows().items():
+    for trace in reader.per_sample_gradients(query, "queries"):
+        for block, row in trace.loss_gradients().items():
             check_finite(row.outputs, f"query gradients of {block}")
             parts.setdefault(block, []).append(row)
         targets.append(trace.targets.detach().cpu())
         losses.append(trace.losses.detach().cpu())
         inputs.append(task.explained(task.inputs(trace.batch)))
-    rows = {block: stacked(held) for block, held in parts.items()}
+    rows = {block: concatenate_samples(held) for block, held in parts.items()}
     return _QueryGradients(rows, torch.cat(targets), torch.cat(losses), inputs)
 
 

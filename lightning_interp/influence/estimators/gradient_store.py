@@ -175,8 +175,8 @@ class GradientStore:
             raise ValueError(f"query: expected gradients of {', '.join(sorted(missing))}, got none")
         seen, targets, losses = [], [], []
         with differentiable(model):
-            for trace in reader.traces(query, "queries"):
-                rows = trace.loss_rows()
+            for trace in reader.per_sample_gradients(query, "queries"):
+                rows = trace.loss_gradients()
                 found = self.inverse.seen({block: rows[block] for block in blocks})
                 seen.append(check_finite(found, "query gradients").cpu())
                 targets.append(trace.targets.detach().cpu())
@@ -208,7 +208,7 @@ def stored(fitted: FittedInfluence, folder: str | os.PathLike[str]) -> GradientS
     inverse = fitted.inverse
     if not isinstance(inverse, ProjectedInverse):
         raise ValueError(f"fitted: expected ProjectedGaussNewton(...) as its curvature, got {fitted.curvature!r}")
-    home, weights = Path(folder), weights_key(fitted.coverage.watch.model)
+    home, weights = Path(folder), weights_key(fitted.coverage.model)
     key = _key(fitted, inverse, weights)
     if (home / HEAD).is_file():
         there = GradientStore.open(home)
@@ -266,12 +266,12 @@ def _facts(fitted: FittedInfluence, inverse: ProjectedInverse, gradient_norm: fl
         "added": inverse.added,
         "shift": numbers,
         "blocks": list(fitted.coverage.blocks),
-        "kind": fitted.coverage.watch.task.kind,
+        "kind": fitted.coverage.task.kind,
         "notes": [*origin, *fitted.notes],
         "record": {
             "method": f"influence function, {fitted.curvature!r}",
             "damping": fitted.damping.typical,
-            "covered": list(fitted.coverage.parameters),
+            "covered": list(fitted.coverage.parameter_sizes),
             "left_out": dict(fitted.coverage.left_out),
             "covered_elements": fitted.coverage.size,
             "gradient_norm": gradient_norm,
@@ -286,9 +286,9 @@ def _written(fitted: FittedInfluence, inverse: ProjectedInverse, path: Path) -> 
     file = np.lib.format.open_memmap(path, "w+", np.float16, (n, inverse.projection.dim))
     scales, targets = [], []
     total: dict[str, Tensor] = {}
-    with differentiable(fitted.coverage.watch.model):
-        for trace in fitted.reader.traces(fitted.train, "storing training gradients"):
-            rows = trace.loss_rows()
+    with differentiable(fitted.coverage.model):
+        for trace in fitted.reader.per_sample_gradients(fitted.train, "storing training gradients"):
+            rows = trace.loss_gradients()
             seen = check_finite(inverse.seen(rows).cpu().float(), "training gradients")
             scale = seen.abs().amax(1).clamp(min=torch.finfo(seen.dtype).tiny)
             file[start : start + len(seen)] = (seen / scale[:, None]).half().numpy()
@@ -296,7 +296,7 @@ def _written(fitted: FittedInfluence, inverse: ProjectedInverse, path: Path) -> 
             scales.append(scale)
             targets.append(trace.targets.detach().cpu())
             for block, row in rows.items():
-                accumulate(total, block, row.total())
+                accumulate(total, block, row.sum())
     file.flush()
     held = {"matrix": inverse.matrix, "scales": torch.cat(scales), "targets": torch.cat(targets).contiguous()}
     norm = sum(float((sums / n).double().square().sum()) for sums in total.values()) ** 0.5

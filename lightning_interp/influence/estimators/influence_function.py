@@ -20,7 +20,7 @@ from lightning_interp.influence.estimators.fitted import FittedInfluence
 from lightning_interp.influence.estimators.training_step_check import check_training_step
 from lightning_interp.influence.gradients.coverage import Coverage, find_coverage
 from lightning_interp.influence.gradients.distributed import Ranks
-from lightning_interp.influence.gradients.ggn_columns import DRAWS, is_mixed
+from lightning_interp.influence.gradients.ggn_columns import MIXTURES, has_random_root
 from lightning_interp.influence.gradients.reader import SINGLE_PROCESS, Reader
 from lightning_interp.influence.results import Influence
 from lightning_interp.influence.trajectory import Trajectory
@@ -123,8 +123,8 @@ class InfluenceFunction:
             raise ValueError("train: expected samples, got none")
         with differentiable(model):
             few, coverage = _covered(model, samples, task, self.layers, self.curvature)
-            reader = Reader.of(coverage, few, samples, progress, ranks)
-            samples = reader.whole(samples)
+            reader = Reader.of(coverage, samples, progress, ranks)
+            samples = reader.rebatch(samples)
             damping = self.known_damping()
             curvature, why = (
                 (self.curvature, "") if self.curvature is not None else default_curvature(coverage, few, damping)
@@ -191,16 +191,16 @@ def _covered(
 
 def _said(coverage: Coverage, few: Any, curvature: Curvature) -> list[str]:
     """Return what to say of how gradients and curvature come about."""
-    task, said = coverage.watch.task, []
+    task, said = coverage.task, []
     if not isinstance(curvature, IdentityCurvature) and task.loss is loss_per_sample:
         with torch.no_grad():
-            outputs = task.outputs(coverage.watch.model, task.inputs(few))
-        if is_mixed(outputs, task.targets(few), task):
+            outputs = task.outputs(coverage.model, task.inputs(few))
+        if has_random_root(outputs, task.targets(few), task):
             said.append(
-                f"classes at many positions: the curvature is that of {DRAWS} random mixtures of them per sample"
+                f"classes at many positions: the curvature is that of {MIXTURES} random mixtures of them per sample"
             )
-    if coverage.watch.leftover is not None and not coverage.watch.leftover.vectorised:
-        names = ", ".join(block.name for block in coverage.watch.leftover.blocks)
+    if coverage.fallback is not None and not coverage.fallback.vectorised:
+        names = ", ".join(block.name for block in coverage.fallback.blocks)
         said.append(f"{names}: torch.func cannot follow, so each sample has a backward of its own, which is slow")
     return said
 

@@ -91,7 +91,7 @@ class TracIn:
             fitted = InfluenceFunction(IdentityCurvature(), 1.0, self.layers).fit(model, samples, task, progress)
         chosen, runs = (
             samples_to_score(fitted.train, candidates),
-            _Runs(fitted, fitted.reader.whole(asked), self._rates),
+            _Runs(fitted, fitted.reader.rebatch(asked), self._rates),
         )
         columns = summed_over_checkpoints(model, self.checkpoints, sample_chunks(chosen, top_k), runs)
         first = next(columns)
@@ -137,6 +137,6 @@ class _Runs:
         asked = query_gradients(self.fitted.reader, self.query)
         self.targets[place], self.losses[place] = asked.targets, asked.losses
         scorer = self.fitted.inverse.against(asked.rows)
-        for trace in self.fitted.reader.traces(part, "scoring training samples"):
-            scores = check_finite(scorer(trace.loss_rows()), "scores").cpu()
+        for trace in self.fitted.reader.per_sample_gradients(part, "scoring training samples"):
+            scores = check_finite(scorer(trace.loss_gradients()), "scores").cpu()
             yield scores * self.rates[place], trace.targets.detach().cpu()

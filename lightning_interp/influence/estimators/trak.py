@@ -181,12 +181,12 @@ class _Margins(NamedTuple):
 
 
 def _margins(reader: Reader, samples: Samples, projection: Projection, what: str) -> Iterator[_Margins]:
-    task = reader.coverage.watch.task
-    for trace in reader.traces(samples, what):
+    task = reader.coverage.task
+    for trace in reader.per_sample_gradients(samples, what):
         outputs = trace.outputs.detach().requires_grad_()
         values = margin(outputs, trace.targets, task.problem(outputs, trace.targets))
         (weights,) = torch.autograd.grad(values.sum(), outputs)
-        seen = check_finite(projection(trace.output_rows(weights)), "gradients of the margins")
+        seen = check_finite(projection(trace.output_gradients(weights)), "gradients of the margins")
         held = (torch.sigmoid(-values), trace.targets, trace.losses)
         yield _Margins(seen, *(part.detach().cpu() for part in held))
 

@@ -23,7 +23,7 @@ class Ranks(Protocol):
     def gather(self, value: Any) -> list[Any]:
         """Return what each rank gave, in their order; all ranks call it."""
 
-    def failed(self, why: str) -> None:
+    def report_failure(self, why: str) -> None:
         """Tell the others, who wait in `gather`, that this rank will not come."""
 
 
@@ -36,7 +36,7 @@ class SingleProcess:
         """Return the value itself."""
         return [value]
 
-    def failed(self, why: str) -> None:
+    def report_failure(self, why: str) -> None:
         """Tell nobody."""
 
 
@@ -54,7 +54,7 @@ class Distributed:
         """
         return self._exchanged((None, value))
 
-    def failed(self, why: str) -> None:
+    def report_failure(self, why: str) -> None:
         """Come to the others' next `gather` with the bad news."""
         try:
             self._exchanged((why, None))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +72,7 @@ class FactoredGradients:
         return groups * o * i
 
     @property
-    def held(self) -> int:
+    def stored_elements(self) -> int:
         """Number of elements that these rows keep in memory."""
         inputs = self.inputs.index if isinstance(self.inputs, Lookup) else self.inputs
         return inputs.numel() + self.outputs.numel()
@@ -88,7 +88,7 @@ class FactoredGradients:
             return self.outputs.transpose(2, 3) * self.inputs
         return self.outputs.transpose(2, 3) @ self.inputs
 
-    def blocks(self) -> Iterator[tuple[slice, FactoredGradients]]:
+    def chunks(self) -> Iterator[tuple[slice, FactoredGradients]]:
         """Yield the samples in blocks whose gradients fit in 8 MB (float32)."""
         n, step = len(self), max(1, LARGEST_BLOCK // self.size)
         for start in range(0, n, step):
@@ -102,13 +102,13 @@ class FactoredGradients:
             Lookup(inputs.index[part], inputs.count) if isinstance(inputs, Lookup) else inputs[part], self.outputs[part]
         )
 
-    def against(self, vectors: Float[Tensor, "q groups o i"]) -> Float[Tensor, "q n"]:
+    def dot(self, vectors: Float[Tensor, "q groups o i"]) -> Float[Tensor, "q n"]:
         """Return the dot product of each vector with each gradient."""
         if isinstance(self.inputs, Lookup):
             tables, index = vectors.reshape(len(vectors), *self.shape)[:, 0], self.inputs.index
             return torch.stack([torch.einsum("dnt,ntd->n", table[:, index], self.outputs[:, 0]) for table in tables])
         flat = vectors.flatten(1)
-        return torch.cat([flat @ few.gradients().flatten(1).T for _, few in self.blocks()], dim=1)
+        return torch.cat([flat @ few.gradients().flatten(1).T for _, few in self.chunks()], dim=1)
 
     def squared_norms(self) -> Float[Tensor, " n"]:
         """Return each gradient's squared norm."""
@@ -116,25 +116,30 @@ class FactoredGradients:
             return self.outputs.square().sum((1, 2, 3))
         if self.positions == 1:
             return (self.inputs.square().sum((2, 3)) * self.outputs.square().sum((2, 3))).sum(1)
-        return torch.cat([few.gradients().square().sum((1, 2, 3)) for _, few in self.blocks()])
+        return torch.cat([few.gradients().square().sum((1, 2, 3)) for _, few in self.chunks()])
 
-    def whole(self) -> FactoredGradients:
+    def as_vectors(self) -> FactoredGradients:
         """Return the same gradients as one vector each, `(n, 1, 1, elements)` as outputs."""
         flat = self.gradients().flatten(1)[:, None, None]
         return FactoredGradients(flat.new_ones(len(flat), 1, 1, 1), flat)
 
-    def total(self) -> Float[Tensor, "groups o i"]:
+    def sum(self) -> Float[Tensor, "groups o i"]:
         """Return the sum of all gradients."""
         if isinstance(self.inputs, Lookup):
             return self.inputs.summed(self.outputs[:, 0])
         return _by_group(self.outputs).mT @ _by_group(self.inputs)
 
-    def scaled(self, factors: Float[Tensor, " n"]) -> FactoredGradients:
+    def scale(self, factors: Float[Tensor, " n"]) -> FactoredGradients:
         """Return the rows with each sample's gradient multiplied by a number."""
         return FactoredGradients(self.inputs, self.outputs * factors.to(self.outputs)[:, None, None, None])
 
 
-def joined(parts: Sequence[FactoredGradients]) -> FactoredGradients:
+def elements_in_memory(gradients: Mapping[str, FactoredGradients]) -> int:
+    """Return the number of elements that all blocks' factors keep in memory."""
+    return sum(block.stored_elements for block in gradients.values())
+
+
+def concatenate_positions(parts: Sequence[FactoredGradients]) -> FactoredGradients:
     """Return the rows of the same samples with the sums over all parts' positions as gradients."""
     if len(parts) == 1:
         return parts[0]
@@ -142,12 +147,14 @@ def joined(parts: Sequence[FactoredGradients]) -> FactoredGradients:
     outputs = torch.cat([part.outputs for part in parts], dim=2)
     lookups = [inputs for inputs in held if isinstance(inputs, Lookup)]
     if len(lookups) == len(parts):
-        return distinct(torch.cat([lookup.index for lookup in lookups], dim=1), outputs[:, 0], lookups[0].count)
+        return merge_repeated_rows(
+            torch.cat([lookup.index for lookup in lookups], dim=1), outputs[:, 0], lookups[0].count
+        )
     dense = [inputs.dense().to(outputs) if isinstance(inputs, Lookup) else inputs for inputs in held]
     return FactoredGradients(torch.cat(dense, dim=2), outputs)
 
 
-def stacked(parts: Sequence[FactoredGradients]) -> FactoredGradients:
+def concatenate_samples(parts: Sequence[FactoredGradients]) -> FactoredGradients:
     """Return rows of different samples one after the other; shorter ones are filled up with zeros."""
     most = max(part.positions for part in parts)
     outputs = torch.cat([F.pad(part.outputs, (0, 0, 0, most - part.positions)) for part in parts])
@@ -159,7 +166,7 @@ def stacked(parts: Sequence[FactoredGradients]) -> FactoredGradients:
     return FactoredGradients(torch.cat([F.pad(inputs, (0, 0, 0, most - inputs.shape[2])) for inputs in dense]), outputs)
 
 
-def distinct(index: Int[Tensor, "n t"], grads: Float[Tensor, "n t d"], count: int) -> FactoredGradients:
+def merge_repeated_rows(index: Int[Tensor, "n t"], grads: Float[Tensor, "n t d"], count: int) -> FactoredGradients:
     """Return rows of a lookup table, the gradients of a row that a sample took several times summed into one."""
     same = index[:, :, None] == index[:, None, :]
     earlier = torch.ones_like(same[0]).tril(-1)
@@ -168,7 +175,7 @@ def distinct(index: Int[Tensor, "n t"], grads: Float[Tensor, "n t d"], count: in
     return FactoredGradients(Lookup(index, count), summed[:, None])
 
 
-def products(left: FactoredGradients, right: FactoredGradients) -> Float[Tensor, "n m"]:
+def dot_products(left: FactoredGradients, right: FactoredGradients) -> Float[Tensor, "n m"]:
     """Return all dot products of the gradients of two sets of samples, in the cheaper order.
 
     With one position each, (a ⊗ g)·(a′ ⊗ g′) = (a·a′)(g·g′): nothing of the gradient's size is made.
@@ -185,7 +192,7 @@ def products(left: FactoredGradients, right: FactoredGradients) -> Float[Tensor,
         outside = _by_group(left.outputs) @ _by_group(right.outputs).mT
         product = (inside * outside).unflatten(2, (len(right), -1)).unflatten(1, (len(left), -1))
         return product.sum(dim=(0, 2, 4))
-    return torch.cat([right.against(few.gradients()) for _, few in left.blocks()])
+    return torch.cat([right.dot(few.gradients()) for _, few in left.chunks()])
 
 
 def _by_group(part: Float[Tensor, "n groups t d"]) -> Float[Tensor, "groups nt d"]:

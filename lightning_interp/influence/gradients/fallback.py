@@ -15,7 +15,7 @@ from lightning_interp.data.task import Task
 from lightning_interp.influence.gradients.blocks import ParameterBlock
 from lightning_interp.influence.gradients.factored import FactoredGradients
 
-AT_ONCE = 2**22
+ELEMENTS_PER_CHUNK = 2**22  # gradients that vmap writes out at a time: 16 MB in float32
 
 
 class FallbackGradients:
@@ -30,85 +30,80 @@ class FallbackGradients:
 
     def __init__(self, model: nn.Module, task: Task, blocks: Sequence[ParameterBlock], vectorised: bool = True) -> None:
         self.blocks, self.vectorised = list(blocks), vectorised
-        self._called, self._task = _Called(model), task
-        held = dict(model.named_parameters())
-        self._values = {f"model.{name}": held[name].detach() for block in blocks for name in block.parameters}
-        self._fixed = {f"model.{name}": p.detach() for name, p in held.items()}
+        self._wrapper, self._task = _Wrapper(model), task
+        self._names = [f"model.{name}" for block in blocks for name in block.parameters]
 
     def of_losses(self, batch: Any) -> dict[str, FactoredGradients]:
-        """Return rows for the gradients of the losses."""
-        return self._rows(batch, [], self._task.total)
+        """Return each block's gradients of the losses."""
+        return self._gradients(batch, [], self._task.total)
 
     def of_outputs(self, batch: Any, weights: Tensor) -> dict[str, FactoredGradients]:
-        """Return rows for the gradients of Σ outputs ⊙ weights."""
-        return self._rows(batch, [weights], self._weighted)
+        """Return each block's gradients of Σ outputs ⊙ weights, sample by sample."""
+        return self._gradients(batch, [weights], self._weighted_output)
 
-    def _weighted(self, model: nn.Module, one: Any, weight: Tensor) -> Tensor:
-        outputs = self._task.outputs(model, self._task.inputs(one))
+    def _weighted_output(self, model: nn.Module, sample: Any, weight: Tensor) -> Tensor:
+        outputs = self._task.outputs(model, self._task.inputs(sample))
         return (outputs[0] * weight.to(outputs)).sum()
 
-    def _rows(self, batch: Any, more: list[Tensor], value: Callable[..., Tensor]) -> dict[str, FactoredGradients]:
-        found = (self._at_once if self.vectorised else self._one_by_one)(batch, more, value)
-        return {block.name: _vector(block, found, count_samples(batch)) for block in self.blocks}
+    def _gradients(
+        self, batch: Any, weights: list[Tensor], value: Callable[..., Tensor]
+    ) -> dict[str, FactoredGradients]:
+        """Return the gradients of `value(model, sample, *its weights)`."""
+        gradients = (self._by_vmap if self.vectorised else self._one_by_one)(batch, weights, value)
+        return {block.name: _as_vectors(block, gradients, count_samples(batch)) for block in self.blocks}
 
-    def _one_by_one(self, batch: Any, more: list[Tensor], value: Callable[..., Tensor]) -> dict[str, Tensor]:
-        held = dict(self._called.named_parameters())
-        asked = [held[name] for name in self._values]
-        rows = []
+    def _one_by_one(self, batch: Any, weights: list[Tensor], value: Callable[..., Tensor]) -> dict[str, Tensor]:
+        parameters = [self._wrapper.get_parameter(name) for name in self._names]
+        by_sample = []
         for i in range(count_samples(batch)):
-            of_one = value(self._called.model, slice_samples(batch, i, i + 1), *(held[i] for held in more))
-            rows.append(torch.autograd.grad(of_one, asked, materialize_grads=True))
-        return dict(zip(self._values, map(torch.stack, zip(*rows, strict=True)), strict=True))
+            sample_value = value(
+                self._wrapper.model, slice_samples(batch, i, i + 1), *(weight[i] for weight in weights)
+            )
+            by_sample.append(torch.autograd.grad(sample_value, parameters, materialize_grads=True))
+        return dict(zip(self._names, map(torch.stack, zip(*by_sample, strict=True)), strict=True))
 
-    def _at_once(self, batch: Any, more: list[Tensor], value: Callable[..., Tensor]) -> dict[str, Tensor]:
+    def _by_vmap(self, batch: Any, weights: list[Tensor], value: Callable[..., Tensor]) -> dict[str, Tensor]:
         n = count_samples(batch)
-        own = [tensor for tensor in tensors(batch) if _per_sample(tensor, n)]
+        mapped = [tensor for tensor in tensors(batch) if _is_per_sample(tensor, n)]
+        # Read anew each time, since another checkpoint or device may have given the model other tensors.
+        constants = {name: parameter.detach() for name, parameter in self._wrapper.named_parameters()}
+        variables = {name: constants[name] for name in self._names}
 
-        def of_one(values: dict[str, Tensor], *held: Tensor) -> Tensor:
-            rows = iter(held[: len(own)])
-            one = map_tensors(lambda tensor: next(rows)[None] if _per_sample(tensor, n) else tensor, batch)
-            given = (value, one, *held[len(own) :])
-            return functional_call(self._called, {**self._fixed, **values}, given, strict=False)
+        def value_of_sample(values: dict[str, Tensor], *rows: Tensor) -> Tensor:
+            remaining = iter(rows[: len(mapped)])
+            sample = map_tensors(lambda t: next(remaining)[None] if _is_per_sample(t, n) else t, batch)
+            arguments = (value, sample, *rows[len(mapped) :])
+            return functional_call(self._wrapper, {**constants, **values}, arguments, strict=False)
 
-        dims = (None, *(0 for _ in (*own, *more)))
-        per_sample = sum(held.numel() for held in self._values.values())
-        every = vmap(grad(of_one), in_dims=dims, randomness="different", chunk_size=max(1, AT_ONCE // per_sample))
+        dims = (None, *(0 for _ in (*mapped, *weights)))
+        chunk_size = max(1, ELEMENTS_PER_CHUNK // sum(variable.numel() for variable in variables.values()))
+        gradients = vmap(grad(value_of_sample), in_dims=dims, randomness="different", chunk_size=chunk_size)
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no rule for vmap, which then goes one by one
-            return every(self._values, *own, *more)
+            return gradients(variables, *mapped, *weights)
 
 
-class _Called(nn.Module):
+class _Wrapper(nn.Module):
     """A model inside another, so that parameters can be exchanged whatever is called of it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, value: Callable[..., Tensor], *given: Any) -> Tensor:
-        return value(self.model, *given)
+    def forward(self, value: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        return value(self.model, *arguments)
 
 
-def _per_sample(tensor: Tensor, n: int) -> bool:
+def _is_per_sample(tensor: Tensor, n: int) -> bool:
     return tensor.ndim > 0 and tensor.shape[0] == n
 
 
-def _vector(block: ParameterBlock, found: dict[str, Tensor], n: int) -> FactoredGradients:
-    values = {name: at_least_float32(found[f"model.{name}"]) for name in block.parameters}
+def _as_vectors(block: ParameterBlock, gradients: dict[str, Tensor], n: int) -> FactoredGradients:
+    values = {name: at_least_float32(gradients[f"model.{name}"]) for name in block.parameters}
     packed = block.pack(values)
     return FactoredGradients(packed.new_ones(n, 1, 1, 1), packed.transpose(2, 3).reshape(n, 1, 1, -1))
 
 
 def vector_blocks(model: nn.Module, names: Sequence[str]) -> Iterator[ParameterBlock]:
     """Yield a "vector" block for each named parameter."""
-    held = dict(model.named_parameters())
     for name in names:
-        yield ParameterBlock(name, (name,), (held[name].shape,), "vector")
-
-
-def fallback_works(leftover: FallbackGradients, batch: Any) -> bool:
-    """Say whether this way can go through the model at all."""
-    try:
-        leftover.of_losses(batch)
-    except Exception:
-        return False
-    return True
+        yield ParameterBlock(name, (name,), (model.get_parameter(name).shape,), "vector")

@@ -1,4 +1,4 @@
-"""One forward of a batch, from which per-sample gradients of every covered parameter can be asked."""
+"""One forward of a batch, from which the per-sample gradients of every covered parameter are taken."""
 
 from __future__ import annotations
 
@@ -16,81 +16,87 @@ from torch import Tensor, nn
 from lightning_interp.data.batch import count_samples
 from lightning_interp.data.task import Task
 from lightning_interp.influence.gradients.blocks import ParameterBlock
-from lightning_interp.influence.gradients.factored import FactoredGradients, Lookup, distinct, joined
+from lightning_interp.influence.gradients.factored import (
+    FactoredGradients,
+    Lookup,
+    concatenate_positions,
+    merge_repeated_rows,
+)
 from lightning_interp.influence.gradients.fallback import FallbackGradients
 from lightning_interp.influence.gradients.rules import LayerCall, ParameterUse, Rule
 
 
 class WatchedLayer(NamedTuple):
-    """A layer that is watched.
+    """A layer whose calls are recorded.
 
     Args:
-        layer: its name.
+        name: of the layer in its model.
         rule: how its calls yield factors.
         axis: the dimension of its inputs along which samples lie.
     """
 
-    layer: str
+    name: str
     rule: Rule
     axis: int
 
 
 @dataclass(frozen=True, eq=False)
 class WatchedModel:
-    """What is watched of a model, and where its gradients go.
+    """Which layers of a model are recorded, and which blocks their gradients fill.
 
     Args:
         model: in eval mode (see `lightning_interp.network.undisturbed.differentiable`).
         task: how to call it and its loss.
-        sites: the layers.
-        names: parameter (by identity) → its name.
+        layers: those whose calls are recorded.
+        parameter_names: parameter (by identity) → its name.
         blocks: parameter name → the block that it lies in.
-        leftover: parameters that no rule covers.
+        fallback: differentiates the parameters that no rule covers.
     """
 
     model: nn.Module
     task: Task
-    sites: Sequence[WatchedLayer]
-    names: Mapping[int, str]
+    layers: Sequence[WatchedLayer]
+    parameter_names: Mapping[int, str]
     blocks: Mapping[str, ParameterBlock]
-    leftover: FallbackGradients | None = None
+    fallback: FallbackGradients | None = None
 
-    def fed(self, layer: str, paths: tuple[str, ...]) -> list[tuple[ParameterBlock, list[str]]]:
-        """Return the blocks that a layer's parameters lie in, each with their names."""
-        known = self._fed.get((layer, paths))
-        if known is None:
-            part = self.model.get_submodule(layer)
-            names = [self.names[id(p)] for p in map(part.get_parameter, paths) if id(p) in self.names]
+    def blocks_of(self, layer: str, paths: tuple[str, ...]) -> list[tuple[ParameterBlock, list[str]]]:
+        """Return the blocks that a layer's parameters lie in, each with the names of those that lie in it."""
+        if (layer, paths) not in self._blocks_of:
+            module = self.model.get_submodule(layer)
+            parameters = map(module.get_parameter, paths)
+            names = [self.parameter_names[id(p)] for p in parameters if id(p) in self.parameter_names]
             blocks = {block.name: block for name in names if (block := self.blocks.get(name)) is not None}
-            known = [(block, [name for name in names if name in block.parameters]) for block in blocks.values()]
-            self._fed[layer, paths] = known
-        return known
+            self._blocks_of[layer, paths] = [
+                (block, [name for name in names if name in block.parameters]) for block in blocks.values()
+            ]
+        return self._blocks_of[layer, paths]
 
     @cached_property
-    def _fed(self) -> dict[tuple[str, tuple[str, ...]], list[tuple[ParameterBlock, list[str]]]]:
+    def _blocks_of(self) -> dict[tuple[str, tuple[str, ...]], list[tuple[ParameterBlock, list[str]]]]:
         return {}
 
 
 class PerSampleGradients:
     """One forward of a batch; of a task by training steps, one step on it.
 
-    A step gives no outputs and no losses per sample: they take further forwards, made when they are asked for.
+    A step gives no outputs and no losses per sample: they take further forwards, which are made on first use.
 
     Attributes:
         batch: what went in.
         uses: layer and use of each place where its parameters entered.
     """
 
-    def __init__(self, watch: WatchedModel, batch: Any) -> None:
-        self._watch, self.batch, self._n = watch, batch, count_samples(batch)
+    def __init__(self, watched_model: WatchedModel, batch: Any) -> None:
+        self._watched_model, self.batch, self._n = watched_model, batch, count_samples(batch)
         self.uses: list[tuple[str, ParameterUse]] = []
-        self._plain: tuple[Tensor, Tensor, Tensor] | None = None
-        with _hooked(watch, self._note):
-            if watch.task.step is None:
-                self._plain = watch.task.losses(watch.model, batch)
-                self._total = self._plain[2].sum()
+        self._outputs_targets_losses: tuple[Tensor, Tensor, Tensor] | None = None
+        with _record_calls(watched_model, self._record):
+            if watched_model.task.step is None:
+                self._outputs_targets_losses = watched_model.task.losses(watched_model.model, batch)
+                self._total_loss = self._outputs_targets_losses[2].sum()
             else:
-                self._total = watch.task.total(watch.model, batch)
+                self._total_loss = watched_model.task.total(watched_model.model, batch)
 
     def __len__(self) -> int:
         return self._n
@@ -98,84 +104,88 @@ class PerSampleGradients:
     @property
     def outputs(self) -> Tensor:
         """The model's outputs."""
-        return self._plain[0] if self._plain is not None else self._unstepped.outputs
+        values = self._outputs_targets_losses
+        return values[0] if values is not None else self._without_step.outputs
 
     @property
     def targets(self) -> Tensor:
         """The batch's targets."""
-        return self._plain[1] if self._plain is not None else self._watch.task.targets(self.batch)
+        values = self._outputs_targets_losses
+        return values[1] if values is not None else self._watched_model.task.targets(self.batch)
 
     @cached_property
     def losses(self) -> Tensor:
         """Loss per sample, `(n,)`; of a task by training steps, that of each sample alone."""
-        if self._plain is not None:
-            return self._plain[2]
-        return self._watch.task.one_by_one(self._watch.model, self.batch)
+        if self._outputs_targets_losses is not None:
+            return self._outputs_targets_losses[2]
+        return self._watched_model.task.one_by_one(self._watched_model.model, self.batch)
 
     @cached_property
-    def _unstepped(self) -> PerSampleGradients:
+    def _without_step(self) -> PerSampleGradients:
         """The same batch, by outputs and `Task.loss`."""
-        task = dataclasses.replace(self._watch.task, step=None)
-        return PerSampleGradients(dataclasses.replace(self._watch, task=task), self.batch)
+        task = dataclasses.replace(self._watched_model.task, step=None)
+        return PerSampleGradients(dataclasses.replace(self._watched_model, task=task), self.batch)
 
-    def _note(self, site: WatchedLayer, call: LayerCall) -> Any:
+    def _record(self, layer: WatchedLayer, call: LayerCall) -> Any:
         if call.samples != self._n:
             return call.output
-        output, uses = site.rule(call)
-        self.uses += [(site.layer, use) for use in uses if use.parameters]
+        output, uses = layer.rule(call)
+        self.uses += [(layer.name, use) for use in uses if use.parameters]
         return output
 
-    def fill(self, blocks: Mapping[str, ParameterBlock]) -> PerSampleGradients:
-        """Let its gradients go into these blocks from now on."""
-        self._watch = dataclasses.replace(self._watch, blocks=blocks)
+    def assign_blocks(self, blocks: Mapping[str, ParameterBlock]) -> PerSampleGradients:
+        """Let the gradients fill these blocks, parameter name → block, from now on."""
+        self._watched_model = dataclasses.replace(self._watched_model, blocks=blocks)
         return self
 
-    def loss_rows(self, keep: bool = False) -> dict[str, FactoredGradients]:
-        """Return each block's rows for the gradients of the samples' losses; `keep` the graph to ask again."""
-        found = self._rows(self._total, torch.ones_like(self._total), keep)
-        if self._watch.leftover is not None:
-            found |= self._watch.leftover.of_losses(self.batch)
-        return found
+    def loss_gradients(self, keep_graph: bool = False) -> dict[str, FactoredGradients]:
+        """Return each block's gradients of the samples' losses.
 
-    def output_rows(self, weights: Tensor, keep: bool = False) -> dict[str, FactoredGradients]:
-        """Return each block's rows for the gradients of Σ outputs ⊙ weights, sample by sample.
+        Args:
+            keep_graph: leave the autograd graph in place for further calls.
+        """
+        gradients = self._differentiate(self._total_loss, torch.ones_like(self._total_loss), keep_graph)
+        if self._watched_model.fallback is not None:
+            gradients |= self._watched_model.fallback.of_losses(self.batch)
+        return gradients
+
+    def output_gradients(self, weights: Tensor, keep_graph: bool = False) -> dict[str, FactoredGradients]:
+        """Return each block's gradients of Σ outputs ⊙ weights, sample by sample.
 
         Args:
             weights: in the outputs' shape.
-            keep: the graph, to ask again.
+            keep_graph: leave the autograd graph in place for further calls.
         """
-        if self._plain is None:
-            return self._unstepped.output_rows(weights, keep)
-        found = self._rows(self.outputs, weights.to(self.outputs), keep)
-        if self._watch.leftover is not None:
-            found |= self._watch.leftover.of_outputs(self.batch, weights)
-        return found
+        if self._outputs_targets_losses is None:
+            return self._without_step.output_gradients(weights, keep_graph)
+        gradients = self._differentiate(self.outputs, weights.to(self.outputs), keep_graph)
+        if self._watched_model.fallback is not None:
+            gradients |= self._watched_model.fallback.of_outputs(self.batch, weights)
+        return gradients
 
-    def _rows(self, of: Tensor, weights: Tensor, keep: bool) -> dict[str, FactoredGradients]:
+    def _differentiate(self, values: Tensor, weights: Tensor, keep_graph: bool) -> dict[str, FactoredGradients]:
+        """Return the gradients of Σ values ⊙ weights by one backward, the uses of a block joined."""
         if not self.uses:
             return {}
         nodes = [use.node for _, use in self.uses]
-        found = torch.autograd.grad(of, nodes, weights, retain_graph=keep, allow_unused=True)
-        parts: dict[str, list[FactoredGradients]] = {}
-        for (layer, use), grad in zip(self.uses, found, strict=True):
-            outputs = use.arrange(torch.zeros_like(use.node) if grad is None else grad)
-            for block, rows in self._laid_out(layer, use, outputs):
-                parts.setdefault(block, []).append(rows)
-        return {block: joined(held) for block, held in parts.items()}
-
-    def _laid_out(self, layer: str, use: ParameterUse, outputs: Tensor) -> Iterator[tuple[str, FactoredGradients]]:
-        """Yield the rows of each block that a use feeds."""
-        for block, names in self._watch.fed(layer, use.parameters):
-            yield block.name, _in_block(block, names, use, outputs)
+        node_gradients = torch.autograd.grad(values, nodes, weights, retain_graph=keep_graph, allow_unused=True)
+        by_block: dict[str, list[FactoredGradients]] = {}
+        for (layer, use), gradient in zip(self.uses, node_gradients, strict=True):
+            outputs = use.arrange(torch.zeros_like(use.node) if gradient is None else gradient)
+            for block, names in self._watched_model.blocks_of(layer, use.parameters):
+                by_block.setdefault(block.name, []).append(_lay_out(block, names, use, outputs))
+        return {block: concatenate_positions(gradients) for block, gradients in by_block.items()}
 
 
-def _in_block(block: ParameterBlock, names: Sequence[str], use: ParameterUse, outputs: Tensor) -> FactoredGradients:
+def _lay_out(block: ParameterBlock, names: Sequence[str], use: ParameterUse, outputs: Tensor) -> FactoredGradients:
+    """Return the factors of one use, `outputs` its node's gradient, in the layout of the block that it fills."""
     if block.layout == "vector":
-        whole = outputs.sum(2) if outputs.shape[2] > 1 else outputs[:, :, 0]
-        return FactoredGradients(outputs.new_ones(len(outputs), 1, 1, 1), whole.reshape(len(outputs), 1, 1, -1))
+        values = outputs.sum(2) if outputs.shape[2] > 1 else outputs[:, :, 0]
+        return FactoredGradients(outputs.new_ones(len(outputs), 1, 1, 1), values.reshape(len(outputs), 1, 1, -1))
     if isinstance(use.inputs, Lookup):
         if block.layout == "table":
-            return distinct(use.inputs.index, outputs[:, 0], use.inputs.count)
+            return merge_repeated_rows(use.inputs.index, outputs[:, 0], use.inputs.count)
+        # A table tied to a linear layer's weight: its rows are that matrix's outputs, so the two factors change places.
         return FactoredGradients(outputs, use.inputs.dense().to(outputs))
     if len(names) == 1:
         return FactoredGradients(use.inputs.to(outputs), outputs)
@@ -183,17 +193,18 @@ def _in_block(block: ParameterBlock, names: Sequence[str], use: ParameterUse, ou
 
 
 @contextlib.contextmanager
-def _hooked(watch: WatchedModel, note: Callable[[WatchedLayer, LayerCall], Any]) -> Iterator[None]:
+def _record_calls(watched_model: WatchedModel, record: Callable[[WatchedLayer, LayerCall], Any]) -> Iterator[None]:
+    """Hand each call of a watched layer to `record`; what it returns stands in for the layer's output."""
     handles = []
     try:
-        for site in watch.sites:
-            part = watch.model.get_submodule(site.layer)
-            handles.append(part.register_forward_hook(_hook(site, note), with_kwargs=True))
+        for layer in watched_model.layers:
+            module = watched_model.model.get_submodule(layer.name)
+            handles.append(module.register_forward_hook(_recording_hook(layer, record), with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _hook(site: WatchedLayer, note: Callable[[WatchedLayer, LayerCall], Any]) -> Callable[..., Any]:
-    return lambda part, args, kwargs, output: note(site, LayerCall(part, args, kwargs, output, site.axis))
+def _recording_hook(layer: WatchedLayer, record: Callable[[WatchedLayer, LayerCall], Any]) -> Callable[..., Any]:
+    return lambda module, args, kwargs, output: record(layer, LayerCall(module, args, kwargs, output, layer.axis))

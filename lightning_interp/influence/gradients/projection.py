@@ -115,7 +115,7 @@ def _binned(row: FactoredGradients, hashes: Hashes, dim: int) -> Float[Tensor, "
     bins = (hashes.outputs[:, :, None] + hashes.inputs[:, None, :]) % dim
     signs = hashes.output_signs[:, :, None] * hashes.input_signs[:, None, :]
     found = row.outputs.new_zeros(len(row), dim)
-    for part, few in row.blocks():
+    for part, few in row.chunks():
         found[part].index_add_(1, bins.flatten(), (few.gradients() * signs).flatten(1))
     return found
 

@@ -1,4 +1,4 @@
-"""Samples read through a network, in parts that fit in memory."""
+"""Samples read through a network, in batches that fit in memory."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_interp.data.batch import count_samples, device_of, select_samples, slice_samples, tensors, to_device
+from lightning_interp.data.batch import count_samples, device_of, select_samples, slice_samples, to_device
 from lightning_interp.data.samples import Samples
 from lightning_interp.influence.gradients.coverage import Coverage
 from lightning_interp.influence.gradients.distributed import Ranks, SingleProcess, share_of_rank
 from lightning_interp.influence.gradients.factored import FactoredGradients
 from lightning_interp.influence.gradients.ggn_columns import CurvatureColumns, PrioritySample, Root, hessian_root
 from lightning_interp.influence.gradients.per_sample import PerSampleGradients
-from lightning_interp.network.undisturbed import capture
 from lightning_interp.progress import Progress, quiet
 
 SINGLE_PROCESS = SingleProcess()
-ELEMENTS_AT_ONCE = 2**20
-MOST_AT_ONCE = 1024
-SMALLEST = 1e-12
+ELEMENTS_AT_ONCE = 2**20  # of a batch's factors, or all that a network makes of it: 4 MB in float32
+LARGEST_BATCH = 1024  # beyond it a small network's overhead per batch no longer counts
+ZERO_COLUMN = 1e-12  # of the largest squared norm; one that is zero but for float32's rounding has about 1e-14
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,110 +29,106 @@ class Reader:
     """How samples go through one covered network.
 
     Args:
-        coverage: the network, and what is watched of it.
-        at_once: how many samples fit in memory.
-        progress: shows how far it got.
+        coverage: the network, and what of it is covered.
+        max_batch_size: how many samples fit in memory.
+        progress: shows how far a pass has come.
         ranks: the processes that share passes over all samples.
     """
 
     coverage: Coverage
-    at_once: int
+    max_batch_size: int
     progress: Progress = quiet
     ranks: Ranks = SINGLE_PROCESS
 
     @classmethod
     def of(
-        cls, coverage: Coverage, batch: Any, samples: Samples, progress: Progress = quiet, ranks: Ranks = SINGLE_PROCESS
+        cls, coverage: Coverage, samples: Samples, progress: Progress = quiet, ranks: Ranks = SINGLE_PROCESS
     ) -> Reader:
-        """Measure on one sample how many fit.
+        """Find out how many samples fit in memory.
 
         No more than the samples' own batches have, or where these may have any size up to 1,024 if all that the network
         makes of them fits: most of a small network's cost is overhead.
 
         Args:
-            coverage: the network, and what is watched of it.
-            batch: to measure on.
+            coverage: the network, and what of it is covered.
             samples: that will be read.
-            progress: shows how far it got.
+            progress: shows how far a pass has come.
             ranks: the processes that share passes over all samples.
         """
-        model, one = coverage.watch.model, slice_samples(batch, 0, 1)
-        names = [name for name, _ in model.named_modules()]
-        with capture(model, names, lambda _, __, output: output.numel()) as made:
-            rows = PerSampleGradients(coverage.watch, one).loss_rows()
-        held = max(1, sum(row.held for row in rows.values()))
-        all_held = held + sum(map(sum, made.values())) + sum(tensor.numel() for tensor in tensors(one))
-        at_once = max(1, min(samples.batch_size, ELEMENTS_AT_ONCE // held))
-        larger = min(MOST_AT_ONCE, ELEMENTS_AT_ONCE // all_held) if samples.resizable else 1
-        return cls(coverage, max(at_once, larger), progress, ranks)
+        factors = max(1, sum(coverage.memory.factors.values()))
+        everything = factors + coverage.memory.activations
+        own_batches = max(1, min(samples.batch_size, ELEMENTS_AT_ONCE // factors))
+        larger_batches = min(LARGEST_BATCH, ELEMENTS_AT_ONCE // everything) if samples.resizable else 1
+        return cls(coverage, max(own_batches, larger_batches), progress, ranks)
 
-    def whole(self, samples: Samples) -> Samples:
-        """Return samples in batches that go through the network whole, where batches may have any size."""
-        return replace(samples, batch_size=self.at_once) if samples.resizable else samples
+    def rebatch(self, samples: Samples) -> Samples:
+        """Return samples in the largest batches that need not be split, where batches may have any size."""
+        return replace(samples, batch_size=self.max_batch_size) if samples.resizable else samples
 
-    def batches(self, samples: Samples, what: str) -> Iterator[Any]:
-        """Yield the samples in parts, on the network's device."""
-        device = device_of(self.coverage.watch.model)
-        for batch in self.progress(samples, -(-len(samples) // samples.batch_size), what):
+    def batches(self, samples: Samples, description: str) -> Iterator[Any]:
+        """Yield the samples in batches that fit, on the network's device."""
+        device, step = device_of(self.coverage.model), self.max_batch_size
+        for batch in self.progress(samples, -(-len(samples) // samples.batch_size), description):
             batch, n = to_device(batch, device), count_samples(batch)
-            if n <= self.at_once:
+            if n <= step:
                 yield batch
             else:
-                yield from (slice_samples(batch, start, start + self.at_once) for start in range(0, n, self.at_once))
+                yield from (slice_samples(batch, start, start + step) for start in range(0, n, step))
 
-    def traces(self, samples: Samples, what: str) -> Iterator[PerSampleGradients]:
-        """Yield one forward of each part."""
-        for batch in self.batches(samples, what):
-            yield PerSampleGradients(self.coverage.watch, batch)
+    def per_sample_gradients(self, samples: Samples, description: str) -> Iterator[PerSampleGradients]:
+        """Yield one forward of each batch."""
+        for batch in self.batches(samples, description):
+            yield PerSampleGradients(self.coverage.watched_model, batch)
 
-    def columns(self, samples: Samples, count: int, seed: int) -> CurvatureColumns:
+    def sample_columns(self, samples: Samples, count: int, seed: int) -> CurvatureColumns:
         """Return an unbiased sample of the curvature's columns, from one forward over the samples."""
-        mine, places = share_of_rank(samples, self.ranks)
-        draws = torch.Generator().manual_seed(seed + self.ranks.index)
-        sample, start = PrioritySample(count, draws), 0
-        for root in self._roots(mine, draws):
+        share, sample_indices = share_of_rank(samples, self.ranks)
+        generator = torch.Generator().manual_seed(seed + self.ranks.index)
+        sample, start = PrioritySample(count, generator), 0
+        for root in self._roots(share, generator):
             stop = start + len(root.norms)
-            sample.add(root, torch.tensor(places[start:stop]))
+            sample.add(root, torch.tensor(sample_indices[start:stop]))
             start = stop
-        return sample.columns(self.ranks.gather(sample.held()))
+        return sample.columns(self.ranks.gather(sample.sampled_columns()))
 
-    def all_columns(self, samples: Samples, seed: int, what: str) -> Iterator[dict[str, FactoredGradients]]:
-        """Yield rows whose gradients' squares sum to the curvature times n: one backward per column."""
-        draws = torch.Generator().manual_seed(seed)
-        task = self.coverage.watch.task
-        for trace in self.traces(samples, what):
-            root = hessian_root(trace.outputs, trace.targets, task, draws)
-            rows = torch.arange(len(trace), device=root.norms.device)
-            for place in _alive(root.norms):
-                column = root.column(rows, torch.full_like(rows, place))
-                yield trace.output_rows(column.reshape(trace.outputs.shape), keep=True)
-
-    def column_rows(
-        self, samples: Samples, columns: CurvatureColumns, what: str
+    def gradients_of_all_columns(
+        self, samples: Samples, seed: int, description: str
     ) -> Iterator[dict[str, FactoredGradients]]:
-        """Yield the rows of sampled columns: one backward each, of their samples alone."""
-        places, where = columns.places.unique_consecutive(return_inverse=True)
-        if not len(places):
+        """Yield gradients whose squares sum to the curvature times n: one backward per column."""
+        generator = torch.Generator().manual_seed(seed)
+        for forward in self.per_sample_gradients(samples, description):
+            root = hessian_root(forward.outputs, forward.targets, self.coverage.task, generator)
+            rows = torch.arange(len(forward), device=root.norms.device)
+            for index in _nonzero_columns(root.norms):
+                column = root.column(rows, torch.full_like(rows, index))
+                yield forward.output_gradients(column.reshape(forward.outputs.shape), keep_graph=True)
+
+    def gradients_of_columns(
+        self, samples: Samples, columns: CurvatureColumns, description: str
+    ) -> Iterator[dict[str, FactoredGradients]]:
+        """Yield the gradients of sampled columns: one backward each, of their samples alone."""
+        sample_indices, row_of_column = columns.sample_indices.unique_consecutive(return_inverse=True)
+        if not len(sample_indices):
             return
-        start, device = 0, device_of(self.coverage.watch.model)
-        chosen = samples.at(places.tolist())
-        for batch in self.progress(chosen, -(-len(chosen) // samples.batch_size), what):
-            mine = ((where >= start) & (where < start + count_samples(batch))).nonzero()[:, 0]
-            for some in mine.split(self.at_once):
-                part = to_device(select_samples(batch, where[some] - start), device)
-                trace = PerSampleGradients(self.coverage.watch, part)
-                yield trace.output_rows(columns.vectors[some].reshape(trace.outputs.shape))
+        start, device = 0, device_of(self.coverage.model)
+        samples = samples.at(sample_indices.tolist())
+        for batch in self.progress(samples, -(-len(samples) // samples.batch_size), description):
+            in_batch = ((row_of_column >= start) & (row_of_column < start + count_samples(batch))).nonzero()[:, 0]
+            for indices in in_batch.split(self.max_batch_size):
+                inputs = to_device(select_samples(batch, row_of_column[indices] - start), device)
+                forward = PerSampleGradients(self.coverage.watched_model, inputs)
+                yield forward.output_gradients(columns.vectors[indices].reshape(forward.outputs.shape))
             start += count_samples(batch)
 
-    def _roots(self, samples: Samples, draws: torch.Generator) -> Iterator[Root]:
-        watch = self.coverage.watch
+    def _roots(self, samples: Samples, generator: torch.Generator) -> Iterator[Root]:
+        model, task = self.coverage.model, self.coverage.task
         for batch in self.batches(samples, "curvature, columns"):
             with torch.no_grad():
-                outputs = watch.task.outputs(watch.model, watch.task.inputs(batch))
-            yield hessian_root(outputs, watch.task.targets(batch), watch.task, draws)
+                outputs = task.outputs(model, task.inputs(batch))
+            yield hessian_root(outputs, task.targets(batch), task, generator)
 
 
-def _alive(norms: Tensor) -> list[int]:
+def _nonzero_columns(norms: Tensor) -> list[int]:
     """Return the columns that are not zero for all samples; at least one."""
-    most = norms.amax(dim=0)
-    return (most > SMALLEST * most.max()).nonzero()[:, 0].tolist() or [0]
+    largest = norms.amax(dim=0)
+    return (largest > ZERO_COLUMN * largest.max()).nonzero()[:, 0].tolist() or [0]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_interp.data.task import Task
 from lightning_interp.influence.curvature.curvature import Gradients, Inverse, Scorer
-from lightning_interp.influence.gradients.factored import joined
+from lightning_interp.influence.gradients.factored import concatenate_positions
 from lightning_interp.influence.gradients.ggn_columns import hessian_root
 from lightning_interp.influence.gradients.per_sample import PerSampleGradients
 
@@ -40,7 +40,7 @@ def leverage_scores(
     columns = []
     for place in range(root.norms.shape[1]):
         column = root.column(samples, torch.full_like(samples, place)).reshape(trace.outputs.shape)
-        columns.append(trace.output_rows(column, keep=True))
+        columns.append(trace.output_gradients(column, keep_graph=True))
     own = torch.stack([inverse.squares(column) for column in columns], dim=1)
     asked = torch.stack([scorer(column) for column in columns], dim=2)
     with_loss = torch.stack([_between(inverse, column, rows) for column in columns], dim=1)
@@ -57,5 +57,5 @@ def leverage_scores(
 
 def _between(inverse: Inverse, left: Gradients, right: Gradients) -> Tensor:
     """Return gᵀ A⁻¹ h of each sample, from the squares of g, h and their sum."""
-    both = {block: joined([row, right[block]]) for block, row in left.items()}
+    both = {block: concatenate_positions([row, right[block]]) for block, row in left.items()}
     return (inverse.squares(both) - inverse.squares(left) - inverse.squares(right)) / 2

@@ -124,7 +124,7 @@ def without_unit(
         scores=found.kept.scores,
         train_ids=torch.tensor((chosen.at(places.tolist()) if few else chosen).ids),
         train_targets=found.kept.targets,
-        covered=tuple(coverage.parameters),
+        covered=tuple(coverage.parameter_sizes),
         left_out=coverage.left_out,
         covered_elements=coverage.size,
         gradient_norm=nan,

@@ -28,7 +28,7 @@ from lightning_interp.attribution import (
     rank_correlation,
     sanity_similarity,
 )
-from lightning_interp.views.attribution import Titled, attribution_panel
+from lightning_interp.views.attribution import TitledMap, attribution_panel
 from lightning_interp.views.canvas import GAP, LINE, SIDE
 from lightning_interp.views.display import SampleView
 from tests.models import Net, Shapes, loaders, trainer
@@ -84,7 +84,8 @@ def test_the_panel_shows_this_samples_map_and_its_likeliest_classes(tmp_path: Pa
         title = f"Saliency of {shown.prediction}, epoch 1"
         found = film(fit, f"attribution/Saliency/{index}")[3].astype(int)
         # The scale also knows the frame before training, whose map was smaller here.
-        expected = attribution_panel(shown, [Titled("", maps[place])], title, Display(), float(maps[place].abs().max()))
+        top = float(maps[place].abs().max())
+        expected = attribution_panel(shown, [TitledMap("", maps[place])], title, Display(), top)
         assert found.shape == expected.shape
         assert np.abs(found - expected).max() <= 4
         assert not np.array_equal(before[index], found)

@@ -99,10 +99,10 @@ def test_columns_find_their_samples_in_the_whole_training_set() -> None:
     )
     told = describe_influence(Fixed(), CLASSES, found, subset, whole.at([0]), 2, Display())
     helpful, harmful, _ = told.cards[0].lists
-    assert [held.shown.id for held in helpful.samples] == ["22", "7"]
-    assert [held.shown.id for held in harmful.samples] == ["29", "14"]
+    assert [held.view.id for held in helpful.samples] == ["22", "7"]
+    assert [held.view.id for held in harmful.samples] == ["29", "14"]
     for held in (*helpful.samples, *harmful.samples):
-        assert torch.equal(held.shown.value, whole.dataset[int(held.shown.id)][0])
+        assert torch.equal(held.view.value, whole.dataset[int(held.view.id)][0])
     assert "<td>25</td>" in told.section
     outside = scored(torch.ones(1, 4), whole.at([0, 1, 2, 7]), y[[0, 1, 2, 7]], y[:1])
     with pytest.raises(ValueError, match="expected indices of the training set, got 0, 1, 2"):
@@ -205,19 +205,19 @@ def told_of_a_table(display: Display, columns: int = 4, **task: Any) -> Influenc
 
 def test_a_tables_row_is_its_names_and_values() -> None:
     told = told_of_a_table(Display(column_names=["age", "in<come", "debt"]))
-    cells = told.cards[0].face.cells
-    value = told.cards[0].shown.value
+    cells = told.cards[0].html.cells
+    value = told.cards[0].view.value
     assert [name for name, _ in cells] == ["age", "in<come", "debt", "x3"]
     assert [float(number) for _, number in cells] == pytest.approx(value.tolist(), rel=1e-2)
     assert ">in&lt;come</td>" in told.section
     assert "in<come" not in told.section
     assert "data:image" not in told.section
     wide = told_of_a_table(Display(), columns=30).cards[0]
-    assert wide.face.cells[-1] == ("… 20 more", "")
-    names = [name for name, _ in wide.face.cells]
-    largest = wide.shown.value.abs().topk(10).indices.sort().values
+    assert wide.html.cells[-1] == ("… 20 more", "")
+    names = [name for name, _ in wide.html.cells]
+    largest = wide.view.value.abs().topk(10).indices.sort().values
     assert names[:-1] == [f"x{place}" for place in largest.tolist()]
-    assert all([name for name, _ in held.face.cells] == names for ranking in wide.lists for held in ranking.samples)
+    assert all([name for name, _ in held.html.cells] == names for ranking in wide.lists for held in ranking.samples)
 
 
 class Text(Dataset):
@@ -242,8 +242,8 @@ def test_text_is_its_words_escaped_cut_and_without_padding() -> None:
     found = scored(torch.linspace(1, 2, 12)[None], train, y, y[:1])
     told = describe_influence(Reader(), CLASSES, found, train, train.at([0]), 12, words, suspected(train, y, y))
     card = told.cards[0]
-    assert card.face.text == "<w1>& " * 60 + "…"
-    assert [held.face.text for held in card.lists[0].samples if held.shown.id == "5"] == ["<w6>& " * 4 + "<w6>&"]
+    assert card.html.text == "<w1>& " * 60 + "…"
+    assert [held.html.text for held in card.lists[0].samples if held.view.id == "5"] == ["<w6>& " * 4 + "<w6>&"]
     assert "PAD" not in told.section
     assert "<w" not in told.section
     assert "&lt;w6&gt;&amp; &lt;w6" in told.section
@@ -266,8 +266,8 @@ def test_images_of_a_list_keep_their_sizes() -> None:
     found = scored(torch.linspace(1, 2, 9)[None], train, y, y[:1])
     told = describe_influence(Fixed(2), CLASSES, found, train, train.at([0]), 9, Display(), suspected(train, y, y))
     for held in told.cards[0].lists[0].samples:
-        assert torch.equal(held.shown.value, train.dataset[int(held.shown.id)][0])
-        assert not held.shown.wrong
+        assert torch.equal(held.view.value, train.dataset[int(held.view.id)][0])
+        assert not held.view.wrong
 
 
 @pytest.mark.parametrize("kind", ["image", "table", "text"])
@@ -282,7 +282,7 @@ def test_private_inputs_are_not_in_what_is_told(kind: str) -> None:
     assert "secret" not in told.section
     assert "data:image" not in told.section
     assert told.section.count("not shown (show_inputs=False)") > 5
-    assert all(not held.face.cells for ranking in told.cards[0].lists for held in ranking.samples)
+    assert all(not held.html.cells for ranking in told.cards[0].lists for held in ranking.samples)
 
 
 class Identity(nn.Module):
@@ -299,7 +299,7 @@ def test_regression_shows_values_and_no_probability() -> None:
         Identity(), Task(kind="regression"), found, train, train.at([4]), 2, Display(), suspected(train, y, None)
     )
     assert [ranking.heading for ranking in told.cards[0].lists] == ["Helpful", "Harmful"]
-    assert (told.cards[0].shown.label, told.cards[0].shown.prediction) == ("0.6136", "0.3636")
+    assert (told.cards[0].view.label, told.cards[0].view.prediction) == ("0.6136", "0.3636")
     assert "p(label)" not in told.section
     assert "network: 0.3636" in told.section
     rows = list(csv.DictReader(io.StringIO(report.self_influence_csv(told.suspect_rows))))
@@ -321,7 +321,7 @@ def test_several_labels_are_named() -> None:
         Signs(), Task(kind="multilabel"), found, train, train.at([0]), 3, display, suspected(train, y, None)
     )
     helpful = told.cards[0].lists[0].samples
-    assert [(held.shown.label, held.shown.prediction, held.shown.wrong) for held in helpful] == [
+    assert [(held.view.label, held.view.prediction, held.view.wrong) for held in helpful] == [
         ("rain", "none", True),
         ("sun, rain", "sun, rain", False),
         ("sun, wind", "sun, wind", False),

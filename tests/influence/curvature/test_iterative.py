@@ -121,7 +121,7 @@ def test_products_equal_the_matrix_written_out(name: str, at_once: int, monkeypa
         def packed(vectors: Tensor) -> dict[str, Tensor]:
             parts = vectors.split([p.numel() for p in held.values()], dim=1)
             named = {n: part.reshape(5, *held[n].shape) for n, part in zip(held, parts, strict=True)}
-            return ours.space.coverage.of(named)
+            return ours.space.coverage.pack(named)
 
         shapes = ours.space.coverage.shapes
         shift = {block: doubles(*shape) if i % 2 else 0.5 for i, (block, shape) in enumerate(shapes.items())}
@@ -194,7 +194,7 @@ def test_the_residual_is_the_solutions_own_and_an_unsolved_system_is_said_to_be(
     net, train, query = small
     fitted = InfluenceFunction(ConjugateGradient(2, 1e-3, EKFAC(None)), 0.001).fit(net, train)
     with differentiable(net):
-        rows = next(fitted.reader.traces(Samples(query), "queries")).loss_rows()
+        rows = next(fitted.reader.per_sample_gradients(Samples(query), "queries")).loss_gradients()
         scorer = fitted.inverse.against(rows)
     blocks = fitted.coverage.blocks
     named = [blocks[name].unpack(vectors) for name, vectors in scorer.solutions.items()]

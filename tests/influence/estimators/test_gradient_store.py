@@ -166,8 +166,8 @@ def test_gradients_are_half_precision_and_keep_their_scale(tmp_path: Path) -> No
     (file,) = tmp_path.glob("gradients-*.npy")
     assert np.load(file).dtype == np.float16
     rows = store.rows(torch.arange(20))
-    (trace,) = fitted.reader.traces(fitted.train, "")
-    expected = store.inverse.seen(trace.loss_rows())
+    (trace,) = fitted.reader.per_sample_gradients(fitted.train, "")
+    expected = store.inverse.seen(trace.loss_gradients())
     assert float(expected.abs().amax(1).max()) > 70_000
     assert 0 < float(expected.abs().amax(1).min()) < 1e-8
     assert float(((rows - expected).abs().amax(1) / expected.abs().amax(1)).max()) < 1e-3

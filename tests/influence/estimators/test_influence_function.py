@@ -17,7 +17,7 @@ from lightning_interp.data.samples import Samples
 from lightning_interp.influence import EKFAC, Damping, GaussNewton, IdentityCurvature, InfluenceFunction
 from lightning_interp.influence.estimators.fitted import FittedInfluence
 from lightning_interp.influence.gradients.coverage import find_coverage
-from lightning_interp.influence.gradients.factored import FactoredGradients, products
+from lightning_interp.influence.gradients.factored import FactoredGradients, dot_products
 from lightning_interp.influence.gradients.per_sample import PerSampleGradients
 from lightning_interp.influence.gradients.reader import Reader
 from lightning_interp.network.undisturbed import differentiable
@@ -276,8 +276,10 @@ def test_columns_give_the_whole_matrix_where_all_are_kept(
 
 
 def rows_of(fitted: FittedInfluence, data: TensorDataset) -> dict[str, FactoredGradients]:
-    with differentiable(fitted.coverage.watch.model):
-        return PerSampleGradients(fitted.coverage.watch, next(iter(DataLoader(data, len(data))))).loss_rows()
+    with differentiable(fitted.coverage.model):
+        return PerSampleGradients(
+            fitted.coverage.watched_model, next(iter(DataLoader(data, len(data))))
+        ).loss_gradients()
 
 
 def test_many_training_samples_meet_solved_queries_and_few_queries_no_columns(
@@ -292,7 +294,7 @@ def test_many_training_samples_meet_solved_queries_and_few_queries_no_columns(
     def slow(*_: object) -> Tensor:
         raise AssertionError("28 columns are multiplied with, where 2 queries would do")
 
-    monkeypatch.setattr("lightning_interp.influence.curvature.gauss_newton.products", slow)
+    monkeypatch.setattr("lightning_interp.influence.curvature.gauss_newton.dot_products", slow)
     assert torch.equal(score(rows), expected)
 
 
@@ -340,9 +342,9 @@ def test_products_agree_in_either_order() -> None:
             FactoredGradients(torch.randn(n, 2, positions, 9), torch.randn(n, 2, positions, 8)) for n in (4, 5)
         )
         expected = left.gradients().flatten(1) @ right.gradients().flatten(1).T
-        assert torch.allclose(products(left, right), expected, atol=1e-4), positions
-    whole = left.whole(), right.whole()
-    assert torch.allclose(products(*whole), expected, atol=1e-4)
+        assert torch.allclose(dot_products(left, right), expected, atol=1e-4), positions
+    whole = left.as_vectors(), right.as_vectors()
+    assert torch.allclose(dot_products(*whole), expected, atol=1e-4)
     assert torch.equal(whole[0].gradients(), left.gradients().flatten(1)[:, None, :, None])
 
 

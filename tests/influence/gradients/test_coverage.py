@@ -9,11 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from lightning_interp import Task
+from lightning_interp.data.batch import slice_samples
+from lightning_interp.data.samples import Samples
 from lightning_interp.influence.gradients.coverage import find_coverage
 from lightning_interp.influence.gradients.per_sample import PerSampleGradients
-from lightning_interp.network.undisturbed import differentiable
+from lightning_interp.influence.gradients.reader import Reader
+from lightning_interp.network.undisturbed import capture, differentiable
 from tests.influence.nets import (
     TASK,
     Loose,
@@ -76,7 +80,7 @@ def test_equals_autograd_sample_by_sample(name: str) -> None:
     coverage, worst = per_sample(net, (torch.randn(5, width, dtype=torch.float64), torch.tensor([0, 1, 2, 1, 0])))
     assert worst < 1e-10
     assert coverage.left_out == {}
-    assert coverage.watch.leftover is None
+    assert coverage.fallback is None
     assert coverage.size == sum(p.numel() for p in net.parameters())
 
 
@@ -102,7 +106,7 @@ def test_a_table_tied_to_the_output_layer_is_one_block() -> None:
     tokens = torch.tensor([[1, 1, 2], [3, 1, 3], [6, 5, 4]])
     coverage, worst = per_sample(net, (tokens, torch.tensor([0, 2, 6])))
     assert worst < 1e-10
-    assert coverage.watch.leftover is None
+    assert coverage.fallback is None
     assert set(coverage.blocks) == {"table.weight", "mix.weight", "head.bias"}
     assert coverage.size == sum(p.numel() for p in net.parameters())
 
@@ -111,8 +115,8 @@ def test_parameters_outside_layers_are_differentiated_by_torch_func() -> None:
     net = Loose().double()
     coverage, worst = per_sample(net, (torch.randn(4, 24, dtype=torch.float64), torch.tensor([0, 2, 1, 1])))
     assert worst < 1e-10
-    assert coverage.watch.leftover is not None
-    assert [block.name for block in coverage.watch.leftover.blocks] == ["weight", "position", "scale"]
+    assert coverage.fallback is not None
+    assert [block.name for block in coverage.fallback.blocks] == ["weight", "position", "scale"]
     assert coverage.left_out == {}
 
 
@@ -120,8 +124,8 @@ def test_shared_and_doubly_used_weights_are_right_and_unused_ones_are_named() ->
     net = Sneaky().double()
     coverage, worst = per_sample(net, (torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, 1, 2])))
     assert worst < 1e-10
-    assert coverage.watch.leftover is not None
-    assert [block.name for block in coverage.watch.leftover.blocks] == ["twice.weight", "twice.bias"]
+    assert coverage.fallback is not None
+    assert [block.name for block in coverage.fallback.blocks] == ["twice.weight", "twice.bias"]
     assert coverage.blocks["tied.weight"].parameters == ("tied.weight",)
     assert coverage.left_out == {"unused.weight": 16, "unused.bias": 4}
 
@@ -145,7 +149,7 @@ def test_torch_func_goes_through_fused_attention_without_complaint() -> None:
         coverage, worst = per_sample(Attentive(), batch)
     assert [str(w.message) for w in caught] == []
     assert worst < 1e-4
-    assert coverage.watch.leftover is not None
+    assert coverage.fallback is not None
 
 
 class Stubborn(nn.Module):
@@ -166,8 +170,8 @@ def test_what_torch_func_cannot_follow_is_differentiated_one_by_one() -> None:
     coverage, worst = per_sample(net, (torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, 1, 2])))
     assert worst < 1e-10
     assert coverage.left_out == {}
-    assert coverage.watch.leftover is not None
-    assert [block.name for block in coverage.watch.leftover.blocks] == ["scale"]
+    assert coverage.fallback is not None
+    assert [block.name for block in coverage.fallback.blocks] == ["scale"]
 
 
 @pytest.mark.parametrize(("kind", "width"), [(Loose, 24), (Stubborn, 4)])
@@ -178,7 +182,7 @@ def test_gradients_of_outputs_contracted_with_weights(kind: type[nn.Module], wid
     weights = torch.randn(4, 3, dtype=torch.float64)
     with differentiable(net):
         coverage = find_coverage(net, TASK, batch)
-        rows = PerSampleGradients(coverage.watch, batch).output_rows(weights)
+        rows = PerSampleGradients(coverage.watched_model, batch).output_gradients(weights)
         for sample in range(4):
             value = (net(batch[0][sample : sample + 1]) * weights[sample]).sum()
             for name, block in coverage.blocks.items():
@@ -187,6 +191,89 @@ def test_gradients_of_outputs_contracted_with_weights(kind: type[nn.Module], wid
                 found = block.unpack(rows[name].gradients()[sample])
                 for parameter, grad in zip(block.parameters, grads, strict=True):
                     assert torch.allclose(found[parameter], grad, atol=1e-12), parameter
+
+
+class Passes:
+    """Samples in each forward, and the number of backward passes, in their order."""
+
+    def __init__(self, net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.forwards: list[int] = []
+        self.backwards = 0
+        backward = torch.autograd.grad
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.backwards += 1
+            return backward(*args, **kwargs)
+
+        net.register_forward_pre_hook(lambda _, args: self.forwards.append(len(args[0])))
+        monkeypatch.setattr(torch.autograd, "grad", counted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "batches", "backwards"),
+    [
+        (Positions, 24, [1, 1, 3], 3),  # each of two samples by autograd, then three together by the rules
+        (SequenceFirst, 18, [1, 1, 3, 3], 4),  # once more, samples along the second dimension
+        (Loose, 24, [1, 1, 3, 1], 4),  # once more under vmap
+        (Stubborn, 4, [1, 1, 3, 1, 1, 1, 1], 6),  # vmap fails, then each of three samples alone
+    ],
+)
+def test_nothing_is_run_twice(
+    kind: type[nn.Module], width: int, batches: list[int], backwards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = kind().double()
+    passes = Passes(net, monkeypatch)
+    with differentiable(net):
+        coverage = find_coverage(net, TASK, (torch.randn(5, width, dtype=torch.float64), torch.tensor([0, 2, 1, 1, 0])))
+        assert (passes.forwards, passes.backwards) == (batches, backwards)
+        Reader.of(coverage, Samples(TensorDataset(torch.randn(5, width), torch.zeros(5))))
+        assert (passes.forwards, passes.backwards) == (batches, backwards)
+
+
+@pytest.mark.parametrize(("kind", "width"), [(Positions, 24), (SequenceFirst, 18), (Loose, 24), (Stubborn, 4)])
+def test_memory_per_sample_is_what_one_sample_takes(kind: type[nn.Module], width: int) -> None:
+    net = kind().double()
+    batch = torch.randn(5, width, dtype=torch.float64), torch.tensor([0, 2, 1, 1, 0])
+    with differentiable(net):
+        coverage = find_coverage(net, TASK, batch)
+        first = slice_samples(batch, 0, 1)
+        with capture(net, [name for name, _ in net.named_modules()], lambda _, __, output: output.numel()) as outputs:
+            gradients = PerSampleGradients(coverage.watched_model, first).loss_gradients()
+    assert coverage.memory.factors == {name: block.stored_elements for name, block in gradients.items()}
+    made = sum(map(sum, outputs.values())) + width + 1
+    assert made <= coverage.memory.activations <= made + (width + 1) * (coverage.fallback is not None)
+
+
+def test_one_coverage_serves_other_weights() -> None:
+    torch.manual_seed(0)
+    net, other = Loose().double(), Loose().double()
+    batch = torch.randn(4, 24, dtype=torch.float64), torch.tensor([0, 2, 1, 1])
+    with differentiable(net):
+        coverage = find_coverage(net, TASK, batch)
+        for parameter, new in zip(net.parameters(), other.parameters(), strict=True):
+            parameter.data = new.data  # other tensors, as after a move to another device
+        found = PerSampleGradients(coverage.watched_model, batch).loss_gradients()
+    with differentiable(other):
+        expected = PerSampleGradients(find_coverage(other, TASK, batch).watched_model, batch).loss_gradients()
+    assert found.keys() == expected.keys()
+    for name, gradients in expected.items():
+        assert torch.equal(found[name].gradients(), gradients.gradients())
+
+
+def test_a_coverage_knows_what_it_is_of() -> None:
+    net, batch = Positions(), (torch.randn(4, 24), torch.tensor([0, 2, 1, 1]))
+    with differentiable(net):
+        coverage = find_coverage(net, TASK, batch, ["out"])
+    coverage.check(net, TASK, ["out"])
+    coverage.check(net, Task(), ["out"])
+    assert len(coverage.batch[1]) == 3
+    with pytest.raises(ValueError, match=r"got other layers$"):
+        coverage.check(net, TASK)
+    with pytest.raises(ValueError, match=r"got other model, task$"):
+        coverage.check(Positions(), Task(kind="multilabel"), ["out"])
+    net.fc.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"got other trained parameters$"):
+        coverage.check(net, TASK, ["out"])
 
 
 def test_chosen_layers_only() -> None:

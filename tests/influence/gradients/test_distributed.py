@@ -45,7 +45,7 @@ def one_of_two(rank: int, folder: str) -> None:
     ranks = Distributed()
     torch.save(answers(ranks), f"{folder}/{rank}.pt")
     if rank == 0:
-        ranks.failed("it is ill")
+        ranks.report_failure("it is ill")
     else:
         with pytest.raises(OtherRankError, match="rank 0 failed: it is ill"):
             ranks.gather(1)

@@ -9,24 +9,24 @@ from torch.utils.data import TensorDataset
 
 from lightning_interp.influence import EKFAC, IdentityCurvature, InfluenceFunction
 from lightning_interp.influence.curvature.ekfac import Basis, _modes, _squares, _weighted_squares
-from lightning_interp.influence.gradients.factored import FactoredGradients, Lookup, distinct
+from lightning_interp.influence.gradients.factored import FactoredGradients, Lookup, merge_repeated_rows
 
 
 @pytest.fixture
 def sides() -> tuple[FactoredGradients, FactoredGradients]:
     """Rows of a table, and the same with one-hot vectors."""
     torch.manual_seed(0)
-    table = distinct(torch.randint(0, 7, (5, 6)), torch.randn(5, 6, 4, dtype=torch.float64), 7)
+    table = merge_repeated_rows(torch.randint(0, 7, (5, 6)), torch.randn(5, 6, 4, dtype=torch.float64), 7)
     assert isinstance(table.inputs, Lookup)
     return table, FactoredGradients(table.inputs.dense().double(), table.outputs)
 
 
 def test_sums_and_norms(sides: tuple[FactoredGradients, FactoredGradients]) -> None:
     table, dense = sides
-    assert torch.allclose(table.total(), dense.gradients().sum(0))
+    assert torch.allclose(table.sum(), dense.gradients().sum(0))
     assert torch.allclose(table.squared_norms(), dense.gradients().square().sum((1, 2, 3)))
     vectors = torch.randn(3, 1, 4, 7, dtype=torch.float64)
-    assert torch.allclose(table.against(vectors), dense.against(vectors))
+    assert torch.allclose(table.dot(vectors), dense.dot(vectors))
 
 
 def test_squares_in_a_basis(sides: tuple[FactoredGradients, FactoredGradients]) -> None:

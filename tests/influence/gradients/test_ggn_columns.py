@@ -11,8 +11,8 @@ from lightning_interp.influence.gradients.ggn_columns import (
     CurvatureColumns,
     PrioritySample,
     Root,
+    has_random_root,
     hessian_root,
-    is_mixed,
 )
 
 
@@ -58,7 +58,7 @@ def test_certain_and_impossible_classes_give_no_nan() -> None:
 def test_classes_at_many_positions_are_mixed_without_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_interp.influence.gradients.ggn_columns.MOST_ENUMERATED", 5)
     logits = torch.randn(1, 3, 2, dtype=torch.float64).expand(20_000, -1, -1)
-    assert is_mixed(logits, torch.zeros(20_000, 2).long(), Task())
+    assert has_random_root(logits, torch.zeros(20_000, 2).long(), Task())
     found = outer_products(
         hessian_root(logits, torch.zeros(20_000, 2).long(), Task(), torch.Generator().manual_seed(0))
     )
@@ -84,7 +84,7 @@ def sampled(held: list[Root], count: int, draws: torch.Generator, ranks: int = 1
     for place, root in enumerate(held):
         samples[place % ranks].add(root, torch.arange(start, start + len(root.norms)))
         start += len(root.norms)
-    return samples[0].columns([sample.held() for sample in samples])
+    return samples[0].columns([sample.sampled_columns() for sample in samples])
 
 
 def total(vectors: Tensor) -> Tensor:
@@ -96,10 +96,10 @@ def test_a_sample_of_everything_is_everything() -> None:
     found = sampled(roots(logits, 7), 1000, torch.Generator())
     chance = logits.softmax(1)
     assert torch.allclose(total(found.vectors), torch.diag(chance.sum(0)) - chance.T @ chance)
-    assert (found.total, len(found.places), found.n) == (90, 90, 30)
-    assert found.trace == pytest.approx(1)
+    assert (found.total, len(found.sample_indices), found.n) == (90, 90, 30)
+    assert found.trace_share == pytest.approx(1)
     assert found.notes == ()
-    assert found.places.tolist() == sorted(found.places.tolist())
+    assert found.sample_indices.tolist() == sorted(found.sample_indices.tolist())
 
 
 def test_a_sample_is_right_in_the_mean_whatever_the_batches_and_ranks() -> None:
@@ -122,8 +122,8 @@ def test_large_columns_are_kept_surely_and_memory_stays_small() -> None:
     logits[:, 0] = 12
     logits[123] = 0
     found = sampled(roots(logits, 10), 5, torch.Generator().manual_seed(0))
-    assert 123 in found.places.tolist()
-    assert len(found.places) == 5
+    assert 123 in found.sample_indices.tolist()
+    assert len(found.sample_indices) == 5
     assert found.notes[0].startswith("the curvature is an unbiased sample: 5 of its 500 columns")
 
 

@@ -43,7 +43,7 @@ def by_its_own_collate(data: TensorDataset) -> Samples:
 
 
 def at_once(net: nn.Module, data: Any) -> int:
-    return InfluenceFunction(IdentityCurvature(), damping=1.0).fit(net, data).reader.at_once
+    return InfluenceFunction(IdentityCurvature(), damping=1.0).fit(net, data).reader.max_batch_size
 
 
 def test_small_networks_take_samples_by_the_thousand(data: TensorDataset) -> None:

@@ -30,7 +30,7 @@ ESTIMATORS: dict[str, Callable[[list[State]], Estimator]] = {
 @pytest.fixture(params=ESTIMATORS)
 def estimator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Estimator:
     monkeypatch.setattr(over_checkpoints, "SAMPLES_AT_ONCE", 10)
-    monkeypatch.setattr(reader, "MOST_AT_ONCE", 4)
+    monkeypatch.setattr(reader, "LARGEST_BATCH", 4)
     return ESTIMATORS[request.param]([network().state_dict() for _ in range(3)])
 
 

@@ -69,7 +69,7 @@ def test_groups_are_sums_and_know_their_members(asked: tuple[FittedInfluence, Te
 def test_agreement_is_between_two_dampings(asked: tuple[FittedInfluence, TensorDataset]) -> None:
     fitted, query = asked
     found = fitted(query, check=True)
-    other = InfluenceFunction(EKFAC(), damping=0.3)(fitted.coverage.watch.model, fitted.train, query)
+    other = InfluenceFunction(EKFAC(), damping=0.3)(fitted.coverage.model, fitted.train, query)
     shares = []
     for row in range(4):
         for sign in (1, -1):
@@ -92,7 +92,7 @@ def test_overlap_counts_places() -> None:
 def test_dot_products_have_no_unit(asked: tuple[FittedInfluence, TensorDataset]) -> None:
     fitted, query = asked
     assert fitted(query).unit == "loss"
-    net = fitted.coverage.watch.model
+    net = fitted.coverage.model
     assert InfluenceFunction(IdentityCurvature(), damping=1.0)(net, fitted.train, query).unit == "none"
 
 
@@ -111,7 +111,7 @@ def test_suspects_come_first(asked: tuple[FittedInfluence, TensorDataset]) -> No
     found = fitted.self_influence()
     order = found.scores.argsort(descending=True)[:5]
     assert found.first(5).tolist() == order.tolist()
-    net = fitted.coverage.watch.model
+    net = fitted.coverage.model
     inputs, labels = zip(*(fitted.train.dataset[i] for i in range(300)), strict=True)
     chance = net(torch.stack(inputs)).softmax(1)
     assert found.suggested is not None

@@ -104,7 +104,7 @@ def test_equals_autograd_sample_by_sample(name: str) -> None:
     coverage, worst = per_sample(net, (torch.randn(5, 18, dtype=torch.float64), LABELS))
     assert worst < 1e-10
     assert coverage.left_out == {}
-    assert coverage.watch.leftover is None
+    assert coverage.fallback is None
     assert coverage.size == sum(p.numel() for p in net.parameters())
 
 
@@ -119,8 +119,8 @@ def test_appended_keys_and_values_are_left_to_torch_func() -> None:
     net = shaken(Attends(itself(add_bias_kv=True, batch_first=True)).double())
     coverage, worst = per_sample(net, (torch.randn(5, 18, dtype=torch.float64), LABELS))
     assert worst < 1e-10
-    assert coverage.watch.leftover is not None
-    assert [block.name for block in coverage.watch.leftover.blocks] == ["layer.bias_k", "layer.bias_v"]
+    assert coverage.fallback is not None
+    assert [block.name for block in coverage.fallback.blocks] == ["layer.bias_k", "layer.bias_v"]
     assert coverage.blocks["layer.in_proj_weight"].groups == 3
     assert coverage.left_out == {}
 

@@ -111,7 +111,7 @@ def test_equals_autograd_sample_by_sample(name: str) -> None:
     coverage, worst = per_sample(net, (torch.randn(5, 20, dtype=torch.float64), LABELS))
     assert worst < 1e-10
     assert coverage.left_out == {}
-    assert coverage.watch.leftover is None
+    assert coverage.fallback is None
     assert coverage.size == sum(p.numel() for p in net.parameters())
 
 
@@ -177,8 +177,8 @@ def test_sequences_in_an_order_of_their_own_are_differentiated_one_by_one() -> N
     coverage, worst = per_sample(Sorted().double(), (x, LABELS))
     assert worst < 1e-10
     assert coverage.left_out == {}
-    assert coverage.watch.leftover is not None
-    assert {name for block in coverage.watch.leftover.blocks for name in block.parameters} == {
+    assert coverage.fallback is not None
+    assert {name for block in coverage.fallback.blocks for name in block.parameters} == {
         f"layer.{kind}_{of}_l0" for kind in ("weight", "bias") for of in ("ih", "hh")
     }
 
@@ -199,8 +199,8 @@ def test_a_learned_initial_state_is_covered() -> None:
     coverage, worst = per_sample(Starts().double(), (torch.randn(5, 20, dtype=torch.float64), LABELS))
     assert worst < 1e-10
     assert coverage.left_out == {}
-    assert coverage.watch.leftover is not None
-    assert [block.name for block in coverage.watch.leftover.blocks] == ["start"]
+    assert coverage.fallback is not None
+    assert [block.name for block in coverage.fallback.blocks] == ["start"]
 
 
 def test_samples_along_the_recurrence_are_not_taken_for_samples() -> None:
