@@ -43,9 +43,9 @@ from lightning_interp.attribution import (
     energy_inside,
     pointing,
 )
-from lightning_interp.attribution.engine.single_pass import Attributor
+from lightning_interp.attribution.attributor import Attributor
 from lightning_interp.views.attribution import TitledMap, film
-from lightning_interp.views.canvas import render, under
+from lightning_interp.views.canvas import render, stacked
 from lightning_interp.views.display import Display, SampleView
 
 SIZE = 224
@@ -207,7 +207,7 @@ def by_kernel(net: nn.Module, samples: int) -> Image.Image:
             for width, explained in zip(WIDTHS, found, strict=True)
         ]
         films.append(Image.fromarray(film(shown, frames, "LIME by the width of its kernel", Display())))
-    return with_palette(under(films))
+    return with_palette(stacked(films))
 
 
 if __name__ == "__main__":

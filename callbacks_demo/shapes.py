@@ -54,7 +54,7 @@ from lightning_interp.attribution import (
     SmoothGrad,
     sanity_similarity,
 )
-from lightning_interp.attribution.engine.single_pass import Attributor
+from lightning_interp.attribution.attributor import Attributor
 from lightning_interp.data.task import Task
 from lightning_interp.views.canvas import render
 

@@ -51,7 +51,7 @@ from lightning_interp.attribution import (
     energy_inside,
     pointing,
 )
-from lightning_interp.attribution.engine.single_pass import Attributor
+from lightning_interp.attribution.attributor import Attributor
 from lightning_interp.attribution.results import Explanation
 
 PLANTED = (("acquire", "release"), ("reader", "writer"))

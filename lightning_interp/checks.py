@@ -1,4 +1,4 @@
-"""Names and arguments, checked: the error that stops a run before its first batch, counts, tags."""
+"""Checks of arguments and names: the error that stops a run before its first batch, counts, tags, tables."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 class ArgumentError(ValueError):
-    """An argument, or the data that stands in for it, cannot be used; the message names it."""
+    """An argument, or the data that it defaults to, cannot be used; the message names it."""
 
 
 def check_count(owner: str, argument: str, value: object, least: int = 1) -> None:
-    """Raise a ValueError unless a count is a whole number that is large enough."""
+    """Raise a ValueError unless a count is a whole number, `least` or more."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{owner}({argument}=...): expected a whole number from {least}, got {value!r}")
 
@@ -24,7 +24,7 @@ def check_counts(owner: str, **counts: object) -> None:
             check_count(owner, argument, value)
 
 
-def tag(part: Any) -> str:
+def tag(method: Any) -> str:
     """Return the name under which a measure, attributor or estimator is logged.
 
     Its `name`, else its `__name__`, else its `repr`.
@@ -32,11 +32,11 @@ def tag(part: Any) -> str:
     >>> tag(len), tag(3)
     ('len', '3')
     """
-    return str(getattr(part, "name", None) or getattr(part, "__name__", None) or repr(part))
+    return str(getattr(method, "name", None) or getattr(method, "__name__", None) or repr(method))
 
 
 def clean(name: str) -> str:
-    """Return a tag of letters, digits and `-_./` alone: TensorBoard rewrites any other character.
+    """Return a tag with `_` for every character but letters, digits and `-_./`, as TensorBoard would rewrite it.
 
     >>> clean("vs initial/block.0#1")
     'vs_initial/block.0_1'
@@ -45,6 +45,6 @@ def clean(name: str) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of text, a heading first, as a table in Markdown."""
-    heading, *others = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([heading, "|---" * len(rows[0]) + "|", *others])
+    """Return rows of text, the heading first, as a table in Markdown."""
+    heading, *lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([heading, "|---" * len(rows[0]) + "|", *lines])

@@ -1,4 +1,4 @@
-"""Progress of long work, as a callable, so that no room needs to know who watches."""
+"""Progress of long computations, reported through a callable, so that no room depends on how it is shown."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 @runtime_checkable
 class Progress(Protocol):
-    """Hands an iterable on and shows how far it got."""
+    """Passes an iterable through and shows how far it got."""
 
     def __call__(self, items: Iterable[T], total: int, what: str) -> Iterable[T]:
-        """Return `items`, of which there are `total`, while telling the watcher `what` is done with them."""
+        """Return `items`, of which there are `total`, and show under the name `what` how many are done."""
 
 
 def quiet(items: Iterable[T], total: int, what: str) -> Iterable[T]:
@@ -26,17 +26,17 @@ def quiet(items: Iterable[T], total: int, what: str) -> Iterable[T]:
 
 
 def bar(items: Iterable[T], total: int, what: str) -> Iterable[T]:
-    """Show a bar on standard error that goes away when done."""
+    """Show a bar on standard error that disappears at the end."""
     return tqdm(items, total=total, desc=what, leave=False, dynamic_ncols=True)
 
 
 @dataclass(frozen=True)
 class Within:
-    """Ends work early: after so many seconds nothing more is begun; the first item always is.
+    """Ends work early: after `seconds` no item is begun any more; the first always is.
 
     Args:
-        seconds: from the first item on.
-        progress: who watches.
+        seconds: counted from the start of the first item.
+        progress: shows how far it got.
     """
 
     seconds: float

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_interp import compare
-from lightning_interp.cli import MEASURES, main
-from lightning_interp.compare import table_of, told_correspondence
+from lightning_interp.cli import main
+from lightning_interp.cli.compare import MEASURES
+from lightning_interp.compare import correspondence_in_words, table_of
 from lightning_interp.similarity import CCA, CKA, SVCCA, Procrustes, RBFKernel, prepare
 from lightning_interp.similarity.results import Snapshot
 from lightning_interp.storage.folder import Folder
@@ -107,6 +110,12 @@ def test_the_command(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFix
     assert "compare/CKA/text_summary" in texts
 
 
+def test_the_module_is_the_command(runs: list[Path]) -> None:
+    command = [sys.executable, "-m", "lightning_interp.cli", "compare", str(runs[0]), str(runs[1]), "--measure", "cka"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert re.search(r"head +1\.000 ± 0\.000", finished.stdout)
+
+
 def test_the_command_tells_an_error_in_one_line(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(runs[0]), str(runs[3])]) == 2
     said = capsys.readouterr().err
@@ -195,7 +204,7 @@ def test_what_is_not_defined_is_left_out_of_means_and_counted(tmp_path: Path) ->
     assert rows["wide"] == "–"
     assert rows["mean"] == f"{found.same_layers('CCA_mean')['thin'][0]:.3f} (1 of 2 layers)"
     assert rows["by chance"].endswith("(known for 1 of 2 layers)")
-    assert told_correspondence(found, "CCA_mean") == (
+    assert correspondence_in_words(found, "CCA_mean") == (
         "most similar layer has the same name: 100%, over 1 of 2 layers with a value"
     )
     note = found.maps["CCA_mean"][0].note

@@ -152,11 +152,15 @@ DISTURBANCES: dict[str, tuple[Callable[[L.Trainer, L.LightningModule], object], 
 }
 
 
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(tmp_path_factory.mktemp("bare"), [], 0, 1)
+
+
 @pytest.mark.parametrize("name", DISTURBANCES)
 @pytest.mark.filterwarnings("ignore")
-def test_the_comparison_bites(tmp_path: Path, name: str) -> None:
+def test_the_comparison_bites(bare: dict[str, Any], tmp_path: Path, name: str) -> None:
     disturb, sees = DISTURBANCES[name]
-    bare = run(tmp_path / "bare", [], 0, 1)
     assert sees in differing(bare, run(tmp_path / "disturbed", [Disturbing(disturb)], 0, 1))
 
 

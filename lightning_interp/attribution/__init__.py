@@ -1,5 +1,6 @@
 """Attribution to input features: callables `attributor(model, inputs, target, task) -> Explanation`."""
 
+from lightning_interp.attribution.attributor import Attributor, ExplainsAllClasses, RanksPositions, importance
 from lightning_interp.attribution.cam import (
     CAM,
     GradCAM,
@@ -10,7 +11,7 @@ from lightning_interp.attribution.cam import (
     last_map_layer,
 )
 from lightning_interp.attribution.deconvnet import DeconvNet, GuidedBackprop, strongest
-from lightning_interp.attribution.engine.single_pass import explain
+from lightning_interp.attribution.engine.single_pass import explain, explain_outputs
 from lightning_interp.attribution.engine.target import (
     Score,
     Target,
@@ -23,6 +24,7 @@ from lightning_interp.attribution.engine.target import (
 from lightning_interp.attribution.integrated_gradients import IntegratedGradients
 from lightning_interp.attribution.kernel_shap import KernelSHAP
 from lightning_interp.attribution.lime import LIME, by_width
+from lightning_interp.attribution.lrp import LRP
 from lightning_interp.attribution.metrics.faithfulness import (
     DeadMaps,
     DeletionArea,
@@ -50,11 +52,14 @@ from lightning_interp.attribution.perturbed.coalitions import any_size, bernoull
 from lightning_interp.attribution.perturbed.local_models import LocalModels
 from lightning_interp.attribution.perturbed.regions import Grid, Superpixels
 from lightning_interp.attribution.saliency import InputXGradient, Saliency
+from lightning_interp.attribution.score_cam import ScoreCAM
 from lightning_interp.attribution.smoothgrad import SmoothGrad
 
 __all__ = [
     "CAM",
     "LIME",
+    "LRP",
+    "Attributor",
     "BestLocalizationError",
     "Centre",
     "DeadMaps",
@@ -62,6 +67,7 @@ __all__ = [
     "DeletionArea",
     "Edges",
     "EnergyInside",
+    "ExplainsAllClasses",
     "GradCAM",
     "GradCAMPlusPlus",
     "Grid",
@@ -75,8 +81,10 @@ __all__ = [
     "LocalizationError",
     "Occlusion",
     "PointingGame",
+    "RanksPositions",
     "Saliency",
     "Score",
+    "ScoreCAM",
     "SmoothGrad",
     "Superpixels",
     "Target",
@@ -89,9 +97,11 @@ __all__ = [
     "deletion_curve",
     "energy_inside",
     "explain",
+    "explain_outputs",
     "flat_map",
     "grad_cam",
     "grad_cam_plus_plus",
+    "importance",
     "insertion_curve",
     "label_probability",
     "last_map_layer",

@@ -11,13 +11,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_interp.attribution.engine.explained_input import ExplainedInput
+from lightning_interp.attribution.engine.forward_backward import (
+    LAST_MAP,
+    LayerGradients,
+    PassResult,
+    forward_backward,
+    known_target,
+)
+from lightning_interp.attribution.engine.goal import OfTarget
 from lightning_interp.attribution.engine.last_map import at_inputs_size
-from lightning_interp.attribution.engine.single_pass import LAST_MAP, OfTarget, Pass, SinglePass, single_pass
+from lightning_interp.attribution.engine.single_pass import SinglePass
 from lightning_interp.attribution.engine.target import Score, Target, logit, per_class
 from lightning_interp.attribution.saliency import suffix
 from lightning_interp.data.batch import at_least_float32
 from lightning_interp.data.task import Task
 from lightning_interp.network.undisturbed import explaining
+
+LOGIT_TOLERANCE = 1e-3  # of the largest logit: far above the rounding of float32; any other head differs by more
 
 
 @dataclass(frozen=True)
@@ -55,10 +65,11 @@ class GradientMap(SinglePass):
     def combined(self, activations: Float[Tensor, "n c *at"], gradients: Float[Tensor, "n c *at"]) -> Tensor:
         """Return the map before its ReLU, `(n, *at)`."""
 
-    def read(self, seen: Pass, layer: str) -> Tensor:
+    def read(self, result: PassResult, layer: str) -> Tensor:
         """Return the map after its ReLU, at the input's size."""
-        held = with_positions(seen.layers[layer], layer)
-        return at_inputs_size(at_least_float32(self.combined(*held)).relu(), seen.explained.raw, layer)
+        activations, gradients = with_positions(result.layers[layer], layer)
+        combined = at_least_float32(self.combined(activations, gradients))
+        return at_inputs_size(combined.relu(), result.explained.raw, layer)
 
 
 @dataclass(frozen=True)
@@ -67,8 +78,8 @@ class GradCAM(GradientMap):
 
     map = ReLU(Σ_k w_k A_k), w_k the mean over positions of ∂ logit_target / ∂A_k, A the layer's output: feature
     maps, or tokens. Upsampled bilinearly to the input's size; `(n, H, W)` for images, `(n, tokens)` for text. No
-    gradient is computed below the layer. The map is as coarse as the layer: on a 1 × 1 output it says nothing, and a
-    map of zeros means that no position speaks for the target.
+    gradient is computed below the layer. The map is as coarse as the layer: a 1 × 1 output has no positions to show. A
+    map of zeros means that no position is evidence for the target.
 
     Reference: Selvaraju et al., Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization,
     2017.
@@ -110,7 +121,7 @@ class HiResCAM(GradientMap):
 
     map = ReLU(Σ_k A_k ⊙ ∂ logit_target / ∂A_k). Equal to Grad-CAM where all positions have the same gradient, as
     under global average pooling; elsewhere it shows the positions that were used, where Grad-CAM's mean spreads one
-    position's gradient over all. The one to take for transformers, whose tokens have very
+    position's gradient over all. Preferable for transformers, whose tokens have very
     different gradients.
 
     Reference: Draelos and Carin, Use HiResCAM instead of Grad-CAM for faithful explanations of convolutional neural
@@ -160,25 +171,25 @@ class CAM(SinglePass):
         """Where: at the layer."""
         return self.layer or LAST_MAP
 
-    def read(self, seen: Pass, layer: str) -> Tensor:
+    def read(self, result: PassResult, layer: str) -> Tensor:
         """Return the signed map at the input's size.
 
         Raises:
             ValueError: the outputs are no linear function of the map's mean over positions.
         """
-        activations, gradients = with_positions(seen.layers[layer], layer)
-        if not _pooled_and_linear(seen.explained.model, activations, seen.outputs):
+        activations, gradients = with_positions(result.layers[layer], layer)
+        if not _pooled_and_linear(result.explained.model, activations, result.outputs):
             raise ValueError(
                 f"CAM(layer={layer!r}): expected a network whose outputs are one linear layer (or nothing) of this"
                 f" layer's mean over positions, got one of which that is not so; use GradCAM()"
             )
         summed = gradients.flatten(2).sum(2)  # of such a network, the linear layer's weights for the target
-        return at_inputs_size(at_least_float32(_weighted(activations, summed)), seen.explained.raw, layer)
+        return at_inputs_size(at_least_float32(weighted_sum(activations, summed)), result.explained.raw, layer)
 
 
 def grad_cam(activations: Float[Tensor, "n c *at"], gradients: Float[Tensor, "n c *at"]) -> Float[Tensor, "n *at"]:
     """Return the map before its ReLU: Σ_k A_k · mean over positions of ∂s/∂A_k."""
-    return _weighted(activations, gradients.flatten(2).mean(2))
+    return weighted_sum(activations, gradients.flatten(2).mean(2))
 
 
 def grad_cam_plus_plus(
@@ -187,37 +198,42 @@ def grad_cam_plus_plus(
     """Return the map before its ReLU: Σ_k A_k · Σ_positions α ReLU(g)."""
     g, total = gradients.flatten(2), activations.flatten(2).sum(2, keepdim=True)
     weights = torch.where(g <= 0, torch.zeros_like(g), g / (2 + g * total))  # so NaN stays NaN
-    return _weighted(activations, weights.sum(2))
+    return weighted_sum(activations, weights.sum(2))
 
 
-def _weighted(activations: Float[Tensor, "n c *at"], weights: Float[Tensor, "n c"]) -> Float[Tensor, "n *at"]:
+def weighted_sum(activations: Float[Tensor, "n c *at"], weights: Float[Tensor, "n c"]) -> Float[Tensor, "n *at"]:
+    """Return the sum of a layer's channels, each times its weight."""
     return torch.einsum("nc,nc...->n...", weights, activations)
 
 
-def with_positions(seen: tuple[Tensor, Tensor], layer: str) -> tuple[Tensor, Tensor]:
-    """Return activations and gradients of a layer.
+def with_positions(layer_gradients: LayerGradients, layer: str) -> LayerGradients:
+    """Return a layer's activations and gradients unchanged, where they have positions.
 
     Raises:
         ValueError: they have no positions.
     """
-    if seen[0].ndim < 3:
-        shape = tuple(seen[0].shape)
+    if layer_gradients.activations.ndim < 3:
+        shape = tuple(layer_gradients.activations.shape)
         raise ValueError(f"layer={layer!r}: expected an output (n, channels, H, W) or (n, tokens, d), got {shape}")
-    return seen[0], seen[1]
+    return layer_gradients
 
 
 def _pooled_and_linear(model: nn.Module, activations: Tensor, outputs: Tensor) -> bool:
-    """Say whether the outputs are those of one linear layer, or none, of the activations' mean over positions."""
+    """Return whether the outputs are one linear layer (or nothing) of the activations' mean over positions."""
     pooled, logits = activations.flatten(2).mean(2), per_class(outputs)
-    heads = [part for part in model.modules() if isinstance(part, nn.Linear) and part.in_features == pooled.shape[1]]
-    made = [F.linear(pooled.to(part.weight), part.weight, part.bias) for part in heads] + [pooled]
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    heads = [layer for layer in linear if layer.in_features == pooled.shape[1]]
+    candidates = [F.linear(pooled.to(head.weight), head.weight, head.bias) for head in heads] + [pooled]
     scale = logits.abs().max().clamp(min=1e-12)
-    # Where an output is NaN so is the map: the shape alone says what network it is.
-    return any(one.shape == logits.shape and not bool(((one - logits).abs() > 1e-3 * scale).any()) for one in made)
+    # "Not above" rather than "below": a network with NaN outputs is judged by shape alone, and its map is NaN.
+    return any(
+        candidate.shape == logits.shape and not bool(((candidate - logits).abs() > LOGIT_TOLERANCE * scale).any())
+        for candidate in candidates
+    )
 
 
 def check_layer(owner: str, layer: object) -> None:
-    """Raise a TypeError where a layer is not given by name."""
+    """Raise a TypeError unless a layer is a name or None."""
     if layer is not None and not isinstance(layer, str):
         raise TypeError(f"{owner}(layer=...): expected a layer's name or None, got {layer!r}")
 
@@ -234,4 +250,5 @@ def last_map_layer(model: nn.Module, inputs: object, target: Target, task: Task 
         ValueError: no layer gives a map or tokens.
     """
     with explaining(model):
-        return single_pass(ExplainedInput(model, inputs, task), target, layers=[LAST_MAP], of_input=False).last
+        explained = ExplainedInput(model, inputs, task)
+        return forward_backward(explained, known_target(target), OfTarget(), layers=[LAST_MAP], of_input=False).last_map

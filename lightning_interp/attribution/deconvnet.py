@@ -11,10 +11,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lightning_interp.attribution.cam import check_layer
+from lightning_interp.attribution.engine.forward_backward import INPUT, PassResult, check_layers
+from lightning_interp.attribution.engine.goal import Goal, OfTarget
 from lightning_interp.attribution.engine.last_map import positions_of
-from lightning_interp.attribution.engine.relu_rules import ReluRule, deconvnet, guided
-from lightning_interp.attribution.engine.single_pass import INPUT, Goal, OfTarget, Pass, SinglePass, check_layers
+from lightning_interp.attribution.engine.relu_rules import DECONVNET, GUIDED, ReluRule
+from lightning_interp.attribution.engine.single_pass import SinglePass
 from lightning_interp.attribution.engine.target import Target
+from lightning_interp.attribution.results import Ranking
 from lightning_interp.attribution.saliency import of_input
 from lightning_interp.data.batch import count_samples, tensors
 from lightning_interp.data.task import Task
@@ -29,12 +32,12 @@ class DeconvNet(SinglePass):
     ReLU(signal), whatever its own input was. Signed, in the shape of the input. Without a layer the target's logit is
     projected. With one, the strongest activation of a channel: all others of the layer are set to zero, as in the
     paper, and what comes out is the pattern of the input that excites it. It looks much the same for any class: it
-    shows what a feature is, not why the network answers as it does.
+    shows what a feature is, not why the network chose a class.
 
     Reference: Zeiler and Fergus, Visualizing and Understanding Convolutional Networks, 2014.
 
     Args:
-        layer: name of the layer whose feature map is projected; the target is then not looked at.
+        layer: name of the layer whose feature map is projected; the target is then ignored.
         channel: which of its channels; each sample's own strongest when None.
     """
 
@@ -49,8 +52,8 @@ class DeconvNet(SinglePass):
     @property
     def name(self) -> str:
         """Tag of the method."""
-        parts = ["DeconvNet", self.layer, None if self.channel is None else str(self.channel)]
-        return "_".join(part for part in parts if part is not None)
+        words = ["DeconvNet", self.layer, None if self.channel is None else str(self.channel)]
+        return "_".join(word for word in words if word is not None)
 
     @property
     def goal(self) -> Goal:
@@ -60,16 +63,21 @@ class DeconvNet(SinglePass):
     @property
     def rule(self) -> ReluRule:
         """Positive signals pass."""
-        return deconvnet
+        return DECONVNET
 
     @property
     def at(self) -> str:
         """Where: at the input."""
         return INPUT
 
-    def read(self, seen: Pass, layer: str) -> Tensor:
+    @property
+    def ranked_by(self) -> Ranking:
+        """By size: a gradient's sign is a direction, not an importance."""
+        return "size"
+
+    def read(self, result: PassResult, layer: str) -> Tensor:
         """Return what arrives at the input; of tokens its norm."""
-        return _arrived(seen)
+        return _arrived(result)
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ class GuidedBackprop(SinglePass):
     """Guided backpropagation: the gradient of the target's logit, of which each ReLU passes the positive part alone.
 
     A ReLU passes a gradient where its own input was positive and the gradient is, too. Signed, in the shape of the
-    input. Sharp pictures that hardly change when the network's upper layers are drawn anew: it recovers the image's
+    input. Sharp pictures that hardly change when the network's upper layers are reinitialised: it recovers the image's
     edges rather than what the network has learned (Adebayo et al. 2018), so do not read an explanation into it.
 
     Reference: Springenberg et al., Striving for Simplicity: The All Convolutional Net, 2015.
@@ -96,16 +104,21 @@ class GuidedBackprop(SinglePass):
     @property
     def rule(self) -> ReluRule:
         """Positive gradients pass where the input did."""
-        return guided
+        return GUIDED
 
     @property
     def at(self) -> str:
         """Where: at the input."""
         return INPUT
 
-    def read(self, seen: Pass, layer: str) -> Tensor:
+    @property
+    def ranked_by(self) -> Ranking:
+        """By size: a gradient's sign is a direction, not an importance."""
+        return "size"
+
+    def read(self, result: PassResult, layer: str) -> Tensor:
         """Return what arrives at the input; of tokens its norm."""
-        return _arrived(seen)
+        return _arrived(result)
 
 
 @dataclass(frozen=True)
@@ -150,21 +163,22 @@ def strongest(
         ValueError: the layer is unknown or was not called, or has no such channel.
     """
     check_layers(model, [layer])
-    found: list[Tensor] = []
+    batch_maxima: list[Tensor] = []
     n = 0
 
-    def hook(name: str, part: nn.Module, _: Any, output: Any) -> None:
-        given = next(tensors(output))
-        found.append(strongest_of(positions_of(name, part, given, n), channel, name).detach().float().cpu())
+    def hook(name: str, module: nn.Module, _: Any, output: Any) -> None:
+        activations = next(tensors(output))
+        maxima = strongest_of(positions_of(name, module, activations, n), channel, name)
+        batch_maxima.append(maxima.detach().float().cpu())
 
     with undisturbed(model), torch.no_grad(), hooked(model, [layer], hook):
         for batch in batches:
             inputs = task.inputs(batch)
             n = count_samples(inputs)
             task.outputs(model, inputs)
-    if not found:
+    if not batch_maxima:
         raise ValueError(f"layer={layer!r}: expected a layer that forward calls, but it was not called")
-    best = torch.cat(found).topk(min(k, sum(map(len, found))))
+    best = torch.cat(batch_maxima).topk(min(k, sum(map(len, batch_maxima))))
     return StrongestImage(best.indices, best.values)
 
 
@@ -172,10 +186,10 @@ def strongest_of(activations: Float[Tensor, "n c *at"], channel: int | None, lay
     """Return each sample's largest activation of a channel, or of all."""
     if channel is not None and not 0 <= channel < activations.shape[1]:
         raise ValueError(f"channel: expected 0 to {activations.shape[1] - 1} at {layer!r}, got {channel}")
-    chosen = activations if channel is None else activations[:, channel : channel + 1]
-    return chosen.flatten(1).max(1).values
+    channels = activations if channel is None else activations[:, channel : channel + 1]
+    return channels.flatten(1).max(1).values
 
 
-def _arrived(seen: Pass) -> Tensor:
-    gradient = of_input(seen.gradient)
-    return gradient.norm(dim=-1) if seen.explained.tokens else gradient
+def _arrived(result: PassResult) -> Tensor:
+    gradient = of_input(result.gradient)
+    return gradient.norm(dim=-1) if result.explained.tokens else gradient

@@ -27,20 +27,20 @@ class KernelSHAP:
 
     φ = argmin Σ_z w(z) (logit_target(x with just the parts z) − logit_target(baseline) − zᵀφ)² over coalitions z of the
     M parts, s of them on, w = (M − 1) / (C(M, s) · s · (M − s)), under Σ φ = logit_target(x) − logit_target(baseline),
-    which holds exactly. Where M parts have at most `samples` coalitions, all are asked and φ is exact (10 parts at the
-    default); else coalitions are drawn by the kernel, in pairs of opposites, seeded by the sample itself: the same in
-    every batch, epoch and run. Maps as for LIME: `(n, columns)` for tables, `(n, tokens)`, `(n, H, W)`; signed.
+    which holds exactly. Where M parts have at most `samples` coalitions, all are evaluated and φ is exact (10 parts at
+    the default); else coalitions are drawn by the kernel, in pairs of opposites, seeded by the sample itself: the
+    same in every batch, epoch and run. Maps as for LIME: `(n, columns)` for tables, `(n, tokens)`, `(n, H, W)`; signed.
 
-    One baseline stands for "off". Shapley values over a set of background rows are the mean of the maps over them.
-    Where columns depend on each other, coalitions show the network rows that do not occur.
+    "Off" is one baseline here. Shapley values over a set of background rows are the mean of the maps over them.
+    Where columns depend on each other, coalitions contain rows that do not occur.
 
     Reference: Lundberg and Lee, A unified approach to interpreting model predictions, 2017.
 
     Args:
-        samples: coalitions at most, beside the empty and the full one.
+        samples: coalitions at most, not counting the empty and the full one.
         parts: sample → the part (a whole number) at each position, below 0 where nothing is ever switched off; chosen
             as for LIME when None.
-        baseline: what stands where a part is off: a number (of token ids, the mask or padding token), one per channel
+        baseline: what replaces a part that is off: a number (of token ids, the mask or padding token), one per channel
             or column (of tables, say, the training set's mean), a tensor in the shape of one sample, or a function of
             the inputs.
         score: what is explained: `logit`, `probability`, `log_probability`, or a function like them.
@@ -74,22 +74,22 @@ class KernelSHAP:
         Raises:
             ValueError: the target, the parts or the baseline do not fit, or the samples are too few for the parts.
         """
-        asked = score_coalitions(self, model, inputs, target, task)
-        return local_models(self, asked).of_target(recorded(target, len(asked.labels)))
+        scored = score_coalitions(self, model, inputs, target, task)
+        return local_models(self, scored).of_target(recorded(target, len(scored.labels)))
 
     def all_classes(self, model: nn.Module, inputs: Any, task: Task = Task()) -> LocalModels:
         """Find every class's values from one set of forwards; `.of(target)` gives the maps of a class per sample."""
         return local_models(self, score_coalitions(self, model, inputs, None, task))
 
-    def coalitions(self, parts: int, generator: Generator) -> Tensor:
+    def coalitions(self, n_parts: int, generator: Generator) -> Tensor:
         """Return the full and the empty coalition, and those drawn."""
-        ends = torch.tensor([[True], [False]]).expand(2, parts)
-        return torch.cat([ends, shapley(parts, self.samples, generator)])
+        ends = torch.tensor([[True], [False]]).expand(2, n_parts)
+        return torch.cat([ends, shapley(n_parts, self.samples, generator)])
 
     def fit(self, coalitions: Tensor, scores: Tensor) -> LocalModel:
         """Return one sample's values of each column of scores."""
         full, none = scores[:2].double()
-        inner, parts = coalitions[2:], coalitions.shape[1]
-        exact = countable(parts, self.samples)
+        inner, n_parts = coalitions[2:], coalitions.shape[1]
+        exact = countable(n_parts, self.samples)
         weights = shapley_kernel(inner) if exact else torch.ones(len(inner), dtype=torch.float64)
         return with_fixed_sum(inner, scores[2:], weights, none, full - none)

@@ -1,4 +1,4 @@
-"""LIME: a linear model that stands for the network around one sample."""
+"""LIME: a linear model that approximates the network around one sample."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_interp.attribution.saliency import suffix
 from lightning_interp.checks import check_count
 from lightning_interp.data.task import Task
 
-WIDTH = 0.25
+WIDTH = 0.25  # the default of the paper's reference implementation for images
 
 
 def locality(coalitions: Bool[Tensor, "draws parts"], width: float) -> Float[Tensor, " draws"]:
@@ -31,15 +31,15 @@ def locality(coalitions: Bool[Tensor, "draws parts"], width: float) -> Float[Ten
 
 @dataclass(frozen=True)
 class LIME:
-    """Coefficients of a linear model that says, near a sample, what the network does when parts of it are off.
+    """Coefficients of a linear model of what the network does, near a sample, when parts of it are switched off.
 
     β, b = argmin Σ_z exp(−d(z)² / σ²) (logit_target(x with just the parts z) − b − zᵀβ)² + ridge · ‖β‖², over drawn
     coalitions z, d the cosine distance to all parts being on, σ² = 2 · width². Each position of a map has its part's
     coefficient: `(n, H, W)` for images, `(n, tokens)` for token ids, `(n, columns)` for tables; signed. No gradient is
-    needed. How much of the network's variation the linear model catches is `facts["r2"]`: where it is small, parts act
-    together and no map of single parts tells how. The coefficients depend on the parts, on what stands for "off", and
-    on the width, whose choice is not clear: see `by_width`. The draws are seeded by the sample itself: the same in
-    every batch, epoch and run.
+    needed. How much of the network's variation the linear model catches is `facts["r2"]`: where it is small, parts
+    interact and no map of single parts shows how. The coefficients depend on the parts, on the baseline that replaces
+    them, and on the width, whose choice is not clear: see `by_width`. The draws are seeded by the sample itself: the
+    same in every batch, epoch and run.
 
     Reference: Ribeiro et al., "Why should I trust you?" Explaining the predictions of any classifier, 2016.
 
@@ -49,7 +49,7 @@ class LIME:
             `Superpixels()`, `Grid()` or a function `(C, H, W)` → `(H, W)`. When None, superpixels of images (a grid
             without scikit-image), each token that counts by `task.mask`, each column of a table.
         width: of the kernel; the paper's σ² is 2 · width².
-        baseline: what stands where a part is off: a number (of token ids, the mask or padding token), one per channel
+        baseline: what replaces a part that is off: a number (of token ids, the mask or padding token), one per channel
             or column (of tables, say, the training set's mean), a tensor in the shape of one sample, or a function of
             the inputs.
         ridge: penalty on the squares; not in use with `features`.
@@ -99,16 +99,16 @@ class LIME:
         Raises:
             ValueError: the target, the parts or the baseline do not fit.
         """
-        asked = score_coalitions(self, model, inputs, target, task)
-        return local_models(self, asked).of_target(recorded(target, len(asked.labels)))
+        scored = score_coalitions(self, model, inputs, target, task)
+        return local_models(self, scored).of_target(recorded(target, len(scored.labels)))
 
     def all_classes(self, model: nn.Module, inputs: Any, task: Task = Task()) -> LocalModels:
         """Fit the models of every class to one set of forwards; `.of(target)` gives the maps of a class per sample."""
         return local_models(self, score_coalitions(self, model, inputs, None, task))
 
-    def coalitions(self, parts: int, generator: Generator) -> Tensor:
+    def coalitions(self, n_parts: int, generator: Generator) -> Tensor:
         """Return which parts are on, `(samples, parts)`."""
-        return self.draw(parts, self.samples, generator)
+        return self.draw(n_parts, self.samples, generator)
 
     def fit(self, coalitions: Tensor, scores: Tensor) -> LocalModel:
         """Return one sample's linear model of each column of scores."""
@@ -123,7 +123,7 @@ def by_width(
 ) -> tuple[Explanation, ...]:
     """Return the explanation at each width of the kernel, all from one set of forwards.
 
-    Maps and R² that change much from width to width say that "near the sample" has no one meaning here.
+    Where maps and R² change much from width to width, "near the sample" has no single meaning.
 
     Args:
         lime: the method; its own width does not matter.
@@ -134,5 +134,5 @@ def by_width(
         task: how to call the model.
     """
     methods = [replace(lime, width=width) for width in widths]
-    asked = score_coalitions(lime, model, inputs, target, task)
-    return tuple(local_models(method, asked).of_target(recorded(target, len(asked.labels))) for method in methods)
+    scored = score_coalitions(lime, model, inputs, target, task)
+    return tuple(local_models(method, scored).of_target(recorded(target, len(scored.labels))) for method in methods)

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_interp.attribution.engine.single_pass import INPUT, OfTarget, Pass, SinglePass
+from lightning_interp.attribution.engine.forward_backward import INPUT, PassResult
+from lightning_interp.attribution.engine.goal import OfTarget
+from lightning_interp.attribution.engine.single_pass import SinglePass
 from lightning_interp.attribution.engine.target import Score, logit
+from lightning_interp.attribution.results import Ranking
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,9 @@ class Saliency(InputMap):
 
     map = ∂ logit_target / ∂x, signed, in the shape of x; shown as the largest absolute value over channels. For
     token ids, the norm over the embedding's dimensions of the gradient at the output of the embedding that looks
-    them up, `(n, tokens)`. It says where a small change would move the logit, not what the logit is made of, and is
-    noisy where the network has many ReLUs. The gradient of the probability is another quantity: p_t times what is left
-    of the logit's gradient after the mean over classes, weighted by probability, is taken off.
+    them up, `(n, tokens)`. It shows where a small change would move the logit, not what the logit is made of, and is
+    noisy where the network has many ReLUs. The gradient of the probability is another quantity: p_t times the
+    logit's gradient less its mean over classes, weighted by their probabilities.
 
     Reference: Simonyan et al., Deep Inside Convolutional Networks, 2013.
 
@@ -58,10 +61,15 @@ class Saliency(InputMap):
     True
     """
 
-    def read(self, seen: Pass, layer: str) -> Tensor:
+    @property
+    def ranked_by(self) -> Ranking:
+        """By size: a gradient's sign is a direction, not an importance."""
+        return "size"
+
+    def read(self, result: PassResult, layer: str) -> Tensor:
         """Return the gradient; of tokens its norm."""
-        gradient = of_input(seen.gradient)
-        return gradient.norm(dim=-1) if seen.explained.tokens else gradient
+        gradient = of_input(result.gradient)
+        return gradient.norm(dim=-1) if result.explained.tokens else gradient
 
 
 @dataclass(frozen=True)
@@ -78,19 +86,19 @@ class InputXGradient(InputMap):
         score: what is differentiated: `logit`, `probability`, `log_probability`, or a function like them.
     """
 
-    def read(self, seen: Pass, layer: str) -> Tensor:
+    def read(self, result: PassResult, layer: str) -> Tensor:
         """Return the product; of tokens its sum over dimensions."""
-        product = of_input(seen.values) * of_input(seen.gradient)
-        return product.sum(-1) if seen.explained.tokens else product
+        product = of_input(result.values) * of_input(result.gradient)
+        return product.sum(-1) if result.explained.tokens else product
 
 
-def suffix(score: Score) -> str:
-    """Return what a tag gets where the score is not the logit."""
-    return "" if score is logit else f"_of_{getattr(score, '__name__', repr(score))}"
+def suffix(score: Score, default: Score = logit) -> str:
+    """Return what a tag gets where the score is not the method's default."""
+    return "" if score is default else f"_of_{getattr(score, '__name__', repr(score))}"
 
 
 def of_input(tensor: Tensor | None) -> Tensor:
-    """Return what a pass holds of the input.
+    """Return a tensor of the input's gradient, which the pass was run with.
 
     Raises:
         RuntimeError: it was run without.

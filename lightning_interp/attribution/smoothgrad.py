@@ -25,7 +25,7 @@ class SmoothGrad:
 
     map = mean over draws of ∂ logit_target / ∂x at x + σ ε, ε standard normal, σ = noise · (max x − min x) of that
     sample; signed, in the shape of x; for token ids of their embeddings, the norm over dimensions, `(n, tokens)`. Less
-    noisy to look at than the gradient; it is the gradient of the network blurred by that much. The draws are seeded by
+    noisy than the gradient; it is the gradient of the network blurred by that much. The draws are seeded by
     the sample itself: the same in every batch, epoch and run.
 
     Reference: Smilkov et al., SmoothGrad: removing noise by adding noise, 2017.
@@ -81,7 +81,7 @@ class SmoothGrad:
                 total.index_add_(0, rows, gradient.to(total.dtype))
             maps = total / self.draws
         maps = maps.norm(dim=-1) if explained.tokens else maps
-        return Explanation(self.name, maps.cpu(), recorded(target, len(maps)))
+        return Explanation(self.name, maps.cpu(), recorded(target, len(maps)), ranked_by="size")
 
 
 def _normal(seed: int, like: Tensor) -> Tensor:

@@ -12,25 +12,26 @@ from lightning_interp.views.canvas import Pixels
 
 
 class Loggers:
-    """All loggers of a trainer behind three calls; a logger that cannot show a thing is passed over.
+    """All loggers of a trainer behind four calls; a logger that cannot show a thing is passed over.
 
     Scalars go to every logger; images and texts to TensorBoard, and to loggers that offer `log_image` and
     `log_text` (Weights & Biases does).
 
     Args:
         loggers: `trainer.loggers`.
-        room: the callback's folder; where it is a second one's, as `attribution-2`, tags that begin with `attribution`
-            begin with it.
+        room: the callback's folder. Of a second callback of its class, `attribution-2`, tags that begin with
+            `attribution` begin with `attribution-2` instead.
     """
 
     def __init__(self, loggers: Sequence[Logger], room: str = "") -> None:
         self._loggers = list(loggers)
-        self._room, number = room.rpartition("-")[0], room.rpartition("-")[2]
-        self._number = f"-{number}" if number.isdigit() else ""
+        kind, _, number = room.rpartition("-")
+        self._kind, self._number = (kind, f"-{number}") if number.isdigit() else (room, "")
 
     def _tag(self, name: str) -> str:
-        second = self._number and name.startswith(self._room)
-        return clean(f"{self._room}{self._number}{name[len(self._room) :]}" if second else name)
+        if self._number and name.startswith(self._kind):
+            name = f"{self._kind}{self._number}{name.removeprefix(self._kind)}"
+        return clean(name)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Log numbers at an optimizer step."""

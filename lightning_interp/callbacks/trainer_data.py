@@ -1,4 +1,4 @@
-"""A trainer's data, device and precision, reached without changing the run."""
+"""A trainer's data, device, precision and progress bar, reached without changing the run."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from lightning_interp.data.dataset_rng import preserve_dataset_rng
 from lightning_interp.data.samples import Samples
 from lightning_interp.data.task import SAMPLES_TO_SETTLE, Task, settle_kind
 from lightning_interp.network.weights import loaded
+from lightning_interp.progress import Progress, bar, quiet
 
 
 class Source(NamedTuple):
@@ -193,3 +194,9 @@ class _Moved:
         with preserve_dataset_rng(getattr(self.batches, "dataset", self.batches)):
             for batch in self.batches:
                 yield self.move(batch)
+
+
+def progress_of(trainer: pl.Trainer) -> Progress:
+    """Return a progress bar where the trainer has one, else silence."""
+    progress_bar = trainer.progress_bar_callback
+    return bar if progress_bar is not None and getattr(progress_bar, "is_enabled", True) else quiet

@@ -15,10 +15,11 @@ from typing import Any
 
 from lightning_interp import DataInfluence
 
-LOGGERS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
+# Under the names of both packages that Lightning is installed as.
+LIGHTNING_LOGGERS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
 
 
-def add_to(commands: Any) -> None:
+def add_influence_command(commands: Any) -> None:
     """Add the command and its options to the subparsers of a command line."""
     command = commands.add_parser(
         "influence",
@@ -55,14 +56,14 @@ def add_to(commands: Any) -> None:
         "--precision", default="32-true", help='as for a Trainer: "32-true" (the default), "bf16-mixed"'
     )
     command.add_argument("--trust", action="store_true", help="unpickle all the checkpoint holds, which may run code")
-    command.set_defaults(run=run)
+    command.set_defaults(run=run_influence)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Run the command.
+def run_influence(options: argparse.Namespace) -> None:
+    """Score the training samples for the queries, write the report and print where it is.
 
     Raises:
-        FileNotFoundError, ValueError, TypeError: an option is off; the message names it.
+        FileNotFoundError, ValueError, TypeError: an option cannot be used; the message names it.
     """
     callback = DataInfluence(
         queries=options.queries,
@@ -71,8 +72,8 @@ def run(options: argparse.Namespace) -> None:
         retrain="last_layer" if options.check else None,
         budget_seconds=options.budget,
     )
-    module, data = (named(getattr(options, name), name) for name in ("module", "data"))
-    with _quiet() as said:
+    module, data = (import_object(getattr(options, name), name) for name in ("module", "data"))
+    with _muted_lightning() as caught:
         report = callback.explain(
             options.checkpoint,
             module,
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
             precision=options.precision,
             trusted=options.trust,
         )
-    for warning in said:
+    for warning in caught:
         owner, _, note = str(warning.message).partition(": ")
         if owner == "DataInfluence":
             print(f"note: {note}")
@@ -91,44 +92,48 @@ def run(options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[list[warnings.WarningMessage]]:
-    """Keep Lightning from telling of itself, and collect what is warned of."""
-    loggers = [logging.getLogger(name) for name in LOGGERS]
+def _muted_lightning() -> Iterator[list[warnings.WarningMessage]]:
+    """Silence Lightning's messages on its own setup, and collect the warnings."""
+    loggers = [logging.getLogger(name) for name in LIGHTNING_LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)
     try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            yield said
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")  # else one that was warned of before in this process would be missing
+            yield caught
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
 
-def named(reference: str | None, option: str) -> Any:
-    """Return what `package.module:name` refers to, the current directory among the places looked in; None for None.
+def import_object(reference: str | None, option: str) -> Any:
+    """Return what `package.module:name` refers to, searched for in the current directory too; None for None.
+
+    Args:
+        reference: as typed.
+        option: name of the option, for messages.
 
     Raises:
-        ValueError: it is of another form, or there is no such thing.
+        ValueError: the reference is of another form, or there is no such object.
     """
     if reference is None:
         return None
-    place, _, name = reference.partition(":")
-    if not place or not name:
+    module_name, _, attribute_path = reference.partition(":")
+    if not module_name or not attribute_path:
         raise ValueError(f"--{option}: expected package.module:Name, got {reference!r}")
-    if os.getcwd() not in sys.path:
+    if os.getcwd() not in sys.path:  # an installed command has its own folder at the front, not the user's
         sys.path.insert(0, os.getcwd())
     try:
-        return reduce(getattr, name.split("."), importlib.import_module(place))
+        return reduce(getattr, attribute_path.split("."), importlib.import_module(module_name))
     except AttributeError:
-        raise ValueError(f"--{option}: {place} has no {name}") from None
-    except Exception as error:
-        raise ValueError(f"--{option}: cannot import {place} ({type(error).__name__}: {error})") from error
+        raise ValueError(f"--{option}: {module_name} has no {attribute_path}") from None
+    except Exception as error:  # importing runs the user's code, which may raise anything
+        raise ValueError(f"--{option}: cannot import {module_name} ({type(error).__name__}: {error})") from error
 
 
 def _indices(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        return [int(index) for index in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected whole numbers with commas between, got {text!r}") from None

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from lightning_interp.network.checkpoint_file import checkpoint_content, is_file
 
 Checkpoint = Mapping[str, Tensor] | str | os.PathLike[str]
 
@@ -22,10 +20,11 @@ def loaded(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
 
     Args:
         model: its parameters stay the same objects.
-        checkpoint: a state dict, or the path of a Lightning checkpoint, of a state dict by `torch.save`, or of a
-            safetensors file. Nothing but tensors and plain Python is unpickled.
+        checkpoint: a state dict; or the path or fsspec address of a Lightning checkpoint, of a state dict by
+            `torch.save`, or of a safetensors file. Nothing but tensors and plain Python is unpickled.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: the file holds other things, or its weights do not fit the model.
     """
     originals = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
@@ -48,7 +47,7 @@ def check_checkpoints(owner: str, checkpoints: Sequence[Checkpoint]) -> None:
     if isinstance(checkpoints, (str, os.PathLike, Mapping)) or not checkpoints:
         raise ValueError(f"{owner}: expected a list of state dicts or paths, got {_describe_checkpoint(checkpoints)}")
     for checkpoint in checkpoints:
-        if not isinstance(checkpoint, Mapping) and not Path(checkpoint).is_file():
+        if not isinstance(checkpoint, Mapping) and not is_file(checkpoint):
             raise FileNotFoundError(f"{owner}: expected a checkpoint file, got {_describe_checkpoint(checkpoint)}")
 
 
@@ -64,17 +63,7 @@ def _load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
 def _state_dict(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
     if isinstance(checkpoint, Mapping):
         return checkpoint
-    if Path(checkpoint).suffix == ".safetensors":
-        return load_file(checkpoint)
-    try:
-        content: Any = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"checkpoint: expected tensors and plain Python in {checkpoint}, got more; load it yourself where you trust"
-            " it, and pass its state dict"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"checkpoint: expected a state dict in {checkpoint}, got {_type_name(content)}")
+    content = checkpoint_content(checkpoint)
     return content.get("state_dict", content)
 
 

@@ -44,6 +44,14 @@ class Pooling:
         changed = [name for name in ("maps", "tokens") if getattr(self, name) != getattr(default, name)]
         return "".join(f"_{name}_{getattr(self, name)}" for name in changed)
 
+    @property
+    def description(self) -> str:
+        """The two choices in a sentence."""
+        maps = {"flatten": "one feature per channel and position", "pool": "the mean over positions of each channel"}
+        tokens = {"mean": "the mean over tokens", "cls": "the first token", "flatten": "one per token and channel"}
+        rows = "each of up to 16 positions is a row"
+        return f"Features of maps: {maps.get(self.maps, rows)}; of sequences: {tokens.get(self.tokens, rows)}."
+
 
 def feature_count(layout: Layout, pooling: Pooling) -> int:
     """Return the number of features d of a call."""

@@ -1,1 +1,1 @@
-"""A run's record on disk."""
+"""A run's folder on disk: whole files, snapshots of layers, attribution maps."""

@@ -1,13 +1,15 @@
-"""A run's folder on disk: files written whole or not at all."""
+"""A run's folder, local or at an fsspec address: files written whole or not at all."""
 
 from __future__ import annotations
 
-import os
 import posixpath
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import fsspec
+
+from lightning_interp.atomic import atomic_write
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,7 @@ class Folder:
     """A local folder or an fsspec address (`s3://…`).
 
     Args:
-        path: the folder; made at the first write.
+        path: of the folder, which is made at the first write.
     """
 
     path: str
@@ -34,27 +36,19 @@ class Folder:
         return bool(system.exists(path))
 
     def write(self, name: str, data: bytes | str) -> str:
-        """Write a file whole: a reader, or a kill at any moment, finds the old one or the new one.
+        """Write a file whole: whoever reads it, also after a kill at any moment, finds the old content or the new.
 
         Returns:
             The file's path.
         """
-        raw = data.encode() if isinstance(data, str) else data
+        content = data.encode() if isinstance(data, str) else data
         system, path = fsspec.core.url_to_fs(self.file(name))
         system.makedirs(system._parent(path), exist_ok=True)
-        if not _is_local(system):
-            system.pipe_file(path, raw)
-            return self.file(name)
-        partial = f"{path}.{os.getpid()}.partial"
-        try:
-            with open(partial, "wb") as handle:
-                handle.write(raw)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(partial, path)
-        finally:
-            if os.path.exists(partial):
-                os.remove(partial)
+        if _is_local(system):
+            with atomic_write(Path(path)) as partial:
+                partial.write_bytes(content)
+        else:
+            system.pipe_file(path, content)  # an object store shows an object only when all of it is there
         return self.file(name)
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
@@ -65,7 +59,12 @@ class Folder:
     def names(self, pattern: str) -> list[str]:
         """Return the names of the files in this folder that a glob pattern matches."""
         system, path = fsspec.core.url_to_fs(self.file(pattern))
-        return [posixpath.basename(found) for found in system.glob(path)]
+        return [posixpath.basename(match) for match in system.glob(path)]
+
+    def folders_with(self, name: str) -> list[str]:
+        """Return the names of the folders directly inside this one that hold a file of this name."""
+        system, path = fsspec.core.url_to_fs(self.file(f"*/{name}"))
+        return [posixpath.basename(posixpath.dirname(file)) for file in system.glob(path)]
 
     def remove(self, name: str) -> None:
         """Delete a file, if it is there."""

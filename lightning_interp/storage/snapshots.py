@@ -18,22 +18,25 @@ from lightning_interp.storage.step_store import FORMAT, StepStore
 
 __all__ = ["Folder", "SnapshotStore", "new_store", "open_store", "snapshot_from_state", "snapshot_state"]
 
-LARGEST = 2.0**14
+# Gram matrices are scaled to this largest entry before rounding to half precision: a quarter of its largest number,
+# 65504, and far above 6e-5, below which it loses digits.
+LARGEST_ENTRY = 2.0**14
+# The types that a snapshot's numbers are stored in, by their names in a safetensors header.
 DTYPES = {"F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 class SnapshotStore(StepStore[Snapshot]):
-    """A run's snapshots, whose layers are read when they are asked for, and not kept."""
+    """A run's snapshots; each layer is read from disk at every access, so that a run of any length fits in memory."""
 
     prefix: ClassVar[str] = "snapshot"
 
     def packed(self, record: Snapshot) -> tuple[bytes, dict[str, Any]]:
-        """Return a snapshot's file, and its layers' forms."""
-        held, facts = _packed(record)
-        return save(held, {"format": str(FORMAT)}), {"layers": facts}
+        """Return a snapshot's file, and a description of each layer for the manifest."""
+        tensors, descriptions = _pack_layers(record)
+        return save(tensors, {"format": str(FORMAT)}), {"layers": descriptions}
 
     def unpacked(self, entry: Mapping[str, Any]) -> Snapshot:
-        """Return a snapshot of layers that are read later."""
+        """Return a snapshot whose layers are read at access."""
         return Snapshot(entry["epoch"], entry["step"], _StoredLayers(self.folder, entry["file"], entry["layers"]))
 
 
@@ -42,70 +45,75 @@ new_store = SnapshotStore.start
 
 
 def snapshot_state(snapshot: Snapshot) -> dict[str, Any]:
-    """Return a snapshot as tensors and plain Python, as a checkpoint may hold it."""
-    held, facts = _packed(snapshot)
-    return {"epoch": snapshot.epoch, "step": snapshot.step, "layers": facts, "tensors": held}
+    """Return a snapshot as tensors and plain Python, which a checkpoint can hold."""
+    tensors, descriptions = _pack_layers(snapshot)
+    return {"epoch": snapshot.epoch, "step": snapshot.step, "layers": descriptions, "tensors": tensors}
 
 
 def snapshot_from_state(state: Mapping[str, Any]) -> Snapshot:
-    """Return the snapshot that `snapshot_state` described."""
-    layers = {layer: _unpacked(state["tensors"][layer].cpu(), facts) for layer, facts in state["layers"].items()}
+    """Return the snapshot that `snapshot_state` returned the state of."""
+    tensors = state["tensors"]
+    layers = {layer: _unpack_layer(tensors[layer].cpu(), description) for layer, description in state["layers"].items()}
     return Snapshot(state["epoch"], state["step"], layers)
 
 
 class _StoredLayers(Mapping[str, Representation]):
-    """The layers of one safetensors file, in call order; of the file no more is read than the layer asked for."""
+    """The layers of one safetensors file, in call order; an access reads that layer's bytes alone."""
 
-    def __init__(self, folder: Folder, file: str, facts: Mapping[str, Mapping[str, Any]]) -> None:
-        self._folder, self._file, self._facts = folder, file, facts
+    def __init__(self, folder: Folder, file: str, descriptions: Mapping[str, Mapping[str, Any]]) -> None:
+        self._folder, self._file, self._descriptions = folder, file, descriptions
 
     def __getitem__(self, layer: str) -> Representation:
         start, header = self._header
-        about = header[layer]
-        first, last = about["data_offsets"]
-        values = torch.empty(about["shape"], dtype=DTYPES[about["dtype"]])
-        if values.numel():
+        description = header[layer]
+        first, last = description["data_offsets"]
+        values = torch.empty(description["shape"], dtype=DTYPES[description["dtype"]])
+        if values.numel():  # frombuffer refuses an empty buffer
             raw = bytearray(self._folder.read(self._file, start + first, start + last))
-            values = torch.frombuffer(raw, dtype=values.dtype).reshape(about["shape"])
-        return _unpacked(values, self._facts[layer])
+            values = torch.frombuffer(raw, dtype=values.dtype).reshape(description["shape"])
+        return _unpack_layer(values, self._descriptions[layer])
 
     @cached_property
     def _header(self) -> tuple[int, dict[str, Any]]:
-        """Return where the numbers start, and what the file's header says."""
+        """Return the offset of the first number, and the header: safetensors puts its length in the first 8 bytes."""
         start = 8 + int.from_bytes(self._folder.read(self._file, 0, 8), "little")
         return start, json.loads(self._folder.read(self._file, 8, start))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._facts)
+        return iter(self._descriptions)
 
     def __len__(self) -> int:
-        return len(self._facts)
+        return len(self._descriptions)
 
 
-def _packed(snapshot: Snapshot) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Return each layer's numbers, and what they are.
+def _pack_layers(snapshot: Snapshot) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Return each layer's numbers, and a description of them.
 
-    Of a Gram matrix the lower half is kept, in half precision after scaling, which CKA does not see: it stays exact
-    to 1e-5, unless single samples are hundreds of times longer than the rest, and takes n (n + 1) bytes.
+    Of a Gram matrix the lower triangle is stored, scaled (which CKA does not depend on) and in half precision. CKA
+    stays exact to 1e-5, unless the vectors of a few samples are hundreds of times longer than the rest. It takes
+    n (n + 1) bytes.
     """
-    held, facts = {}, {}
+    tensors, descriptions = {}, {}
     for layer, r in snapshot.layers.items():
         values = r.values.detach().cpu()
         if r.form == "gram":
             rows, columns = torch.tril_indices(r.n, r.n)
-            scaled = r.gram.cpu() * (LARGEST / r.gram.abs().max().clamp(min=torch.finfo(torch.float64).tiny)).cpu()
+            largest = r.gram.abs().max().clamp(min=torch.finfo(torch.float64).tiny)  # 0 for a constant layer
+            scaled = r.gram.cpu() * (LARGEST_ENTRY / largest).cpu()
             values = scaled[rows, columns].half()
-        held[layer] = values.contiguous()
-        facts[layer] = {"form": r.form, "width": r.width, "sketch": r.sketch, "signs": r.signs, "n": r.n}
-    return held, facts
+        tensors[layer] = values.contiguous()
+        descriptions[layer] = {"form": r.form, "width": r.width, "sketch": r.sketch, "signs": r.signs, "n": r.n}
+    return tensors, descriptions
 
 
-def _unpacked(values: Tensor, facts: Mapping[str, Any]) -> Representation:
-    if facts["form"] == "gram":
-        n = facts["n"]
+def _unpack_layer(values: Tensor, description: Mapping[str, Any]) -> Representation:
+    if description["form"] == "gram":
+        n = description["n"]
         rows, columns = torch.tril_indices(n, n)
         gram = values.new_empty(n, n)
         gram[rows, columns] = values
         gram[columns, rows] = values
         values = gram
-    return Representation(values, facts["form"], facts["width"], facts["sketch"], facts["signs"])
+    return Representation(
+        values, description["form"], description["width"], description["sketch"], description["signs"]
+    )

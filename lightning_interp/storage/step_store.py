@@ -1,4 +1,4 @@
-"""Files of a run's moments, and a manifest in JSON that lists them."""
+"""One file for each recorded moment of a run, and a manifest in JSON that lists them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 from lightning_interp.storage.folder import Folder
 
-FORMAT = 2
+FORMAT = 2  # of the manifest; raised when a reader of the old one would misread the new one
 
 
 class Moment(Protocol):
-    """What a file holds: of one moment of training."""
+    """What a file records: one moment of training."""
 
     @property
     def epoch(self) -> int:
@@ -30,7 +30,7 @@ R = TypeVar("R", bound=Moment)
 
 @dataclass(frozen=True)
 class StepStore(ABC, Generic[R]):
-    """One safetensors file for each moment that was kept, listed in a manifest.
+    """One safetensors file for each recorded moment, listed in a manifest.
 
     Args:
         folder: where the files are.
@@ -51,7 +51,7 @@ class StepStore(ABC, Generic[R]):
 
     @property
     def steps(self) -> list[int]:
-        """Optimizer steps at which something was kept, ascending."""
+        """Optimizer steps of the recorded moments, ascending."""
         return [entry["step"] for entry in self.manifest["snapshots"]]
 
     @property
@@ -71,13 +71,13 @@ class StepStore(ABC, Generic[R]):
         name = f"{self.prefix}-{record.step:09d}.safetensors"
         content, facts = self.packed(record)
         self.folder.write(name, content)
-        others = [e for e in self.manifest["snapshots"] if e["step"] != record.step]
+        other_steps = [e for e in self.manifest["snapshots"] if e["step"] != record.step]
         entry = {"file": name, "epoch": record.epoch, "step": record.step, "bytes": len(content), **facts}
-        self.manifest["snapshots"] = sorted([*others, entry], key=lambda e: e["step"])
+        self.manifest["snapshots"] = sorted([*other_steps, entry], key=lambda e: e["step"])
         self._write_manifest()
 
     def read(self, step: int) -> R:
-        """Return what was kept of one step.
+        """Return the record of one step.
 
         Raises:
             KeyError: there is nothing.
@@ -146,6 +146,35 @@ class StepStore(ABC, Generic[R]):
         """
         store = cls(folder, {"format": FORMAT, "probe": dict(probe), "snapshots": []})
         store._write_manifest()
+        return store
+
+    @classmethod
+    def resume(
+        cls, folder: Folder, probe: Mapping[str, Any], step: int, earlier: Folder | None, first: R | None = None
+    ) -> Self:
+        """Return the store of a run that starts, or goes on from a checkpoint, without what the folder held otherwise.
+
+        The history of the run that it goes on with is taken up to the checkpoint's step: in place where that run had
+        the same folder, else as a copy.
+
+        Args:
+            folder: where to write.
+            probe: facts about the samples (see `start`).
+            step: optimizer steps taken so far.
+            earlier: the store's folder in the run that this one goes on with; None for a run that starts.
+            first: the moment that a history begins with, whatever has become of the earlier folder.
+        """
+        history = cls.open(earlier) if earlier is not None and earlier.exists("manifest.json") else None
+        if history is not None and history.folder == folder:
+            history.forget_after(step)
+            return history
+        store = cls.start(folder, probe)
+        store.tidy()
+        if first is not None:
+            store.append(first)
+        if history is not None:
+            after = -1 if first is None else first.step
+            store.adopt(history.read(s) for s in history.steps if after < s <= step)
         return store
 
     def _write_manifest(self) -> None:

@@ -1,1 +1,1 @@
-"""What people see."""
+"""Everything that people see: samples, maps, pictures and the HTML report."""

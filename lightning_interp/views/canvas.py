@@ -1,4 +1,4 @@
-"""Sheets: text and pictures put together."""
+"""The canvas: lines of text and images laid out on white sheets, and matplotlib figures, as pixels."""
 
 from __future__ import annotations
 
@@ -14,55 +14,65 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+# Of a sample or a map, in pixels: a panel of both, colour bar and classes then fits the 560 that a page gives it.
 SIDE = 168
-
 GAP = 8
-
+# The distance between lines of a caption, in pixels, and the size of its type, which leaves a quarter free.
 LINE = 20
-
-CAPTION = 15
-
+CAPTION_TYPE = 15
+# Smaller letters are hard to read on a screen.
+SMALLEST_TYPE = 10
 INK, PAPER, FAINT = (20, 20, 20), (255, 255, 255), (225, 225, 225)
 
 Pixels = NDArray[np.uint8]
 
 
-def written(
+def write_line(
     pen: ImageDraw.ImageDraw,
-    place: tuple[float, float],
+    position: tuple[float, float],
     line: str,
     width: float,
     anchor: str,
     ink: tuple[int, int, int] = INK,
     size: int = 14,
 ) -> None:
-    """Write a line in the largest type up to `size` that fits, cut short with an ellipsis where none does."""
-    fonts = map(typeface, range(size, 9, -1))
-    font = next((f for f in fonts if pen.textlength(line, f) <= width), typeface(10))
+    """Write a line in the largest type up to `size` that fits; a line too long for the smallest ends in an ellipsis.
+
+    Args:
+        pen: draws on the sheet.
+        position: x and y, of the point of the line that `anchor` names.
+        line: of text.
+        width: that it may take, in pixels.
+        anchor: as Pillow names it, e.g. "la" for the left end of the top.
+        ink: the colour.
+        size: of the type, in pixels.
+    """
+    fonts = map(typeface, range(size, SMALLEST_TYPE - 1, -1))
+    font = next((f for f in fonts if pen.textlength(line, f) <= width), typeface(SMALLEST_TYPE))
     while len(line) > 2 and pen.textlength(line, font) > width:
         line = line[:-2].rstrip() + "…"
-    pen.text(place, line, ink, font, anchor=anchor)
+    pen.text(position, line, ink, font, anchor=anchor)
 
 
-def captioned(lines: Sequence[str], body: Image.Image) -> Pixels:
-    """Return an image under lines of text, as pixels."""
-    return np.asarray(captioned_image(lines, body))
+def caption_above(lines: Sequence[str], body: Image.Image) -> Pixels:
+    """Return an image with lines of text above it, as pixels."""
+    return np.asarray(with_caption(lines, body))
 
 
-def captioned_image(lines: Sequence[str], body: Image.Image) -> Image.Image:
-    """Return an image under lines of text."""
-    probe = ImageDraw.Draw(body)
-    width = max(body.width, *(int(probe.textlength(line, typeface(CAPTION))) + 4 for line in lines))
+def with_caption(lines: Sequence[str], body: Image.Image) -> Image.Image:
+    """Return an image with lines of text above it."""
+    pen = ImageDraw.Draw(body)  # only measures
+    width = max(body.width, *(int(pen.textlength(line, typeface(CAPTION_TYPE))) + 4 for line in lines))
     sheet = Image.new("RGB", (width, body.height + LINE * len(lines) + 4), PAPER)
     pen = ImageDraw.Draw(sheet)
-    for place, line in enumerate(lines):
-        pen.text((2, LINE * place), line, INK, typeface(CAPTION))
+    for index, line in enumerate(lines):
+        pen.text((2, LINE * index), line, INK, typeface(CAPTION_TYPE))
     sheet.paste(body, (0, LINE * len(lines) + 4))
     return sheet
 
 
-def beside(images: Sequence[Image.Image], gap: int = GAP) -> Image.Image:
-    """Return images in a row, their tops level."""
+def side_by_side(images: Sequence[Image.Image], gap: int = GAP) -> Image.Image:
+    """Return images in a row, aligned at their tops."""
     width = sum(image.width for image in images) + gap * (len(images) - 1)
     sheet = Image.new("RGB", (width, max(image.height for image in images)), PAPER)
     x = 0
@@ -72,8 +82,8 @@ def beside(images: Sequence[Image.Image], gap: int = GAP) -> Image.Image:
     return sheet
 
 
-def under(images: Sequence[Image.Image], gap: int = GAP) -> Image.Image:
-    """Return images in a column, their left edges level."""
+def stacked(images: Sequence[Image.Image], gap: int = GAP) -> Image.Image:
+    """Return images in a column, aligned at their left edges."""
     height = sum(image.height for image in images) + gap * (len(images) - 1)
     sheet = Image.new("RGB", (max(image.width for image in images), height), PAPER)
     y = 0
@@ -84,43 +94,43 @@ def under(images: Sequence[Image.Image], gap: int = GAP) -> Image.Image:
 
 
 def fit_into_square(pixels: Pixels, side: int) -> Image.Image:
-    """Scale so that the longer edge is `side`: whole pixels enlarged as squares, large images shrunk smoothly."""
+    """Scale an image so that its longer edge is `side`; enlarged pixels stay squares, large images shrink smoothly."""
     image = Image.fromarray(pixels)
     factor = side / max(image.size)
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
     return image.resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)
 
 
-def sheet_of_text(lines: Sequence[str], side: int) -> Image.Image:
-    """Return a grey square with lines of text in its middle."""
+def text_square(lines: Sequence[str], side: int) -> Image.Image:
+    """Return a grey square with lines of text at its centre."""
     sheet = Image.new("RGB", (side, side), FAINT)
     pen = ImageDraw.Draw(sheet)
-    for place, line in enumerate(lines):
-        y = side / 2 + LINE * (place - (len(lines) - 1) / 2)
-        written(pen, (side / 2, y), line, side - 8, "mm")
+    for index, line in enumerate(lines):
+        y = side / 2 + LINE * (index - (len(lines) - 1) / 2)
+        write_line(pen, (side / 2, y), line, side - 8, "mm")
     return sheet
 
 
 def to_pixels(colours: NDArray[np.float64]) -> Pixels:
-    """Return colours `(H, W, 3)` in [0, 1] as 0 to 255."""
+    """Return colours `(H, W, 3)` in [0, 1] as whole numbers from 0 to 255."""
     return (np.clip(colours, 0, 1) * 255).round().astype(np.uint8)
 
 
 @cache
 def typeface(size: int) -> ImageFont.FreeTypeFont:
-    """Return matplotlib's own sans-serif face, which has the signs that captions need, in pixels."""
+    """Return the typeface that comes with matplotlib, which has the signs of captions (✗, −, …); size in pixels."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
 
 
 def render(figure: Figure) -> Pixels:
     """Return a figure's pixels `(height, width, 3)`, without pyplot's global state."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    figure_canvas = FigureCanvasAgg(figure)
+    figure_canvas.draw()
+    return np.asarray(figure_canvas.buffer_rgba())[..., :3].copy()
 
 
 def png(pixels: Pixels) -> bytes:
-    """Return an image as a PNG file's content."""
+    """Return an image as the content of a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()

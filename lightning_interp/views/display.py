@@ -1,4 +1,4 @@
-"""Display: how a sample is shown to a reader."""
+"""How a sample is shown: names, un-normalised images, words of tokens."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ SampleKind = Literal["image", "table", "tokens", "other"]
 
 @dataclass(frozen=True)
 class Display:
-    """How samples are shown: names, un-normalisation, tokens to text, ids.
+    """How samples are shown: names, un-normalised images, words of tokens, ids.
 
     Args:
         class_names: name of each class; the dataset's `classes`, or numbers, when None.
-        mean: that the data pipeline subtracted, one number or one per channel.
-        std: that it divided by, likewise.
+        mean: what the data pipeline subtracted from images, one number or one per channel.
+        std: what it then divided by, likewise.
         decode: token ids `(tokens,)` → one word per token.
-        sample_id: dataset index → the name to show, e.g. a path.
-        show_inputs: False for private data: names and numbers are shown, inputs are not.
+        sample_id: dataset index → a name, such as a path.
+        show_inputs: False for private data: then names and numbers are shown, and no inputs.
         column_names: name of each column of a table; `x0`, `x1`, ... when None.
 
     >>> Display(class_names=["cat", "dog"]).label(torch.tensor(1))
@@ -45,24 +45,24 @@ class Display:
         if (self.mean is None) != (self.std is None):
             raise ValueError(f"Display: expected mean and std together, got mean={self.mean}, std={self.std}")
         for name in ("decode", "sample_id"):
-            given = getattr(self, name)
-            if given is not None and not callable(given):
-                raise TypeError(f"Display({name}=...): expected a function or None, got {given!r}")
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise TypeError(f"Display({name}=...): expected a function or None, got {value!r}")
         for name in ("class_names", "column_names"):
             if isinstance(getattr(self, name), str):
                 raise TypeError(f"Display({name}=...): expected a list of names, got {getattr(self, name)!r}")
 
     def label(self, target: Tensor) -> str:
-        """Return a target in words: the class, the classes of a multi-label row, or the value."""
+        """Return a target in words: its class, its classes if they are several, or its value."""
         values = target.detach().cpu().reshape(-1)
         if len(values) == 1:
             value = values[0].item()
-            return self._class(int(value)) if _whole(values) else f"{value:.4g}"
+            return f"{value:.4g}" if values.is_floating_point() else self._class(int(value))
         if target.ndim > 1:
             return f"of shape {tuple(target.shape)}"
         if is_zeros_and_ones(values):
-            on = [self._class(int(i)) for i in values.nonzero()[:, 0]]
-            return ", ".join(on[:4]) + (", …" if len(on) > 4 else "") or "none"
+            classes = [self._class(int(i)) for i in values.nonzero()[:, 0]]
+            return ", ".join(classes[:4]) + (", …" if len(classes) > 4 else "") or "none"
         return "(" + ", ".join(f"{v:.3g}" for v in values[:4].tolist()) + (", …)" if len(values) > 4 else ")")
 
     def id(self, index: int) -> str:
@@ -75,15 +75,16 @@ class Display:
         return list(self.decode(ids)) if self.decode else [str(i) for i in ids.tolist()]
 
     def column(self, index: int) -> str:
-        """Return the name of a table's column."""
+        """Return the name of a column of a table."""
         names = self.column_names
         return names[index] if names is not None and index < len(names) else f"x{index}"
 
     def rgb(self, value: Any) -> NDArray[np.float64]:
         """Return an image sample `(C, H, W)` or `(H, W)` as `(H, W, 3)` in [0, 1].
 
-        Un-normalised by `mean` and `std` if they are given; else values in [0, 1] stay, in [0, 255] are divided,
-        and anything else is stretched from its minimum to its maximum. Other than 1, 3 or 4 channels are averaged.
+        With `mean` and `std`, the normalisation is undone. Without, values in [0, 1] stay, those in [0, 255] are
+        divided by 255, and all others are stretched so that the minimum becomes 0 and the maximum 1. An alpha channel
+        is dropped; 2 channels, or 5 and more, are averaged.
         """
         image = main_tensor(value).detach().cpu().double()
         image = image[None] if image.ndim == 2 else image
@@ -98,7 +99,7 @@ class Display:
         low, high = image.min(), image.max()
         if low >= 0 and high <= 1:
             return image
-        if low >= 0 and 1.5 < high <= 255:
+        if low >= 0 and 1.5 < high <= 255:  # a largest value of up to 1.5 may be augmentation's
             return image / 255
         return (image - low) / (high - low).clamp(min=1e-12)
 
@@ -108,7 +109,7 @@ class Display:
 
 
 def kind_of(value: Any) -> SampleKind:
-    """Say what one sample of a model input is, from its main tensor's shape and type.
+    """Return what a sample is, judged by the shape and type of its main tensor.
 
     >>> kind_of(torch.zeros(1, 28, 28)), kind_of(torch.zeros(7)), kind_of(torch.zeros(5, dtype=torch.long))
     ('image', 'table', 'tokens')
@@ -123,22 +124,18 @@ def kind_of(value: Any) -> SampleKind:
     return "other"
 
 
-def _whole(values: Tensor) -> bool:
-    return not values.is_floating_point()
-
-
 @dataclass(frozen=True, eq=False)
 class SampleView:
-    """One sample as a reader sees it: what it is, and what the network says about it.
+    """One sample and the network's prediction for it, in words.
 
     Args:
         id: name of the sample (dataset index unless the user named it otherwise).
-        value: the network's input, one sample, on the CPU.
+        value: the network's input, of this sample alone, on the CPU.
         label: true class (or value) in words; empty if unknown.
-        prediction: predicted class in words; empty if not asked.
+        prediction: predicted class (or value) in words; empty if there is none.
         probability: of the predicted class; NaN if unknown.
-        wrong: whether the prediction is known to differ from the label.
-        likeliest: the most probable classes in words, each with its probability, the first first.
+        wrong: whether the prediction differs from the label; False where they cannot be compared.
+        likeliest: the most probable classes in words, each with its probability, in falling order.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""Samples, maps and galleries drawn as images, fast enough for every epoch."""
+"""Samples, their rows and galleries, drawn with Pillow: fast enough for every epoch."""
 
 from __future__ import annotations
 
@@ -17,35 +17,42 @@ from lightning_interp.views.canvas import (
     PAPER,
     SIDE,
     Pixels,
-    beside,
-    captioned_image,
     fit_into_square,
-    sheet_of_text,
+    side_by_side,
+    stacked,
+    text_square,
     to_pixels,
     typeface,
-    under,
-    written,
+    with_caption,
+    write_line,
 )
 from lightning_interp.views.display import Display, SampleView, kind_of
 
+# Blue and orange of the Okabe-Ito palette, which colour-blind readers tell apart.
 POSITIVE, NEGATIVE = (0, 114, 178), (213, 94, 0)
-MOST_FEATURES = 10
+# As many bars as fit a square of SIDE with readable names.
+MOST_BARS = 10
+# The side of an image in a row: half the query's, and a little more for the lines under it.
 TILE = SIDE // 2 + 16
+# Begins a line of a note that is written in red: the prediction differs from the label.
 WRONG = "✗ "
+# The distance between lines of a note, in pixels.
 LINE_OF_NOTE = 17
+# Divides in place of 0 where all values are 0.
+SMALLEST_DIVISOR = 1e-300
 
 
 def picture(value: Any, display: Display, side: int = SIDE, order: Sequence[int] | None = None) -> Image.Image:
-    """Draw one sample: an image as it is, a table row as bars, token ids as words; a blank if private.
+    """Draw one sample: an image as it is, a table's row as bars, tokens as words; a grey square if inputs are private.
 
     Args:
-        value: of the sample.
+        value: the sample's input.
         display: how samples are shown.
         side: of the square, in pixels.
         order: which columns of a table to draw; the largest when None.
     """
     if not display.show_inputs:
-        return sheet_of_text(["not shown:", "show_inputs", "= False"], side)
+        return text_square(["not shown:", "show_inputs", "= False"], side)
     kind = kind_of(value)
     if kind == "image":
         return fit_into_square(to_pixels(display.rgb(value)), side)
@@ -54,42 +61,42 @@ def picture(value: Any, display: Display, side: int = SIDE, order: Sequence[int]
     if kind == "tokens":
         return tokens(display.words(main_tensor(value)), None, side)
     tensor = main_tensor(value)
-    return sheet_of_text([f"{tuple(tensor.shape)}", f"mean {tensor.float().mean():.3g}"], side)
+    return text_square([f"{tuple(tensor.shape)}", f"mean {tensor.float().mean():.3g}"], side)
 
 
 def gallery(
     query: SampleView, query_note: str, rows: Sequence[tuple[str, Sequence[tuple[SampleView, str]]]], display: Display
 ) -> Pixels:
-    """Draw a query beside rows of training samples.
+    """Draw a query, and beside it rows of training samples.
 
     Args:
         query: the explained sample.
-        query_note: what to say under it.
-        rows: heading and (sample, note) pairs of each row; a line of a note that begins with `WRONG` is in red.
+        query_note: lines of text under it.
+        rows: of each row, its heading and (sample, note) pairs; a line of a note that begins with `WRONG` is in red.
         display: how samples are shown.
 
     Returns:
         `(height, width, 3)`, 0 to 255.
     """
     columns = columns_of(query.value)
-    tiles = [(heading, noted(samples, display, columns)) for heading, samples in rows]
-    right = [captioned_image([heading], row) for heading, row in tiles]
-    left = noted([(query, query_note)], display, columns, SIDE)
-    return np.asarray(beside([left, under(right)] if right else [left], gap=2 * GAP))
+    tiles = [(heading, row_of_samples(samples, display, columns)) for heading, samples in rows]
+    right = [with_caption([heading], row) for heading, row in tiles]
+    left = row_of_samples([(query, query_note)], display, columns, SIDE)
+    return np.asarray(side_by_side([left, stacked(right)] if right else [left], gap=2 * GAP))
 
 
 def columns_of(value: Any) -> list[int] | None:
-    """Return the columns that a table's row is shown by, in which others can be compared with it; None if no table."""
+    """Return the columns of a table to show, so that other rows can be compared with this one; None if no table."""
     if kind_of(value) != "table":
         return None
     flat = main_tensor(value).flatten()
-    return list(range(len(flat))) if len(flat) <= MOST_FEATURES else sorted(largest(flat))
+    return list(range(len(flat))) if len(flat) <= MOST_BARS else sorted(largest(flat))
 
 
-def noted(
+def row_of_samples(
     samples: Sequence[tuple[SampleView, str]], display: Display, columns: Sequence[int] | None, side: int | None = None
 ) -> Image.Image:
-    """Draw samples in a row, each over its lines of text.
+    """Draw samples side by side, each above the lines of its note.
 
     Args:
         samples: each with its note.
@@ -98,40 +105,40 @@ def noted(
         side: of each sample, in pixels; words and columns get more room than a picture when None.
     """
     if not samples:
-        return sheet_of_nothing()
+        return none_tile()
     side = side or (TILE if kind_of(samples[0][0].value) == "image" else SIDE)
-    drawn = [picture(view.value, display, side, columns) for view, _ in samples]
-    height = max(tile.height for tile in drawn)
+    tiles = [picture(view.value, display, side, columns) for view, _ in samples]
+    height = max(tile.height for tile in tiles)
     lines = [note.split("\n") for _, note in samples]
-    room = LINE_OF_NOTE * max(map(len, lines))
+    note_height = LINE_OF_NOTE * max(map(len, lines))
     sheets = []
-    for tile, said in zip(drawn, lines, strict=True):
-        sheet = Image.new("RGB", (side, height + 4 + room), PAPER)
+    for tile, note_lines in zip(tiles, lines, strict=True):
+        sheet = Image.new("RGB", (side, height + 4 + note_height), PAPER)
         sheet.paste(tile, ((side - tile.width) // 2, 0))
-        for place, line in enumerate(said):
+        for index, line in enumerate(note_lines):
             ink = NEGATIVE if line.startswith(WRONG) else INK
-            top = height + 4 + LINE_OF_NOTE * place
-            written(ImageDraw.Draw(sheet), (side / 2, top), line, side, "ma", ink)
+            y = height + 4 + LINE_OF_NOTE * index
+            write_line(ImageDraw.Draw(sheet), (side / 2, y), line, side, "ma", ink)
         sheets.append(sheet)
-    return beside(sheets)
+    return side_by_side(sheets)
 
 
-def tail(name: str, most: int = 14) -> str:
-    """Return a name without its front where it is long, as of a path.
+def shortened_name(name: str, max_length: int = 14) -> str:
+    """Return the end of a long name, such as a path: there names differ.
 
-    >>> tail("images/train/0012.png")
+    >>> shortened_name("images/train/0012.png")
     '…rain/0012.png'
     """
-    return name if len(name) <= most else "…" + name[1 - most :]
+    return name if len(name) <= max_length else "…" + name[1 - max_length :]
 
 
 def verdict(view: SampleView) -> str:
-    """Return what is known of a sample in one line: true class, predicted class and probability."""
-    said = f"true {view.label}" if view.label else "no label"
+    """Return a sample's true class, predicted class and probability in one line."""
+    line = f"true {view.label}" if view.label else "no label"
     if view.prediction:
-        chance = f" ({view.probability:.2f})" if view.probability == view.probability else ""
-        said += f"   predicted {view.prediction}{chance}"
-    return said
+        probability = f" ({view.probability:.2f})" if view.probability == view.probability else ""
+        line += f"   predicted {view.prediction}{probability}"
+    return line
 
 
 def scale_of(attribution: Tensor) -> float:
@@ -151,52 +158,52 @@ def bars(
     Args:
         values: one per column.
         side: of the square, in pixels.
-        top: the value of a full bar; the largest absolute one where that is larger.
-        order: which columns to draw, as many as there is room for; the largest when None.
+        top: the value of a full bar; the largest absolute value if that is larger.
+        order: which columns to draw; those with the largest absolute values when None.
         name: column → its name.
     """
     sheet = Image.new("RGB", (side, side), PAPER)
     pen = ImageDraw.Draw(sheet)
     flat = values.detach().cpu().double().flatten()
     order = largest(flat) if order is None else list(order)
-    longest = max(float(flat.abs().max()), top, 1e-300)
+    longest = max(float(flat.abs().max()), top, SMALLEST_DIVISOR)
     height = min(side / max(1, len(order)), 24)
     names = {index: name(index) for index in order}
-    widest = max((pen.textlength(one, typeface(11)) for one in names.values()), default=0)
+    widest = max((pen.textlength(column_name, typeface(11)) for column_name in names.values()), default=0)
     start = min(max(side * 0.2, widest + 6), side * 0.45)
-    for place, index in enumerate(sorted(order) if len(flat) <= MOST_FEATURES else order):
-        value, top = float(flat[index]), place * height
+    for row, index in enumerate(sorted(order) if len(flat) <= MOST_BARS else order):
+        value, y = float(flat[index]), row * height
         length = abs(value) / longest * (side * 0.72 - start)
-        written(pen, (2, top + height / 2), names[index], start - 4, "lm", size=11)
-        pen.rectangle((start, top + 3, start + length, top + height - 3), POSITIVE if value > 0 else NEGATIVE)
-        pen.text((start + length + 4, top + height / 2), f"{value:.2g}", INK, typeface(11), anchor="lm")
+        write_line(pen, (2, y + height / 2), names[index], start - 4, "lm", size=11)
+        pen.rectangle((start, y + 3, start + length, y + height - 3), POSITIVE if value > 0 else NEGATIVE)
+        pen.text((start + length + 4, y + height / 2), f"{value:.2g}", INK, typeface(11), anchor="lm")
     return sheet
 
 
 def largest(values: Tensor) -> list[int]:
-    """Return the columns that a row's bars are drawn of: the largest absolute values first."""
-    return values.detach().cpu().flatten().abs().argsort(descending=True)[:MOST_FEATURES].tolist()
+    """Return the columns with the largest absolute values, the largest first, as many as bars fit."""
+    return values.detach().cpu().flatten().abs().argsort(descending=True)[:MOST_BARS].tolist()
 
 
 def shade_of(share: float) -> tuple[int, int, int]:
-    """Return the colour of a share of the full shade, −1 to 1: orange to white to blue."""
+    """Return the colour of a share of the full shade: orange at −1, white at 0, blue at 1."""
     end, share = (POSITIVE if share > 0 else NEGATIVE), min(abs(share), 1.0)
     red, green, blue = (int(255 - (255 - c) * 0.6 * share) for c in end)
     return red, green, blue
 
 
 def tokens(words: Sequence[str], weights: Tensor | None, side: int, top: float | None = None) -> Image.Image:
-    """Draw words in lines, each on a shade that tells its weight: blue for positive, orange for negative.
+    """Draw words in lines, each on a shade that shows its weight: blue for positive, orange for negative.
 
     Args:
         words: one per token.
         weights: `(tokens,)`; no shades when None.
         side: width, and at most the height, in pixels.
-        top: the weight of the full shade; the largest absolute one when None.
+        top: the weight of the full shade; the largest absolute weight when None.
     """
     sheet = Image.new("RGB", (side, side), PAPER)
     pen, font = ImageDraw.Draw(sheet), typeface(13)
-    full = max(top or (0.0 if weights is None else scale_of(weights)), 1e-300)
+    full = max(top or (0.0 if weights is None else scale_of(weights)), SMALLEST_DIVISOR)
     shades = [0.0] * len(words) if weights is None else (weights / full).clamp(-1, 1).tolist()
     x, y = 2.0, 2.0
     for word, shade in zip(words, shades, strict=False):
@@ -212,8 +219,8 @@ def tokens(words: Sequence[str], weights: Tensor | None, side: int, top: float |
     return sheet.crop((0, 0, side, min(side, int(y) + 20)))
 
 
-def sheet_of_nothing() -> Image.Image:
-    """Return the word "none" where a row of samples would be."""
+def none_tile() -> Image.Image:
+    """Return a tile with the word "none", for a row without samples."""
     sheet = Image.new("RGB", (TILE, LINE), PAPER)
-    written(ImageDraw.Draw(sheet), (2, 0), "none", TILE, "la")
+    write_line(ImageDraw.Draw(sheet), (2, 0), "none", TILE, "la")
     return sheet

@@ -1,4 +1,4 @@
-"""A sample as HTML shows it: an image as a picture, text as its words, a table's row as names and values."""
+"""Samples for the HTML report: an image as a picture, text as words, a table's row as names and values."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from lightning_interp.views.canvas import Pixels, png
 from lightning_interp.views.display import Display, SampleView, kind_of
 from lightning_interp.views.sample import columns_of, picture
 
-MOST_WORDS = 60
+# About ten lines in the box that a sample gets.
+MOST_WORDS_IN_HTML = 60
+# In characters: longer words, such as addresses, are cut.
 LONGEST_WORD = 40
 
 
 @dataclass(frozen=True)
 class SampleHTML:
-    """One of the three, or a text alone.
+    """The content of a sample's box: one of the three fields, the others are empty.
 
     Args:
-        picture: address of an image, with its content.
-        text: words, or what there is to say instead.
+        picture: a `data:` address, which holds the image itself.
+        text: words, or a description where the input is not shown.
         cells: (name, value) of each column.
     """
 
@@ -35,7 +37,7 @@ class SampleHTML:
 
 
 class ScoredSample(NamedTuple):
-    """A training sample in a query's list."""
+    """A training sample in a query's list, with its score."""
 
     view: SampleView
     score: float
@@ -43,7 +45,7 @@ class ScoredSample(NamedTuple):
 
 
 class InfluenceList(NamedTuple):
-    """One of a query's lists: what it is called, what that means, and its samples, the strongest first."""
+    """One of a query's lists: its heading, what that means, and its samples, the strongest first."""
 
     heading: str
     about: str
@@ -51,7 +53,7 @@ class InfluenceList(NamedTuple):
 
 
 class QueryCard(NamedTuple):
-    """A query with its lists."""
+    """A query with its lists of training samples."""
 
     view: SampleView
     loss: float
@@ -60,13 +62,13 @@ class QueryCard(NamedTuple):
 
 
 class SuspectSample(NamedTuple):
-    """A training sample to look at.
+    """A training sample with a large self-influence, which may be mislabelled.
 
     Args:
-        view: with the network's own answer as its prediction.
-        label_probability: that the network gives to the label; NaN where there are no classes.
+        view: the sample with the network's prediction.
+        label_probability: the network's probability of the label; NaN where there are no classes.
         score: self-influence.
-        html: how it is shown.
+        html: the content of its box.
     """
 
     view: SampleView
@@ -76,7 +78,13 @@ class SuspectSample(NamedTuple):
 
 
 class RetrainingCheck(NamedTuple):
-    """Scores that retraining checked: (query, training sample, predicted, actual), a picture, what was retrained."""
+    """Scores beside the result of retraining.
+
+    Args:
+        rows: (query, training sample, predicted, actual rise of the loss), in words.
+        picture: predicted against actual.
+        heading: names what was retrained.
+    """
 
     rows: list[tuple[str, str, str, str]]
     picture: Pixels
@@ -84,12 +92,12 @@ class RetrainingCheck(NamedTuple):
 
 
 def sample_html(value: Any, display: Display, columns: Sequence[int] | None = None) -> SampleHTML:
-    """Return how a sample is shown.
+    """Return the content of a sample's box.
 
     Args:
         value: the network's input, one sample.
         display: how samples are shown.
-        columns: which columns of a table; those that `columns_of` names when None.
+        columns: which columns of a table; those of `columns_of` when None.
     """
     if not display.show_inputs:
         return SampleHTML(text="not shown (show_inputs=False)")
@@ -97,23 +105,26 @@ def sample_html(value: Any, display: Display, columns: Sequence[int] | None = No
     if kind == "image":
         return SampleHTML(picture=inline(png(np.asarray(picture(value, display)))))
     if kind == "tokens":
-        return SampleHTML(text=_sentence(display.words(tensor)))
+        return SampleHTML(text=_shortened_text(display.words(tensor)))
     if kind == "table":
-        return SampleHTML(cells=_cells(tensor.flatten(), columns or columns_of(value) or (), display))
+        return SampleHTML(cells=_table_cells(tensor.flatten(), columns or columns_of(value) or (), display))
     return SampleHTML(text=f"tensor of shape {tuple(tensor.shape)}, mean {tensor.float().mean():.3g}")
 
 
 def inline(picture: bytes) -> str:
-    """Return a PNG as an address that holds all of it."""
+    """Return a PNG as a `data:` address, which holds all of it."""
     return "data:image/png;base64," + base64.b64encode(picture).decode()
 
 
-def _sentence(words: Sequence[str]) -> str:
-    cut = [word if len(word) <= LONGEST_WORD else word[: LONGEST_WORD - 1] + "…" for word in words[:MOST_WORDS]]
-    return " ".join(cut) + (" …" if len(words) > MOST_WORDS else "")
+def _shortened_text(words: Sequence[str]) -> str:
+    first_words = words[:MOST_WORDS_IN_HTML]
+    shortened = [word if len(word) <= LONGEST_WORD else word[: LONGEST_WORD - 1] + "…" for word in first_words]
+    return " ".join(shortened) + (" …" if len(words) > MOST_WORDS_IN_HTML else "")
 
 
-def _cells(values: Tensor, columns: Sequence[int], display: Display) -> tuple[tuple[str, str], ...]:
-    found = tuple((display.column(place), f"{float(values[place]):.3g}") for place in columns if place < len(values))
-    left = len(values) - len(found)
-    return (*found, (f"… {left} more", "")) if left > 0 else found
+def _table_cells(values: Tensor, columns: Sequence[int], display: Display) -> tuple[tuple[str, str], ...]:
+    cells = tuple(
+        (display.column(column), f"{float(values[column]):.3g}") for column in columns if column < len(values)
+    )
+    left = len(values) - len(cells)
+    return (*cells, (f"… {left} more", "")) if left > 0 else cells

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_interp.attribution import (
     CAM,
+    LRP,
     DeconvNet,
     GradCAM,
     GradCAMPlusPlus,
@@ -21,8 +22,11 @@ from lightning_interp.attribution import (
     IntegratedGradients,
     Occlusion,
     Saliency,
+    ScoreCAM,
     SmoothGrad,
     explain,
+    logit,
+    select,
 )
 from tests.attribution.nets import Pooled, Text
 
@@ -34,8 +38,17 @@ ON_INPUTS = [
     DeconvNet("conv2", 1),
     IntegratedGradients(steps=3, batch_size=4),
     SmoothGrad(draws=3, batch_size=4),
+    LRP(),
 ]
-ON_POSITIONS = [CAM(), GradCAM(), GradCAMPlusPlus(), HiResCAM(), GradCAM("act"), Occlusion(4, 2, batch_size=16)]
+ON_POSITIONS = [
+    CAM(),
+    GradCAM(),
+    GradCAMPlusPlus(),
+    HiResCAM(),
+    GradCAM("act"),
+    ScoreCAM(batch_size=5),
+    Occlusion(4, 2, batch_size=16),
+]
 EVERY = pytest.mark.parametrize("method", ON_INPUTS + ON_POSITIONS, ids=lambda method: method.name)
 OF_TOKENS = [
     Saliency(),
@@ -46,6 +59,7 @@ OF_TOKENS = [
     GradCAMPlusPlus(),
     IntegratedGradients(steps=3, batch_size=4),
     SmoothGrad(draws=3, batch_size=4),
+    LRP(),
     Occlusion(batch_size=4),
 ]
 EVERY_OF_TOKENS = pytest.mark.parametrize("method", OF_TOKENS, ids=lambda method: method.name)
@@ -182,7 +196,8 @@ def test_the_same_again(method: Any) -> None:
 @EVERY
 def test_a_target_may_be_a_function_of_the_outputs(method: Any) -> None:
     net, x = used(), images()
-    found = method(net, x, lambda outputs: outputs.gather(1, CLASSES[:, None])[:, 0])
+    score = getattr(method, "score", logit)
+    found = method(net, x, lambda outputs: select(outputs, CLASSES, score))
     assert torch.allclose(found.maps, method(net, x, CLASSES).maps, atol=1e-6)
     assert found.target.tolist() == [-1] * 4
 

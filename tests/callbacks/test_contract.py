@@ -22,17 +22,23 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_interp import DataInfluence, InputAttribution, RepresentationSimilarity, Task
-from lightning_interp.similarity import CKA
+from lightning_interp.similarity import CKA, SVCCA
 from lightning_interp.storage.folder import Folder
 from lightning_interp.storage.snapshots import open_store
 from tests.models import Net, Shapes, loaders, trainer
 
 CALLBACKS = [RepresentationSimilarity, InputAttribution, DataInfluence]
+DEFAULT_MEASURES = [CKA(debiased=True), CKA(), SVCCA()]
 USERS = {"epoch", "test_loss", "train_loss_step", "train_loss_epoch", "val_accuracy", "hp_metric"}
 
 
 def make(kind: type, **options: Any) -> L.Callback:
-    small = {RepresentationSimilarity: {"samples": 8}, InputAttribution: {"samples": 2}, DataInfluence: {"queries": 2}}
+    """Return a callback of little work that raises its errors; the tests that leave all out have the defaults."""
+    small = {
+        RepresentationSimilarity: {"samples": 8, "measures": [CKA()]},
+        InputAttribution: {"samples": 2},
+        DataInfluence: {"queries": 2},
+    }
     return kind(**small[kind] | {"on_error": "raise"} | options)
 
 
@@ -356,14 +362,14 @@ from tests.models import Net, loaders, trainer
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    watched = sys.argv[2] == "watched"
-    layers = ["accuracy"] if sys.argv[2] == "wrong" else None
-    callbacks = [RepresentationSimilarity(layers, samples=8), InputAttribution(samples=2), DataInfluence(queries=2)]
-    L.seed_everything(3)
-    net = Net()
-    fit = trainer(sys.argv[1], devices=2, strategy="ddp", callbacks=callbacks if sys.argv[2] != "bare" else [])
-    fit.fit(net, *loaders())
-    torch.save(net.state_dict(), Path(sys.argv[1], f"{sys.argv[2]}{fit.global_rank}.pt"))
+    for how in sys.argv[2:]:
+        layers = ["accuracy"] if how == "wrong" else None
+        callbacks = [RepresentationSimilarity(layers, samples=8), InputAttribution(samples=2), DataInfluence(queries=2)]
+        L.seed_everything(3)
+        net = Net()
+        fit = trainer(sys.argv[1], devices=2, strategy="ddp", callbacks=callbacks if how != "bare" else [])
+        fit.fit(net, *loaders())
+        torch.save(net.state_dict(), Path(sys.argv[1], f"{how}{fit.global_rank}.pt"))
 """
 
 
@@ -372,13 +378,13 @@ def test_two_ranks_train_the_same_and_fail_together(tmp_path: Path) -> None:
     script.write_text(DDP)
     root = str(Path(__file__).parents[2])
 
-    def launch(how: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(script), str(tmp_path), how]
+    def launch(*how: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(script), str(tmp_path), *how]
         env = dict(os.environ, PYTHONPATH=root)
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
 
-    for how in ("bare", "watched"):
-        assert launch(how).returncode == 0
+    done = launch("bare", "watched")
+    assert done.returncode == 0, done.stderr[-3000:]
     states = [torch.load(tmp_path / f"{how}{rank}.pt") for how in ("bare", "watched") for rank in (0, 1)]
     for state in states[1:]:
         assert all(torch.equal(state[name], value) for name, value in states[0].items())
@@ -466,8 +472,10 @@ def test_streams(kind: type, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", CALLBACKS)
 def test_mixed_precision(kind: type, tmp_path: Path) -> None:
-    trainer(tmp_path, callbacks=[make(kind)], precision="bf16-mixed").fit(Net(), *loaders())
-    trainer(tmp_path, callbacks=[make(kind)], precision="64-true").fit(Net(), *loaders())
+    options = {"measures": DEFAULT_MEASURES} if kind is RepresentationSimilarity else {}
+    for precision in ("bf16-mixed", "64-true"):
+        callback = make(kind, **options)
+        trainer(tmp_path, callbacks=[callback], max_epochs=1, precision=precision).fit(Net(), *loaders())
     assert len(list(tmp_path.rglob("interp/report.html"))) == 2
 
 

@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from lightning_interp import DataInfluence
-from lightning_interp.callbacks.guard import progress_of
+from lightning_interp.callbacks.trainer_data import progress_of
 from lightning_interp.progress import bar, quiet
 from tests.models import Net, loaders, trainer
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from lightning_interp.influence import (
     leave_one_out,
     linear_datamodeling_score,
 )
+from tests.ranks import run_on_two_ranks
 
 DATA = Path(__file__).parents[1] / "data"
 NAN = float("nan")
@@ -141,13 +141,11 @@ def measured(rows: slice) -> Tensor:
 
 def rank(number: int, folder: str) -> None:
     """Be one of two processes, with a part of the subsets."""
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=number, world_size=2)
     torch.save(measured((slice(0, 6), slice(6, 9))[number]), f"{folder}/{number}.pt")
-    dist.destroy_process_group()
 
 
 def test_two_ranks_say_what_one_says(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(rank, (str(tmp_path),), nprocs=2)
+    run_on_two_ranks(rank, tmp_path)
     whole = measured(slice(0, 9))
     for number in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{number}.pt"), whole)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_interp import Display
-from lightning_interp.views.attribution import FRAME, TitledMap, attribution_panel, film, trouble
+from lightning_interp.views.attribution import FRAME_SIDE, TitledMap, attribution_panel, film, reason_not_drawn
 from lightning_interp.views.canvas import GAP, LINE, SIDE
 from lightning_interp.views.display import SampleView
 from lightning_interp.views.sample import NEGATIVE, POSITIVE
@@ -78,7 +78,7 @@ def test_each_sign_has_its_colour_where_a_map_has_both() -> None:
     ],
 )
 def test_a_map_without_content_is_said_to_be_so(attribution: Tensor, said: str) -> None:
-    assert (said in trouble(attribution)) if said else trouble(attribution) == ""
+    assert (said in reason_not_drawn(attribution)) if said else reason_not_drawn(attribution) == ""
     if said:
         colours = np.unique(overlay_of(attribution, 1.0).reshape(-1, 3), axis=0)
         assert (colours.max(1) - colours.min(1) == 0).all()
@@ -101,10 +101,21 @@ def test_a_film_shows_all_moments_on_the_scale_of_the_largest() -> None:
     weak, strong = TitledMap("epoch 1", torch.full((8, 8), 0.1)), TitledMap("epoch 2", torch.ones(8, 8))
     pixels = film(shown, [weak, strong], "t", Display()).astype(float)
     top = 2 * LINE + 4 + LINE + 4  # below the caption and the frames' titles
-    first, second = (pixels[top : top + FRAME, x : x + FRAME] for x in (FRAME + GAP, 2 * (FRAME + GAP)))
+    first, second = (
+        pixels[top : top + FRAME_SIDE, x : x + FRAME_SIDE] for x in (FRAME_SIDE + GAP, 2 * (FRAME_SIDE + GAP))
+    )
     assert first.sum() < second.sum()
     alone = film(shown, [weak], "t", Display()).astype(float)
-    assert alone[top : top + FRAME, FRAME + GAP : 2 * FRAME + GAP].sum() > first.sum()
+    assert alone[top : top + FRAME_SIDE, FRAME_SIDE + GAP : 2 * FRAME_SIDE + GAP].sum() > first.sum()
+
+
+def test_a_film_of_tokens_depends_on_shares_alone_and_survives_a_map_that_is_not_finite() -> None:
+    view, values = SampleView("7", torch.arange(6), "a", "b"), torch.tensor([0.0, 0.2, -1.0, 0.5, 0.1, 0.0])
+    caption = 2 * LINE + 4  # holds the scale in numbers
+    small, large = (film(view, [TitledMap("epoch 1", scale * values)], "t", Display()) for scale in (1e-9, 1.0))
+    assert np.array_equal(small[caption:], large[caption:])
+    broken = [TitledMap("epoch 1", torch.full((6,), torch.nan)), TitledMap("epoch 2", values)]
+    assert film(view, broken, "t", Display()).std() > 5
 
 
 @pytest.mark.parametrize("value", [torch.arange(6), torch.randn(6)])

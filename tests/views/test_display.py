@@ -111,7 +111,7 @@ def test_the_range_of_colours_fits_the_measure() -> None:
 
     def ranged(**kind: bool) -> tuple[float, float]:
         table = SimilarityMap("m", "t", ("a",), ("b", "c"), torch.tensor(values.filled()), "r", "c", 8, **kind)
-        return heat_map_module._range(table, values)
+        return heat_map_module._colour_range(table, values)
 
     assert ranged(own_scale=True) == (-3, 40)
     assert ranged(distance=True) == (0, 40)
@@ -124,5 +124,5 @@ def test_long_names_widen_the_map_and_lose_their_front() -> None:
         heat_map(SimilarityMap("CKA", "t", (n, n), ("0",), torch.rand(2, 1), "layer", "epoch", 8)) for n in ("a", name)
     )
     assert long.shape[1] > short.shape[1] + 200
-    assert heat_map_module._short(name).endswith("output.projection")
-    assert len(heat_map_module._short(name)) == heat_map_module.LONGEST
+    assert heat_map_module._without_front(name).endswith("output.projection")
+    assert len(heat_map_module._without_front(name)) == heat_map_module.LONGEST_LAYER_NAME

@@ -22,10 +22,10 @@ NO_GRADIENT = "model: expected outputs with a gradient, got none (is part of for
 
 @dataclass(frozen=True, eq=False)
 class ExplainedInput:
-    """A model as a function of one of its inputs, sample by sample; the others stay as they are.
+    """A model as a function of one of its inputs, sample by sample; its other inputs are fixed.
 
-    Floats are taken as they are. Of token ids, gradients are taken where they have become floats: at the output of
-    the embedding that looks them up, which is found in the forward.
+    Of floats, gradients are taken with respect to the input itself; of token ids, at the output of the embedding that
+    looks them up, which is found in the forward.
 
     Args:
         model: in eval mode, inside `lightning_interp.network.undisturbed.explaining`.
@@ -42,13 +42,13 @@ class ExplainedInput:
         """The explained tensor as the model gets it: floats `(n, ...)`, or token ids `(n, tokens)`."""
         if is_ragged(self.inputs) and len(self.inputs) > 1:
             raise ValueError("inputs: expected images of one size; explain images of different sizes one at a time")
-        found = self.task.explained(self.inputs)
-        if found.ndim < 2:
+        explained = self.task.explained(self.inputs)
+        if explained.ndim < 2:
             raise ValueError(
-                f"inputs: expected an input (n, ...) of more than one dimension to explain, got {tuple(found.shape)};"
-                " name another by task=Task(explained=...)"
+                "inputs: expected an input (n, ...) of more than one dimension to explain, got"
+                f" {tuple(explained.shape)}; choose another by task=Task(explained=...)"
             )
-        return found
+        return explained
 
     @property
     def n(self) -> int:
@@ -62,18 +62,18 @@ class ExplainedInput:
 
     @cached_property
     def values(self) -> Float[Tensor, "n *shape"]:
-        """The numbers that gradients are taken of: the raw floats, or the embedded tokens `(n, tokens, d)`."""
+        """What gradients are taken with respect to: the raw floats, or the embedded tokens `(n, tokens, d)`."""
         if not self.tokens:
             return self.raw.detach().clone()
-        found: list[Tensor] = []
+        embeddings: list[Tensor] = []
 
-        def keep(embedded: Tensor) -> Tensor:
-            found.append(embedded.detach().clone())
+        def record(embedded: Tensor) -> Tensor:
+            embeddings.append(embedded.detach().clone())
             return embedded
 
         with torch.no_grad():
-            self._embedding(self.raw.clone(), keep, self.everything)
-        return found[0]
+            self._embedding(self.raw.clone(), record, self.everything)
+        return embeddings[0]
 
     @property
     def everything(self) -> Int[Tensor, " n"]:
@@ -81,11 +81,11 @@ class ExplainedInput:
         return torch.arange(self.n, device=self.raw.device)
 
     def outputs(self, values: Float[Tensor, "m *shape"], rows: Int[Tensor, " m"] | None = None) -> Tensor:
-        """Return the model's outputs where `values` stand for the samples `rows`; floats alone.
+        """Return the model's outputs where `values` replace those of the samples `rows`.
 
         Args:
             values: floats like `self.values`; gradients flow to them.
-            rows: the sample that each stands for, whose other inputs it gets; all in order when None.
+            rows: the sample whose other inputs each row gets; all in order when None.
         """
         rows = self.everything if rows is None else rows
         if not self.tokens:
@@ -94,17 +94,17 @@ class ExplainedInput:
         return self._embedding(ids, lambda embedded: values.to(embedded.dtype), rows)
 
     def outputs_of(self, raw: Tensor, rows: Int[Tensor, " m"] | None = None) -> Tensor:
-        """Return the model's outputs where `raw`, floats or token ids, stand for the samples `rows`."""
+        """Return the model's outputs where `raw`, floats or token ids, replaces the samples `rows`."""
         rows = self.everything if rows is None else rows
         return self.task.outputs(self.model, select_samples(self.inputs, rows, self.raw, raw))
 
     def with_leaf(self) -> tuple[Tensor, Tensor]:
-        """Return the values as a leaf that gradients flow to, and the outputs computed from it."""
+        """Return the values as a leaf of the graph, and the outputs computed from it."""
         leaves: list[Tensor] = []
 
         def leaf(values: Tensor) -> Tensor:
             leaves.append(values.detach().clone().requires_grad_())
-            return leaves[0].clone()  # the model may write into what it is given
+            return leaves[0].clone()  # the model may write into its input
 
         if self.tokens:
             outputs = self._embedding(self.raw.clone(), leaf, self.everything)
@@ -112,13 +112,13 @@ class ExplainedInput:
             outputs = self.outputs_of(leaf(self.raw))
         return leaves[0], outputs
 
-    def kept(self, maps: Tensor) -> Tensor:
-        """Return maps that are zero at tokens which do not count, by `task.mask`; other maps as they are."""
+    def without_padding(self, maps: Tensor) -> Tensor:
+        """Return maps with zeros at the tokens that `task.mask` leaves out; maps of other inputs unchanged."""
         mask = self.task.mask(self.inputs) if self.tokens else None
         return maps if mask is None or mask.shape != maps.shape else maps * mask.to(maps.device)
 
     def seeds(self) -> list[int]:
-        """Return a seed per sample, made of its values: the same sample gets the same draws in every batch and run."""
+        """Return a seed per sample, a hash of its values: equal samples get equal draws in every batch and run."""
         return [
             int.from_bytes(hashlib.sha256(sample.numpy().tobytes()).digest()[:7], "big")
             for sample in self.raw.detach().cpu().contiguous().flatten(1).view(torch.uint8)
@@ -127,7 +127,7 @@ class ExplainedInput:
     def _embedding(self, ids: Tensor, replace: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
         with _AtEmbedding(ids, replace) as mode:
             outputs = self.outputs_of(ids, rows)
-        if not mode.met:
+        if not mode.met_embedding:
             raise ValueError(
                 f"inputs: expected floats, or token ids that an embedding of the model looks up as they are, got"
                 f" {ids.dtype} that none does"
@@ -135,36 +135,36 @@ class ExplainedInput:
         return outputs
 
 
-def gradients(scores: Tensor, wanted: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return ∂ Σ scores / ∂ each tensor: each sample's own gradient, since no sample's score sees another.
+def gradients(scores: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return ∂ Σ scores / ∂ each tensor: each sample's own gradient, since no score depends on another sample.
 
     Raises:
         ValueError: no gradient flows.
     """
     if not scores.requires_grad:
         raise ValueError(NO_GRADIENT)
-    found = torch.autograd.grad(scores.sum(), list(wanted), allow_unused=True)
-    if any(gradient is None for gradient in found):
+    tensor_gradients = torch.autograd.grad(scores.sum(), list(tensors), allow_unused=True)
+    if any(gradient is None for gradient in tensor_gradients):
         raise ValueError("model: expected outputs that depend on what is explained, but no gradient reaches it")
-    return found
+    return tensor_gradients
 
 
 class _AtEmbedding(TorchFunctionMode):
-    """Replaces what the first look-up of the given token ids gives, whichever module or function makes it."""
+    """Replaces the output of the first embedding of the given token ids, whichever module or function computes it."""
 
     def __init__(self, ids: Tensor, replace: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.ids, self.replace, self.met = ids, replace, False
+        self.ids, self.replace, self.met_embedding = ids, replace, False
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if self.met or func is not F.embedding:
+        if self.met_embedding or func is not F.embedding:
             return output
-        given = args[0] if args else kwargs["input"]
-        if given.shape != self.ids.shape or not torch.equal(given, self.ids):
+        looked_up = args[0] if args else kwargs["input"]
+        if looked_up.shape != self.ids.shape or not torch.equal(looked_up, self.ids):
             return output
-        self.met = True
+        self.met_embedding = True
         return self.replace(output)

@@ -1,9 +1,10 @@
-"""What a ReLU does to the gradient that comes back to it, switched while a model runs."""
+"""Rules for the backward of ReLUs: those of DeconvNet and of guided backpropagation."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,60 +14,66 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 Backward = Callable[[Tensor], Tensor]
-ReluRule = Callable[[Tensor, Backward], Tensor]
 PLAIN = {F.relu, torch.relu, Tensor.relu}
 IN_PLACE = {torch.relu_, Tensor.relu_}
 CLAMPS = {torch.clamp, Tensor.clamp, torch.clamp_min, Tensor.clamp_min, F.hardtanh, F.relu6}
 CLAMPS_IN_PLACE = {torch.clamp_, Tensor.clamp_, torch.clamp_min_, Tensor.clamp_min_}
 
 
-def deconvnet(gradient: Float[Tensor, " *n"], own: Backward) -> Float[Tensor, " *n"]:
+@dataclass(frozen=True)
+class ReluRule:
+    """A backward of ReLUs, for every ReLU of a forward, whichever module, function or method it is.
+
+    ReLU6 and clamps from zero count as ReLUs, in-place calls included. Other activations keep their own gradient.
+
+    Args:
+        backward: (gradient, the ReLU's own backward) → gradient.
+    """
+
+    backward: Callable[[Tensor, Backward], Tensor]
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Open the context in which the forward runs.
+
+        Raises:
+            ValueError: no ReLU was called.
+        """
+        with _RectifierMode(self) as mode:
+            yield
+        if not mode.met_rectifier:
+            raise ValueError("model: expected ReLUs in forward, whose gradient this method changes, got none")
+
+
+def pass_positive(gradient: Float[Tensor, " *n"], own: Backward) -> Float[Tensor, " *n"]:
     """Pass what is positive of the gradient."""
     return gradient.relu()
 
 
-def guided(gradient: Float[Tensor, " *n"], own: Backward) -> Float[Tensor, " *n"]:
-    """Pass what is positive of the gradient, where the input passed, too."""
+def pass_positive_where_active(gradient: Float[Tensor, " *n"], own: Backward) -> Float[Tensor, " *n"]:
+    """Pass what is positive of the gradient, where the input was positive as well."""
     return own(gradient).relu()
 
 
-@contextlib.contextmanager
-def relu_rule(rule: ReluRule | None) -> Iterator[None]:
-    """Let every ReLU that is called inside pass gradients by a rule, whichever module, function or method it is.
-
-    Modules, functions, methods and in-place calls are caught alike, and ReLU6 and clamps from zero with them; the model
-    is not touched. Other activations keep their own gradient.
-
-    Args:
-        rule: (gradient, what the ReLU itself would make of a gradient) → gradient; nothing is changed when None.
-
-    Raises:
-        ValueError: no ReLU was called.
-    """
-    if rule is None:
-        yield
-        return
-    with _Switched(rule) as mode:
-        yield
-    if not mode.met:
-        raise ValueError("model: expected ReLUs in forward, whose gradient this method changes, got none")
+DECONVNET = ReluRule(pass_positive)
+GUIDED = ReluRule(pass_positive_where_active)
 
 
-class _Switched(TorchFunctionMode):
+class _RectifierMode(TorchFunctionMode):
     def __init__(self, rule: ReluRule) -> None:
         super().__init__()
-        self.rule, self.met = rule, False
+        self.rule, self.met_rectifier = rule, False
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        ceiling = _ceiling(func, args, kwargs)
+        ceiling = rectifier_ceiling(func, args, kwargs)
         if ceiling is None:
             return func(*args, **kwargs)
-        self.met = True
+        self.met_rectifier = True
         x = args[0] if args else kwargs["input"]
-        in_place = func in IN_PLACE or func in CLAMPS_IN_PLACE or bool(_argument(args, kwargs, "inplace", func))
+        in_place = func in IN_PLACE or func in CLAMPS_IN_PLACE or bool(_inplace(func, args, kwargs))
         return _Rectified.apply(x, self.rule, ceiling, in_place, func)  # type: ignore[no-untyped-call]
 
 
@@ -79,25 +86,25 @@ class _Rectified(torch.autograd.Function):
         if in_place:
             ctx.mark_dirty(x)
         output = x.clamp_(0, ceiling) if in_place else x.clamp(0, ceiling)
-        # Input and output tell alike what passed. Kept is what the function itself keeps, so that models may write into
-        # the other one as they may without a rule.
+        # Where x was positive can be read from x or from the output. What is saved is what the function itself would
+        # save, so that models may write into the other one as they may without a rule.
         ctx.save_for_backward(output.clone() if func in CLAMPS_IN_PLACE else x if func in CLAMPS else output)
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (kept,) = ctx.saved_tensors
+        (values,) = ctx.saved_tensors
 
         def own(gradient: Tensor) -> Tensor:
             if ctx.ceiling == float("inf"):
-                return torch.ops.aten.threshold_backward(gradient, kept, 0)
-            return torch.ops.aten.hardtanh_backward(gradient, kept, 0, ctx.ceiling)
+                return torch.ops.aten.threshold_backward(gradient, values, 0)
+            return torch.ops.aten.hardtanh_backward(gradient, values, 0, ctx.ceiling)
 
-        return ctx.rule(gradient, own), None, None, None, None
+        return ctx.rule.backward(gradient, own), None, None, None, None
 
 
-def _ceiling(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | None:
-    """Return where a rectifier stops to pass (infinity for a ReLU); None for any other function."""
+def rectifier_ceiling(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | None:
+    """Return the value above which a rectifier is flat (infinity for a ReLU); None for any other function."""
     if func in PLAIN or func in IN_PLACE:
         return float("inf")
     if func is F.relu6:
@@ -111,9 +118,9 @@ def _ceiling(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> flo
     return float("inf") if high is None else float(high)
 
 
-def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str, func: Any) -> Any:
+def _inplace(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Return the `inplace` flag of the functions that have one."""
-    place = {F.relu: 1, F.relu6: 1, F.hardtanh: 3}.get(func)
-    if place is None:
+    position = {F.relu: 1, F.relu6: 1, F.hardtanh: 3}.get(func)
+    if position is None:
         return False
-    return kwargs.get(name, args[place] if len(args) > place else False)
+    return kwargs.get("inplace", args[position] if len(args) > position else False)

@@ -1,81 +1,50 @@
-"""One forward and one backward for all methods that can be read from them."""
+"""Methods that are read from one forward and one backward, and how several share them."""
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_interp.attribution.engine.explained_input import ExplainedInput, gradients
-from lightning_interp.attribution.engine.last_map import Candidate, LastMapFinder, positions_of
-from lightning_interp.attribution.engine.relu_rules import ReluRule, relu_rule
-from lightning_interp.attribution.engine.sites import layer_of, watch_sites
-from lightning_interp.attribution.engine.target import Score, Target, logit, recorded, select
-from lightning_interp.attribution.results import Explanation
+from lightning_interp.attribution.attributor import Attributor
+from lightning_interp.attribution.engine.backward_rule import BackwardRule
+from lightning_interp.attribution.engine.explained_input import ExplainedInput
+from lightning_interp.attribution.engine.forward_backward import (
+    INPUT,
+    LAST_MAP,
+    PassResult,
+    TargetChoice,
+    forward_backward,
+    known_target,
+)
+from lightning_interp.attribution.engine.goal import Goal
+from lightning_interp.attribution.engine.target import Target, recorded
+from lightning_interp.attribution.results import Explanation, Ranking
 from lightning_interp.data.batch import at_least_float32
 from lightning_interp.data.task import Task
 from lightning_interp.network.undisturbed import explaining
 
-INPUT, LAST_MAP = "input", "last map"
 
+@runtime_checkable
+class ReadFromPass(Protocol):
+    """What `explain` needs of a method to let it share a forward and backward, whatever its class.
 
-class LayerGradients(NamedTuple):
-    """A layer's output, channels first, and the goal's gradient with respect to it; `(n, c, *positions)` each."""
-
-    activations: Tensor
-    gradients: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Pass:
-    """What one forward and backward over a batch gave.
-
-    Args:
-        explained: the model and its inputs.
-        outputs: the model's.
-        values: the explained input's floats; None where no method asked for their gradient.
-        gradient: the goal's with respect to them.
-        layers: name → what was seen there.
-        last: the site that "last map" meant; empty where no method asked for it.
+    Optional further members are `rule`, `ranked_by` and `facts`. `SinglePass` provides all of them and the call.
     """
 
-    explained: ExplainedInput
-    outputs: Tensor
-    values: Tensor | None = None
-    gradient: Tensor | None = None
-    layers: Mapping[str, LayerGradients] = field(default_factory=dict)
-    last: str = ""
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def goal(self) -> Goal: ...  # noqa: D102
+    @property
+    def at(self) -> str: ...  # noqa: D102
 
-
-class Goal(ABC):
-    """What is differentiated: one number per sample, of the outputs or of what layers give.
-
-    Args:
-        layers: names of the layers whose outputs it reads.
-    """
-
-    layers: tuple[str, ...]
-
-    @abstractmethod
-    def __call__(self, outputs: Tensor, layers: Mapping[str, Tensor], target: Target) -> Tensor:
-        """Return the number to differentiate, `(n,)`."""
-
-
-@dataclass(frozen=True)
-class OfTarget(Goal):
-    """The target's score."""
-
-    score: Score = logit
-    layers: tuple[str, ...] = ()
-
-    def __call__(self, outputs: Tensor, layers: Mapping[str, Tensor], target: Target) -> Float[Tensor, " n"]:
-        """Return the score of each sample."""
-        return select(outputs, target, self.score)
+    def read(self, result: PassResult, layer: str) -> Tensor:
+        """Return the maps."""
 
 
 class SinglePass(ABC):
@@ -92,9 +61,14 @@ class SinglePass(ABC):
         """What is differentiated."""
 
     @property
-    def rule(self) -> ReluRule | None:
-        """What ReLUs do to the gradient; None for what they do anyway."""
+    def rule(self) -> BackwardRule | None:
+        """What changes the backward; None for the gradient as it is."""
         return None
+
+    @property
+    def ranked_by(self) -> Ranking:
+        """Which positions of its maps count as the most important; see `Explanation`."""
+        return "value"
 
     @property
     @abstractmethod
@@ -102,8 +76,17 @@ class SinglePass(ABC):
         """Where the gradient is taken: at the "input", the "last map", or a layer's name."""
 
     @abstractmethod
-    def read(self, seen: Pass, layer: str) -> Tensor:
-        """Return the maps."""
+    def read(self, result: PassResult, layer: str) -> Tensor:
+        """Return the maps.
+
+        Args:
+            result: of the forward and backward.
+            layer: "input", or the name of the layer in `result.layers`.
+        """
+
+    def facts(self, result: PassResult, maps: Float[Tensor, "n *shape"]) -> Mapping[str, Float[Tensor, " n"]]:
+        """Return diagnostics of each map, name → `(n,)`, such as the gap of a sum that should be conserved."""
+        return {}
 
     def __call__(self, model: nn.Module, inputs: Any, target: Target, task: Task = Task()) -> Explanation:
         """Explain each sample of a batch by itself; the model is left as it was.
@@ -118,16 +101,16 @@ class SinglePass(ABC):
             ValueError: the target does not fit, no gradient flows, or the layer is unknown, was not called or gives no
                 map.
         """
-        return explain([self], model, inputs, target, task)[0]
-
-
-Attributor = Callable[..., Explanation]
+        return _read_together([self], model, inputs, known_target(target), task)[id(self)]
 
 
 def explain(
     methods: Sequence[Attributor], model: nn.Module, inputs: Any, target: Target, task: Task = Task()
 ) -> list[Explanation]:
     """Explain a batch by several methods; those that can, share one forward and backward.
+
+    A method shares them where it has a `goal`, a place `at` which the gradient is taken and a function `read`, as every
+    `SinglePass` has; methods of one goal and rule share. Any other is called by itself.
 
     Args:
         methods: attributors.
@@ -139,111 +122,92 @@ def explain(
     Returns:
         One explanation per method, in their order.
     """
-    shared = [method for method in methods if isinstance(method, SinglePass)]
-    found: dict[int, Explanation] = {}
-    if shared:
+    shared = _read_together(filter(_can_share, methods), model, inputs, known_target(target), task)
+    return _complete(methods, shared, model, inputs, target, task)
+
+
+def explain_outputs(
+    methods: Sequence[Attributor],
+    model: nn.Module,
+    inputs: Any,
+    choose: Callable[[Tensor], Target],
+    task: Task = Task(),
+) -> tuple[Tensor, Target, list[Explanation]]:
+    """Explain a batch for a target that depends on the outputs, and return the outputs as well.
+
+    Methods of one goal, without a rule, take one forward and backward in all: the forward that they share also gives
+    the outputs. Where no method shares one, a forward of its own does.
+
+    Args:
+        methods: attributors.
+        model: any module; it runs in eval mode and is left as it was.
+        inputs: what `task.outputs(model, ...)` takes, on the model's device.
+        choose: outputs → target, such as the predicted class of each sample; called once, on detached outputs. It
+            returns what `explain` takes as its target, so that a function it returns is explained, not called as this.
+        task: how to call the model.
+
+    Returns:
+        The model's outputs, detached; the target; and one explanation per method, in their order.
+    """
+    choice = TargetChoice(choose)
+    shared = _read_together(filter(_can_share, methods), model, inputs, choice, task)
+    if choice.outputs is None:
+        with explaining(model), torch.no_grad():
+            choice.of(task.outputs(model, inputs))
+    outputs, target = choice.resolved
+    return outputs, target, _complete(methods, shared, model, inputs, target, task)
+
+
+def _can_share(method: object) -> bool:
+    """Return whether a method is read from a shared pass; a class that overrides the call of `SinglePass` is called."""
+    own_call = isinstance(method, SinglePass) and type(method).__call__ is not SinglePass.__call__
+    # `read` must be the class's own: a wrapper that forwards attributes has it too, and its call is what counts.
+    return isinstance(method, ReadFromPass) and hasattr(type(method), "read") and not own_call
+
+
+def _read_together(
+    methods: Iterable[Any], model: nn.Module, inputs: Any, choice: TargetChoice, task: Task
+) -> dict[int, Explanation]:
+    """Return the explanations of methods that can share passes, by the method's id: equal ones may be listed twice."""
+    groups: dict[tuple[Goal, BackwardRule | None], list[ReadFromPass]] = {}
+    for method in methods:
+        groups.setdefault((method.goal, getattr(method, "rule", None)), []).append(method)
+    explanations: dict[int, Explanation] = {}
+    if groups:
         with explaining(model):
             explained = ExplainedInput(model, inputs, task)
-            for group in _groups(shared).values():
-                found |= {id(method): one for method, one in _together(group, explained, target)}
-    return [
-        found[id(method)] if id(method) in found else method(model, inputs, target, task=task) for method in methods
-    ]
+            # Those without a rule come first: a target is then chosen on the outputs of an unchanged forward.
+            for (goal, rule), group in sorted(groups.items(), key=lambda item: item[0][1] is not None):
+                sites = list(dict.fromkeys(method.at for method in group))
+                layers = [site for site in sites if site != INPUT]
+                result = forward_backward(explained, choice, goal, rule, layers, INPUT in sites)
+                explanations |= {id(method): _read_one(method, result) for method in group}
+    return explanations
 
 
-def _groups(methods: Sequence[SinglePass]) -> dict[Hashable, list[SinglePass]]:
-    groups: dict[Hashable, list[SinglePass]] = {}
-    for method in methods:
-        groups.setdefault((method.goal, method.rule), []).append(method)
-    return groups
-
-
-def _together(
-    methods: Sequence[SinglePass], explained: ExplainedInput, target: Target
-) -> list[tuple[SinglePass, Explanation]]:
-    """Run one forward and backward for methods of one goal and rule, and read each from it."""
-    places = list(dict.fromkeys(method.at for method in methods))
-    goal, rule, layers = methods[0].goal, methods[0].rule, [place for place in places if place != INPUT]
-    seen = single_pass(explained, target, goal, rule, layers, INPUT in places)
-    return [(method, _read(method, seen, target)) for method in methods]
-
-
-def _read(method: SinglePass, seen: Pass, target: Target) -> Explanation:
-    layer = seen.last if method.at == LAST_MAP else method.at
-    maps = seen.explained.kept(at_least_float32(method.read(seen, layer).detach())).cpu()
-    return Explanation(method.name, maps, recorded(target, seen.explained.n), None if layer == INPUT else layer)
-
-
-def single_pass(
-    explained: ExplainedInput,
-    target: Target,
-    goal: Goal = OfTarget(),
-    rule: ReluRule | None = None,
-    layers: Sequence[str] = (),
-    of_input: bool = True,
-) -> Pass:
-    """Run one forward, and one backward of the goal to the input and the layers; none goes below what is asked for.
-
-    Of layers, "last map" is the one that `Trace.last_that_matters` finds in that same forward.
-
-    Raises:
-        ValueError: a layer is unknown, was not called or gives no floats; or no gradient flows.
-    """
-    if not (of_input or rule or goal.layers) and set(layers) == {LAST_MAP}:
-        top = _of_last_map(explained, target, goal)
-        if top is not None:
-            return top
-    named = list(dict.fromkeys([*goal.layers, *(layer for layer in layers if layer != LAST_MAP)]))
-    check_layers(explained.model, named)
-    kept: dict[str, Candidate] = {}
-    trace = LastMapFinder(explained.n) if LAST_MAP in layers else None
-
-    def hook(site: str, part: nn.Module, given: Tensor) -> Tensor | None:
-        if site not in named:
-            return trace(site, part, given) if trace else None
-        held = given if given.requires_grad else given.detach().requires_grad_()
-        kept[site] = Candidate(site, part, held, held._version)
-        return held.clone()  # what follows may write into it
-
-    sites = (
-        watch_sites(explained.model, hook, None if trace else named) if layers or named else contextlib.nullcontext()
+def _read_one(method: Any, result: PassResult) -> Explanation:
+    layer = result.last_map if method.at == LAST_MAP else method.at
+    maps = result.explained.without_padding(at_least_float32(method.read(result, layer).detach()))
+    facts = method.facts(result, maps) if hasattr(method, "facts") else {}
+    return Explanation(
+        method.name,
+        maps.cpu(),
+        recorded(result.target, result.explained.n),
+        None if layer == INPUT else layer,
+        {name: values.cpu() for name, values in facts.items()},
+        getattr(method, "ranked_by", "value"),
     )
-    with relu_rule(rule), sites:
-        leaf, outputs = explained.with_leaf() if of_input else (None, explained.outputs_of(explained.raw.clone()))
-    if missing := [layer for layer in named if layer not in kept]:
-        raise ValueError(f"layer={missing[0]!r}: expected a layer that forward calls and that gives floats, not called")
-    channels = {site: positions_of(site, one.part, one.output, explained.n) for site, one in kept.items()}
-    scores = goal(outputs, channels, target)
-    last = trace.last_that_matters(scores) if trace else None
-    wanted = [kept[layer] for layer in layers if layer != LAST_MAP] + ([last] if last else [])
-    found = gradients(scores, [*(one.output for one in wanted), *([] if leaf is None else [leaf])])
-    read = {one.site: _seen(one, gradient, explained.n) for one, gradient in zip(wanted, found, strict=False)}
-    values, gradient = (None, None) if leaf is None else (leaf.detach(), found[-1])
-    return Pass(explained, outputs.detach(), values, gradient, read, last.site if last else "")
 
 
-def _of_last_map(explained: ExplainedInput, target: Target, goal: Goal) -> Pass | None:
-    """Run a pass that takes no more than a forward and what is above its last map; None where that is not the layer."""
-    trace = LastMapFinder(explained.n, cut=True)
-    with watch_sites(explained.model, trace):
-        outputs = explained.outputs_of(explained.raw.clone())
-    scores = goal(outputs, {}, target)
-    last = trace.last_alone(scores)
-    if last is None:
-        return None
-    (gradient,) = gradients(scores, [last.output])
-    layers = {last.site: _seen(last, gradient, explained.n)}
-    return Pass(explained, outputs.detach(), layers=layers, last=last.site)
-
-
-def _seen(one: Candidate, gradient: Tensor, n: int) -> LayerGradients:
-    output, at = one.output.detach(), (one.site, one.part)
-    return LayerGradients(positions_of(*at, output, n), positions_of(*at, gradient, n))
-
-
-def check_layers(model: nn.Module, layers: Sequence[str]) -> None:
-    """Raise a ValueError where a name is no layer's."""
-    known = dict(model.named_modules())
-    for layer in layers:
-        if layer_of(layer) not in known:
-            raise ValueError(f"layer={layer!r}: expected a layer of {type(model).__name__}, as in named_modules()")
+def _complete(
+    methods: Sequence[Attributor],
+    shared: Mapping[int, Explanation],
+    model: nn.Module,
+    inputs: Any,
+    target: Target,
+    task: Task,
+) -> list[Explanation]:
+    """Return the explanation of each method in order; those that shared no pass are called."""
+    return [
+        shared[id(method)] if id(method) in shared else method(model, inputs, target, task=task) for method in methods
+    ]

@@ -1,4 +1,4 @@
-"""Places in a forward to look at: what layers give, and what a function makes of it after them."""
+"""Sites in a forward: the outputs of layers, and of the functions called after them."""
 
 from __future__ import annotations
 
@@ -31,46 +31,46 @@ def layer_of(site: str) -> str:
 
 @contextlib.contextmanager
 def watch_sites(model: nn.Module, hook: Hook, sites: Sequence[str] | None = None) -> Iterator[None]:
-    """Call `hook(site, part, tensor)` for the first tensor that each layer gives, and for what functions make of it.
+    """Call `hook(site, module, tensor)` for the first tensor that each layer outputs, and for functions after it.
 
-    A site is a layer's name, or `layer>function`: the activation, pooling or sum that a forward computes by a function
-    or method after that layer was the last to finish (`layer>function#1` the second such). What the hook returns,
-    unless None, replaces the tensor.
+    A site is a layer's name, or `layer>function`: an activation, pooling or sum that is computed by a function or
+    method and not by a layer, named after the layer that finished last (`layer>function#1` is the second such). What
+    the hook returns, unless None, replaces the tensor.
 
     Args:
         model: the network.
-        hook: gets the site's name, the layer, and the tensor.
+        hook: receives the site's name, the layer and the tensor.
         sites: which to watch; all when None.
     """
-    functions = _Functions(model, hook, sites)
+    functions = _FunctionSites(model, hook, sites)
 
-    def finished(layer: str, part: nn.Module, _: Any, output: Any) -> Any:
-        functions.after(layer, part)
+    def finished(layer: str, module: nn.Module, _: Any, output: Any) -> Any:
+        functions.start_after(layer, module)
         if not (sites is None or layer in sites):
             return None
-        with torch._C.DisableTorchFunction():  # what hooks do is no part of the forward, and costs less unseen
-            given = next(tensors(output), None)
-            replaced = hook(layer, part, given) if given is not None and given.is_floating_point() else None
-            return None if replaced is None else map_tensors(lambda t: replaced if t is given else t, output)
+        with torch._C.DisableTorchFunction():  # what the hook computes is no part of the forward
+            first = next(tensors(output), None)
+            replaced = hook(layer, module, first) if first is not None and first.is_floating_point() else None
+            return None if replaced is None else map_tensors(lambda t: replaced if t is first else t, output)
 
     with hooked(model, [name for name, _ in model.named_modules() if name], finished), functions:
         yield
 
 
-class _Functions(TorchFunctionMode):
+class _FunctionSites(TorchFunctionMode):
     def __init__(self, model: nn.Module, hook: Hook, sites: Sequence[str] | None) -> None:
         super().__init__()
         self.hook, self.sites = hook, sites
-        self.after("", model)
+        self.start_after("", model)
 
-    def after(self, layer: str, part: nn.Module) -> None:
-        """Note the layer that finished last."""
-        self.layer, self.part, self.counts = layer, part, dict[str, int]()
+    def start_after(self, layer: str, module: nn.Module) -> None:
+        """Note the layer that finished last; its functions are counted from 0."""
+        self.layer, self.module, self.counts = layer, module, dict[str, int]()
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        layer, part = self.layer, self.part
+        layer, module = self.layer, self.module
         output = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "").strip("_")
         if name not in OPERATIONS or not isinstance(output, Tensor) or not output.is_floating_point():
@@ -78,5 +78,5 @@ class _Functions(TorchFunctionMode):
         count = self.counts.get(name, 0)
         self.counts[name] = count + 1
         site = f"{layer}{AFTER}{name}" + (f"#{count}" if count else "")
-        replaced = self.hook(site, part, output) if self.sites is None or site in self.sites else None
+        replaced = self.hook(site, module, output) if self.sites is None or site in self.sites else None
         return output if replaced is None else replaced

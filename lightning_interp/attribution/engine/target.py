@@ -1,4 +1,4 @@
-"""The number that an attribution explains."""
+"""The target of an attribution, and the score of it that is explained."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ Target = Int[Tensor, " n"] | Callable[[Tensor], Tensor]
 Score = Callable[[Tensor, Tensor], Tensor]
 
 
-def logit(logits: Float[Tensor, "n classes"], chosen: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+def logit(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Return the chosen class's logit; of a single logit z, z for class 1 and −z for class 0."""
     if logits.shape[1] == 1:
-        return torch.where(chosen > 0, logits[:, 0], -logits[:, 0])
-    return logits.gather(1, chosen[:, None])[:, 0]
+        return torch.where(labels > 0, logits[:, 0], -logits[:, 0])
+    return logits.gather(1, labels[:, None])[:, 0]
 
 
-def log_probability(logits: Float[Tensor, "n classes"], chosen: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+def log_probability(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Return the logarithm of the chosen class's softmax probability; of a single logit, of its sigmoid."""
     if logits.shape[1] == 1:
-        return F.logsigmoid(logit(logits, chosen))
-    return logit(logits.log_softmax(1), chosen)
+        return F.logsigmoid(logit(logits, labels))
+    return logit(logits.log_softmax(1), labels)
 
 
-def probability(logits: Float[Tensor, "n classes"], chosen: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+def probability(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Return the chosen class's softmax probability; of a single logit, its sigmoid."""
-    return log_probability(logits, chosen).exp()
+    return log_probability(logits, labels).exp()
 
 
-def label_probability(logits: Float[Tensor, "n classes"], chosen: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+def label_probability(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Return the chosen label's own sigmoid, for multi-label outputs."""
-    return logit(logits, chosen).sigmoid()
+    return logit(logits, labels).sigmoid()
 
 
 def select(outputs: Tensor, target: Target, score: Score = logit) -> Float[Tensor, " n"]:
@@ -53,16 +53,16 @@ def select(outputs: Tensor, target: Target, score: Score = logit) -> Float[Tenso
     """
     n = outputs.shape[0]
     if callable(target):
-        chosen = target(outputs)
-        if chosen.shape != (n,):
-            raise ValueError(f"target: expected a function giving shape ({n},), got {tuple(chosen.shape)}")
-        return chosen
+        scores = target(outputs)
+        if scores.shape != (n,):
+            raise ValueError(f"target: expected a function giving shape ({n},), got {tuple(scores.shape)}")
+        return scores
     if target.shape != (n,) or target.is_floating_point():
         raise ValueError(f"target: expected {n} class indices, got {tuple(target.shape)} of {target.dtype}")
     logits = per_class(outputs)
-    most = max(2, logits.shape[1])  # a single logit has two classes
-    if n and not 0 <= int(target.min()) <= int(target.max()) < most:
-        raise ValueError(f"target: expected classes 0 to {most - 1}, got {target.tolist()}")
+    n_classes = max(2, logits.shape[1])  # a single logit has two classes
+    if n and not 0 <= int(target.min()) <= int(target.max()) < n_classes:
+        raise ValueError(f"target: expected classes 0 to {n_classes - 1}, got {target.tolist()}")
     # A copy, since a tensor made in inference mode cannot be saved for a backward.
     return score(logits, target.to(logits.device, torch.long, copy=True))
 

@@ -1,4 +1,4 @@
-"""Faithfulness: what the answer does when the positions that a map calls important go first."""
+"""Faithfulness: the score while positions are deleted or inserted in the order of a map."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_interp.checks import check_count
 from lightning_interp.data.task import Task
 from lightning_interp.network.undisturbed import explaining
 
-STEPS = 16
+STEPS = 16  # bounds the cost: a curve takes one forward per step and one more
 
 
 def deletion_curve(
@@ -38,8 +38,8 @@ def deletion_curve(
     that of the input, the last that of the baseline. A position is a pixel (all channels of it), a token that
     `task.mask` keeps, a step or a column; it is as important as `at_positions` says, equal ones come in a random order
     that the sample itself seeds: a constant map scores like chance. The row of a map that is not finite is NaN. The
-    network is asked about inputs that it was not trained on: a fall may come from their strangeness, and it is worth
-    comparing with `Centre()` and `Edges()`. It takes steps + 1 forwards.
+    network is evaluated on inputs unlike those it was trained on: a fall may come from that, so compare with
+    `Centre()` and `Edges()`. It takes steps + 1 forwards.
 
     Reference: Petsiuk et al., RISE: Randomized Input Sampling for Explanation of Black-box Models, 2018.
 
@@ -52,7 +52,7 @@ def deletion_curve(
         steps: in how many the input is replaced.
         baseline: what replaced positions become: a number (of token ids, the mask or padding token), one per channel
             or column, a tensor in the shape of one sample, or a function of the inputs, such as a blur.
-        score: what is asked: `probability`, `logit`, `label_probability`, or a function like them.
+        score: what the curve is of: `probability`, `logit`, `label_probability`, or a function like them.
         batch_size: changed copies at a time.
 
     Raises:
@@ -128,7 +128,7 @@ class DeletionArea(_Area):
     Args:
         steps: in how many the input is replaced; an update takes one forward more of the batch.
         baseline: what replaced positions become, as of `deletion_curve`.
-        score: what is asked.
+        score: what the curve is of.
         batch_size: changed copies at a time.
     """
 
@@ -146,7 +146,7 @@ class InsertionArea(_Area):
     Args:
         steps: in how many the input is shown; an update takes one forward more of the batch.
         baseline: what positions are before, as of `deletion_curve`.
-        score: what is asked.
+        score: what the curve is of.
         batch_size: changed copies at a time.
     """
 
@@ -155,7 +155,7 @@ class InsertionArea(_Area):
 
 
 class DeadMaps(MeanOverSamples):
-    """Share of maps that say nothing: zero everywhere, or not finite.
+    """Share of maps without information: zero everywhere, or not finite.
 
     >>> metric = DeadMaps()
     >>> metric.update(torch.tensor([[0.0, 0.0], [0.0, 1.0], [torch.nan, 1.0], [2.0, 1.0]]))
@@ -171,7 +171,7 @@ class DeadMaps(MeanOverSamples):
 
 
 def dead(maps: Float[Tensor, "n *shape"]) -> Bool[Tensor, " n"]:
-    """Say of each map whether it says nothing: zero everywhere, or not finite."""
+    """Return which maps have no information: zero everywhere, or not finite."""
     return (maps == 0).flatten(1).all(1) | ~all_finite(maps)
 
 
@@ -194,23 +194,23 @@ def _replaced(
         raw = explained.raw
         values = at_positions(maps.detach().to(raw.device), raw)
         counted = _counted(explained, values)
-        place = rank_positions(values.flatten(1), counted.flatten(1), explained.seeds()).view_as(values)
+        rank = rank_positions(values.flatten(1), counted.flatten(1), explained.seeds()).view_as(values)
         positions = counted.flatten(1).sum(1, keepdim=True)
         counts = (positions * torch.arange(steps + 1, device=raw.device) / steps).round()
         empty = torch.where(counted, baseline_like(baseline, raw), raw)
         before, after = (empty, raw) if inserting else (raw, empty)
         curve = torch.empty(counts.shape, dtype=torch.float64)
         for rows, points in batches_of_variants(explained.n, steps + 1, batch_size, target, raw.device):
-            turned = place[rows] < counts[rows, points].reshape(-1, *[1] * (values.ndim - 1))
+            turned = rank[rows] < counts[rows, points].reshape(-1, *[1] * (values.ndim - 1))
             mixed = torch.where(turned, after[rows], before[rows])
             scores = select(explained.outputs_of(mixed, rows), of_rows(target, rows), score)
             curve[rows.cpu(), points.cpu()] = scores.to(curve)
-        known = all_finite(values.masked_fill(~counted, 0))
-    return counts.to(curve) / positions.to(curve), curve.masked_fill(~known[:, None].cpu(), torch.nan)
+        finite = all_finite(values.masked_fill(~counted, 0))
+    return counts.to(curve) / positions.to(curve), curve.masked_fill(~finite[:, None].cpu(), torch.nan)
 
 
 def _counted(explained: ExplainedInput, values: Tensor) -> Bool[Tensor, "n *broadcastable"]:
-    """Say which positions count: of tokens, those that the task's mask keeps."""
+    """Return which positions count: of tokens, those that the task's mask keeps."""
     mask = explained.task.mask(explained.inputs) if explained.tokens else None
     if mask is None or mask.shape != values.shape:
         return torch.ones_like(values, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Localisation: does a map find the object that is known to be there?"""
+"""Localisation: does a map find the annotated object?"""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lightning_interp.attribution.metrics.rank_correlation import all_finite
 from lightning_interp.checks import check_count
 from lightning_interp.data.batch import at_least_float32
 
-NEEDED_OVERLAP = 0.5
-THRESHOLDS = tuple(k / 20 for k in range(20))
+NEEDED_OVERLAP = 0.5  # the benchmark's: intersection over union must exceed it
+THRESHOLDS = tuple(k / 20 for k in range(20))  # steps of 0.05, so that `update` runs box_overlap 20 times
 
 
 def boxes_to_masks(boxes: Float[Tensor, "n 4"] | Int[Tensor, "n 4"], size: tuple[int, int]) -> Bool[Tensor, "n h w"]:
@@ -57,7 +57,7 @@ def pointing(maps: Float[Tensor, "n *shape"], masks: Bool[Tensor, "n h w"], tole
         ValueError: the shapes do not fit, or a mask is empty.
     """
     check_count("pointing", "tolerance", tolerance, least=0)
-    maps, masks = _checked(maps, masks)
+    maps, masks = _maps_and_masks(maps, masks)
     reach = _grown(masks, tolerance).flatten(1)
     flat = maps.flatten(1)
     at_peak = flat == flat.amax(1, keepdim=True)
@@ -80,7 +80,7 @@ def energy_inside(maps: Float[Tensor, "n *shape"], masks: Bool[Tensor, "n h w"])
     Raises:
         ValueError: the shapes do not fit, or a mask is empty.
     """
-    maps, masks = _checked(maps, masks)
+    maps, masks = _maps_and_masks(maps, masks)
     positive = maps.double().clamp(min=0)
     whole = positive.sum((1, 2))
     share = (positive * masks).sum((1, 2)) / whole
@@ -90,11 +90,11 @@ def energy_inside(maps: Float[Tensor, "n *shape"], masks: Bool[Tensor, "n h w"])
 def box_overlap(
     maps: Float[Tensor, "n *shape"], masks: Bool[Tensor, "n h w"], threshold: float = 0.2
 ) -> Float[Tensor, " n"]:
-    """Return intersection over union of the box that a map draws and the box around the mask.
+    """Return intersection over union of the box around a map's highest values and the box around the mask.
 
     The map's box is around the largest connected component of the positions above `threshold` times the map's maximum;
     corners connect, and of equal ones the one that ends higher up is taken. 0 of a map without a positive value, which
-    draws none. NaN where a map is not finite.
+    has no box. NaN where a map is not finite.
 
     Reference: Zhou et al., Learning Deep Features for Discriminative Localization, 2016.
 
@@ -107,13 +107,13 @@ def box_overlap(
         ValueError: the shapes do not fit, a mask is empty, or the threshold is not a share.
     """
     _check_share("box_overlap", "threshold", threshold)
-    maps, masks = _checked(maps, masks)
+    maps, masks = _maps_and_masks(maps, masks)
     peak = maps.amax((1, 2), keepdim=True)
     above = maps > threshold * peak  # nowhere, where the maximum is not positive
-    drawn, true = _box(_largest_component(above)), _box(masks)
-    overlap = _area(torch.cat([torch.maximum(drawn, true)[:, :2], torch.minimum(drawn, true)[:, 2:]], dim=1))
-    found = overlap / (_area(drawn) + _area(true) - overlap)
-    return found.masked_fill(~all_finite(maps), torch.nan)
+    map_boxes, true = _box(_largest_component(above)), _box(masks)
+    overlap = _area(torch.cat([torch.maximum(map_boxes, true)[:, :2], torch.minimum(map_boxes, true)[:, 2:]], dim=1))
+    overlaps = overlap / (_area(map_boxes) + _area(true) - overlap)
+    return overlaps.masked_fill(~all_finite(maps), torch.nan)
 
 
 def localization_error(
@@ -188,8 +188,9 @@ class BestLocalizationError(SampleSums):
     """Smallest `LocalizationError` over thresholds, and the threshold: `{"error": ..., "threshold": ...}`.
 
     1 − MaxBoxAcc, the threshold a share of the maximum (MaxBoxAcc takes it between minimum and maximum: the same for
-    maps with a zero). It tells a map in the wrong place from one at the wrong scale; but the threshold is chosen on the
-    samples that it is tried on: it is optimistic, the more so the fewer they are. Of equal ones the smallest threshold.
+    maps with a zero). It distinguishes a map in the wrong place from one at the wrong scale; but the threshold is
+    chosen on the samples themselves, which is optimistic, the more so the fewer they are. Of equally good thresholds
+    the smallest.
 
     Reference: Choe et al., Evaluating Weakly Supervised Object Localization Methods Right, 2020.
 
@@ -214,13 +215,13 @@ class BestLocalizationError(SampleSums):
     def compute(self) -> dict[str, Tensor]:
         """Return the smallest error so far and the threshold that gives it; NaN as soon as one map is not finite."""
         errors = self.mean()
-        error, place = errors.min(0)
-        threshold = torch.tensor(self.thresholds).to(errors)[place]
+        error, best = errors.min(0)
+        threshold = torch.tensor(self.thresholds).to(errors)[best]
         return {"error": error, "threshold": threshold.masked_fill(error.isnan(), torch.nan)}
 
 
-def _checked(maps: Tensor, masks: Tensor) -> tuple[Float[Tensor, "n h w"], Bool[Tensor, "n h w"]]:
-    """Return maps without channels, and masks beside them."""
+def _maps_and_masks(maps: Tensor, masks: Tensor) -> tuple[Float[Tensor, "n h w"], Bool[Tensor, "n h w"]]:
+    """Return maps without channels, and masks on their device."""
     flat = maps.abs().amax(1) if maps.ndim == 4 else maps
     if flat.ndim != 3 or flat.shape != masks.shape:
         raise ValueError(
@@ -251,8 +252,8 @@ def _grown(masks: Bool[Tensor, "n h w"], tolerance: int) -> Bool[Tensor, "n h w"
 def _largest_component(above: Bool[Tensor, "n h w"]) -> Bool[Tensor, "n h w"]:
     """Return the largest set of connected positions of each sample; none where there is none.
 
-    Each position takes the largest number among its neighbours', and then that of the position it now names, until
-    all of a component have the same.
+    Each position takes the largest label among its neighbours, and then the label of the position with that number,
+    until all of a component have the same.
     """
     n, height, width = above.shape
     own = torch.arange(1, height * width + 1, device=above.device).view(height, width)
@@ -261,8 +262,8 @@ def _largest_component(above: Bool[Tensor, "n h w"]) -> Bool[Tensor, "n h w"]:
         spread = F.max_pool2d(labels[:, None].double(), 3, stride=1, padding=1)[:, 0].long() * above
         if torch.equal(spread, labels):
             break
-        named = F.pad(spread.flatten(1), (1, 0))
-        labels = named.gather(1, spread.flatten(1)).view_as(labels)
+        label_at = F.pad(spread.flatten(1), (1, 0))
+        labels = label_at.gather(1, spread.flatten(1)).view_as(labels)
     sizes = torch.zeros(n, height * width + 1, device=above.device).scatter_add_(
         1, labels.flatten(1), above.flatten(1).float()
     )

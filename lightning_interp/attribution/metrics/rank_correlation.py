@@ -1,4 +1,4 @@
-"""The order in which a map puts the positions of an input."""
+"""Ranks of an input's positions by a map."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def rank_correlation(
     if a.ndim < 2 or a.shape != b.shape:
         raise ValueError(f"b: expected maps (n, ...) in a's shape {tuple(a.shape)}, got {tuple(b.shape)}")
     if mask is not None:
-        rows = [(x[kept][None], y[kept][None]) for x, y, kept in zip(a, b, mask.to(a.device), strict=True)]
+        rows = [(x[counted][None], y[counted][None]) for x, y, counted in zip(a, b, mask.to(a.device), strict=True)]
         return torch.cat([rank_correlation(x, y) for x, y in rows]) if rows else a.new_zeros(0)
     x, y = (_centred_ranks(maps.flatten(1)) for maps in (a, b))
-    found = (x * y).sum(1) / (x.square().sum(1) * y.square().sum(1)).sqrt()
-    return found.clamp(-1, 1).masked_fill(~(all_finite(a) & all_finite(b)), torch.nan)
+    correlations = (x * y).sum(1) / (x.square().sum(1) * y.square().sum(1)).sqrt()
+    return correlations.clamp(-1, 1).masked_fill(~(all_finite(a) & all_finite(b)), torch.nan)
 
 
 def flat_map(maps: Float[Tensor, "n *shape"], raw: Tensor) -> Float[Tensor, "n positions"]:
@@ -88,7 +88,7 @@ def rank_positions(
 
 
 def all_finite(maps: Float[Tensor, "n *shape"]) -> Bool[Tensor, " n"]:
-    """Say of each map whether all of it is finite."""
+    """Return whether all of each map is finite."""
     return maps.isfinite().flatten(1).all(1)
 
 

@@ -1,24 +1,22 @@
-"""Sanity check: does a map change when what the network has learnt is taken from it?"""
+"""Sanity check: does a map change when a layer's weights are reinitialised?"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lightning_interp.attribution.attributor import Attributor
 from lightning_interp.attribution.engine.explained_input import ExplainedInput
 from lightning_interp.attribution.engine.target import Target
 from lightning_interp.attribution.metrics.rank_correlation import flat_map, rank_correlation
-from lightning_interp.attribution.results import Explanation
 from lightning_interp.data.batch import select_samples
 from lightning_interp.data.task import Task
 from lightning_interp.network.undisturbed import explaining, hooked, undisturbed
-
-Attributor = Callable[[nn.Module, Any, Target, Task], Explanation]
 
 
 def sanity_similarity(
@@ -30,12 +28,12 @@ def sanity_similarity(
     layer: str | None = None,
     seed: int = 0,
 ) -> Float[Tensor, " n"]:
-    """Return how alike the maps are before and after one layer is drawn anew: near 1, they do not depend on it.
+    """Return the similarity of maps before and after one layer is reinitialised: near 1, they do not depend on it.
 
-    Spearman's rank correlation of the absolute values of what is shown (`flat_map`), sample by sample; NaN where one of
-    the maps is constant or not finite. Tokens that `task.mask` leaves out do not count. The model is put back. A low
-    value does not make a map right, and a high one may come from what both maps share without the layer: ReLUs that are
-    off, zeros of a blank background.
+    Spearman's rank correlation of the absolute values per position (`flat_map`), sample by sample; NaN where one of the
+    maps is constant or not finite. Tokens that `task.mask` leaves out do not count. The weights are restored. A low
+    value does not make a map right, and a high one may come from what both maps share without the layer: inactive
+    ReLUs, zeros of a blank background.
 
     Reference: Adebayo et al., Sanity Checks for Saliency Maps, 2018.
 
@@ -46,7 +44,7 @@ def sanity_similarity(
         target: class per sample `(n,)`, the same before and after, or a function outputs → `(n,)`.
         task: how to call the model.
         layer: name of the layer, as in `named_modules`; `last_weights` when None.
-        seed: of the draw.
+        seed: of the new weights.
 
     Raises:
         ValueError: the layer has no weights.
@@ -63,7 +61,7 @@ def sanity_similarity(
 
 @contextlib.contextmanager
 def reinitialized(model: nn.Module, layer: str | None = None, seed: int = 0) -> Iterator[None]:
-    """Draw one layer's parameters anew, and put them back bit by bit on every way out.
+    """Reinitialise one layer's parameters, and restore them exactly on every way out.
 
     They are drawn by the layer's own `reset_parameters`; where it has none, normally with each parameter's mean and
     standard deviation. Buffers, gradients and every random number generator stay as they are.
@@ -72,22 +70,22 @@ def reinitialized(model: nn.Module, layer: str | None = None, seed: int = 0) -> 
         model: any module.
         layer: its name, as in `named_modules`, with all that is inside it; when None, the last one there with
             parameters of its own (`last_weights` finds the last that is called).
-        seed: of the draw.
+        seed: of the new weights.
 
     Raises:
         ValueError: the model has no such layer, or it has no parameters.
     """
-    part = _with_weights(model, layer)
-    kept = [(parameter, parameter.detach().clone()) for parameter in part.parameters()]
+    module = _with_weights(model, layer)
+    saved = [(parameter, parameter.detach().clone()) for parameter in module.parameters()]
     try:
-        with undisturbed(part), torch.no_grad():
-            _seed(seed)
-            for inner in part.modules():
-                _draw(inner)
+        with undisturbed(module), torch.no_grad():
+            _seed_generators(seed)
+            for inner in module.modules():
+                _draw_parameters(inner)
         yield
     finally:
         with torch.no_grad():
-            for parameter, values in kept:
+            for parameter, values in saved:
                 parameter.copy_(values)
 
 
@@ -100,48 +98,48 @@ def last_weights(model: nn.Module, inputs: Any, task: Task = Task()) -> str:
         ValueError: no module of the model has parameters.
     """
     called: list[str] = []
-    named = [name for name, part in model.named_modules() if _owns(part)]
+    layer_names = [name for name, module in model.named_modules() if _has_parameters(module)]
     with explaining(model), torch.no_grad():
         explained = ExplainedInput(model, inputs, task)
-        one = select_samples(inputs, explained.everything[:1])
-        with hooked(model, named, lambda name, *_: called.append(name)):
-            task.outputs(model, one)
-    inner = [name for name in called if not any(_inside(other, name) for other in called)]
+        first_sample = select_samples(inputs, explained.everything[:1])
+        with hooked(model, layer_names, lambda name, *_: called.append(name)):
+            task.outputs(model, first_sample)
+    inner = [name for name in called if not any(_is_inside(inner_name, name) for inner_name in called)]
     if not inner:
         raise ValueError("model: expected a module with parameters in its forward, found none")
     return inner[-1]
 
 
 def _with_weights(model: nn.Module, layer: str | None) -> nn.Module:
-    parts = dict(model.named_modules())
+    submodules = dict(model.named_modules())
     if layer is None:
-        layer = next((name for name, part in reversed(parts.items()) if _owns(part)), "")
-    if layer not in parts or not any(True for _ in parts[layer].parameters()):
+        layer = next((name for name, module in reversed(submodules.items()) if _has_parameters(module)), "")
+    if layer not in submodules or not any(True for _ in submodules[layer].parameters()):
         raise ValueError(f"layer: expected the name of a module with parameters, got {layer!r}")
-    return parts[layer]
+    return submodules[layer]
 
 
-def _draw(part: nn.Module) -> None:
-    """Draw a module's own parameters anew."""
-    reset = getattr(part, "reset_parameters", None)
+def _draw_parameters(module: nn.Module) -> None:
+    """Draw new values of a module's own parameters."""
+    reset = getattr(module, "reset_parameters", None)
     if callable(reset):
         reset()
         return
-    for parameter in part.parameters(recurse=False):
+    for parameter in module.parameters(recurse=False):
         values = parameter.float()
         parameter.copy_(values.mean() + values.std(correction=0) * torch.randn_like(values))
 
 
-def _seed(seed: int) -> None:
+def _seed_generators(seed: int) -> None:
     """Seed the generators in use; `torch.manual_seed` would also seed a device that is first used later."""
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
 
 
-def _owns(part: nn.Module) -> bool:
-    return any(True for _ in part.parameters(recurse=False))
+def _has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
 
 
-def _inside(name: str, outer: str) -> bool:
+def _is_inside(name: str, outer: str) -> bool:
     return name != outer and (not outer or name.startswith(outer + "."))

@@ -1,4 +1,4 @@
-"""Attributions that look at no network: what a method must beat to say anything of one."""
+"""Maps that ignore the network: baselines that an attribution method must beat."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Centre:
 
     map = exp(−(dy² + dx²) / 2 spread²), dy and dx the distances from the middle as shares of height and width;
     `(n, H, W)`. Photographers put things in the middle: a method that finds objects no better than this has not been
-    shown to look at the network.
+    shown to depend on the network.
 
     Args:
         spread: standard deviation of the bump, as a share of the image's sides.
@@ -63,7 +63,7 @@ class Edges:
     """Edges of each image: what guided backpropagation is mistaken for.
 
     map = √(gx² + gy²) of Sobel's filters on the mean over channels, the border repeated outwards; `(n, H, W)`. An
-    explanation that looks like it is no evidence of what the network looks at.
+    explanation that resembles it is no evidence of what the network uses.
 
     Reference: Adebayo et al., Sanity Checks for Saliency Maps, 2018.
     """

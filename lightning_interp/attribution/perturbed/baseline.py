@@ -1,4 +1,4 @@
-"""What stands for "nothing there": the value that switched-off parts of an input take."""
+"""Baselines: the value that switched-off parts of an input take."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ def baseline_like(baseline: Baseline, values: Tensor) -> Tensor:
         baseline: a number (for token ids, the mask or padding token); a sequence with one number per channel, or per
             column of a table; a tensor in the shape of one sample, or of all; or a function values → baseline, e.g. a
             blur.
-        values: what it stands in for.
+        values: what it replaces.
 
     Raises:
         ValueError: it does not fit the shape.
     """
     if callable(baseline):
-        found = baseline(values)
+        tensor = baseline(values)
     elif isinstance(baseline, Tensor):
-        found = baseline.to(values)
+        tensor = baseline.to(values)
     else:
-        found = torch.as_tensor(baseline, dtype=values.dtype, device=values.device)
-        if found.ndim == 1 and values.ndim > 2:
-            found = found.reshape(-1, *[1] * (values.ndim - 2))
+        tensor = torch.as_tensor(baseline, dtype=values.dtype, device=values.device)
+        if tensor.ndim == 1 and values.ndim > 2:
+            tensor = tensor.reshape(-1, *[1] * (values.ndim - 2))
     try:
-        return found.detach().expand_as(values)
+        return tensor.detach().expand_as(values)
     except RuntimeError:
         raise ValueError(
             f"baseline: expected a number, one per channel, or a tensor {tuple(values.shape[1:])}, got"
-            f" {tuple(found.shape)}"
+            f" {tuple(tensor.shape)}"
         ) from None

@@ -1,4 +1,4 @@
-"""Linear models fitted around one sample: in which parts are on, to what the network says."""
+"""Linear models fitted around one sample: of the network's scores, in which parts are on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-ROUNDING = 1e-12  # what float64 leaves of a number that is 0 in exact arithmetic, times 100 or so
+FLOAT64_NOISE = 1e-12  # what float64 leaves of a number that is 0 in exact arithmetic, times 100 or so
 
 
 class LocalModel(NamedTuple):
@@ -47,9 +47,9 @@ def k_lasso(
     masks: Bool[Tensor, "draws parts"],
     scores: Float[Tensor, "draws outputs"],
     weights: Float[Tensor, " draws"],
-    most: int,
+    max_features: int,
 ) -> LocalModel:
-    """Return models in at most `most` parts each: chosen by the lasso's path, then fitted by weighted least squares.
+    """Return weighted least squares in at most `max_features` parts of each output, chosen by the lasso's path.
 
     Reference: Ribeiro et al., "Why should I trust you?", 2016, algorithm 1.
     """
@@ -59,17 +59,20 @@ def k_lasso(
         if not bool(score.isfinite().all()):
             coefficients[:, output] = torch.nan
             continue
-        chosen = on_the_path(masks, score, weights, most)
-        found = weighted_ridge(masks[:, chosen], score[:, None], weights, 0.0)
-        coefficients[chosen, output] = found.coefficients[:, 0]
-        r2[output] = found.r2[0]
+        selected = on_the_path(masks, score, weights, max_features)
+        model = weighted_ridge(masks[:, selected], score[:, None], weights, 0.0)
+        coefficients[selected, output] = model.coefficients[:, 0]
+        r2[output] = model.r2[0]
     return LocalModel(coefficients, r2)
 
 
 def on_the_path(
-    masks: Bool[Tensor, "draws parts"], score: Float[Tensor, " draws"], weights: Float[Tensor, " draws"], most: int
+    masks: Bool[Tensor, "draws parts"],
+    score: Float[Tensor, " draws"],
+    weights: Float[Tensor, " draws"],
+    max_features: int,
 ) -> Tensor:
-    """Return the parts with a coefficient at the last knot of the weighted lasso's path that has at most `most`.
+    """Return the parts at the last knot of the weighted lasso's path with at most `max_features` coefficients.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -83,11 +86,11 @@ def on_the_path(
     root = weights.sqrt()[:, None]
     z, y = root * _centred(masks.double(), weights), root * _centred(score.double()[:, None], weights)
     with warnings.catch_warnings():
-        # A path that comes to an exact fit stops there and warns; nothing beyond is wanted.
+        # A path that reaches an exact fit stops there and warns; nothing beyond is needed.
         warnings.simplefilter("ignore")
         _, _, path = lars_path(z.numpy(), y[:, 0].numpy(), method="lasso")
     knots = torch.from_numpy(path) != 0
-    fitting = knots[:, knots.sum(0) <= most]
+    fitting = knots[:, knots.sum(0) <= max_features]
     return fitting[:, -1].nonzero()[:, 0]
 
 
@@ -104,10 +107,10 @@ def with_fixed_sum(
 
     Args:
         masks: which parts are on.
-        scores: what the network says.
+        scores: the network's.
         weights: of the draws.
-        none: the intercept: what the network says with no part on.
-        total: what all parts together add to it.
+        none: the intercept: the network's score with no part on.
+        total: the sum of coefficients: what all parts together add to the intercept.
 
     Raises:
         ValueError: the equations are singular: fewer different draws than parts.
@@ -116,8 +119,8 @@ def with_fixed_sum(
         return LocalModel(none.new_zeros(0, len(none)), torch.full_like(none, torch.nan))
     z, y = masks.double(), scores.double() - none
     last = z[:, -1:]
-    free, rest = z[:, :-1] - last, y - last * total
-    firsts = solved((free.T * weights) @ free, (free.T * weights) @ rest)
+    free, residual = z[:, :-1] - last, y - last * total
+    firsts = solved((free.T * weights) @ free, (free.T * weights) @ residual)
     coefficients = torch.cat([firsts, (total - firsts.sum(0))[None]])
     return LocalModel(coefficients, r_squared(scores.double(), y - z @ coefficients, weights))
 
@@ -127,8 +130,8 @@ def r_squared(
 ) -> Float[Tensor, " outputs"]:
     """Return 1 − Σ w (y − ŷ)² / Σ w (y − ȳ)², ȳ the weighted mean; NaN where y does not vary beyond rounding."""
     varied = weights @ _centred(y, weights).square()
-    found = 1 - (weights @ residuals.square()) / varied
-    return found.where(varied > ROUNDING**2 * (weights @ y.square()), torch.nan)
+    r2 = 1 - (weights @ residuals.square()) / varied
+    return r2.where(varied > FLOAT64_NOISE**2 * (weights @ y.square()), torch.nan)
 
 
 def solved(gram: Float[Tensor, "m m"], right: Float[Tensor, "m outputs"]) -> Float[Tensor, "m outputs"]:
@@ -140,7 +143,7 @@ def solved(gram: Float[Tensor, "m m"], right: Float[Tensor, "m outputs"]) -> Flo
     if not bool(gram.isfinite().all()):
         return torch.full_like(right, torch.nan)
     factor, failed = torch.linalg.cholesky_ex(gram)
-    if bool(failed) or bool((factor.diagonal().square() <= ROUNDING * gram.diagonal()).any()):
+    if bool(failed) or bool((factor.diagonal().square() <= FLOAT64_NOISE * gram.diagonal()).any()):
         raise ValueError(
             f"samples: expected enough different draws to tell {len(gram)} parts apart, got too few; take more samples"
             " or fewer parts"

@@ -1,4 +1,4 @@
-"""Linear models that stand for a network around each sample of a batch, and the maps they give."""
+"""Linear models that approximate a network around each sample of a batch, and their maps."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lightning_interp.attribution.results import Explanation
 
 @dataclass(frozen=True, eq=False)
 class LocalModels:
-    """Linear models that stand for the network around each sample, one per class.
+    """Linear models that approximate the network around each sample, one per class.
 
     Args:
-        method: tag of what fitted them.
+        method: tag of the method that fitted them.
         labels: the part at each position, −1 where it has none, `(n, *positions)`.
         models: per sample, with one output per class.
         dtype: of the maps.
@@ -39,7 +39,7 @@ class LocalModels:
         """
         n, classes = len(self.models), len(self.models[0].r2)
         whole = target.shape == (n,) and not target.is_floating_point()
-        if not whole or not all(0 <= chosen < classes for chosen in target.tolist()):
+        if not whole or not all(0 <= label < classes for label in target.tolist()):
             raise ValueError(f"target: expected {n} classes among 0 to {classes - 1}, got {target.tolist()}")
         return self._painted(target.tolist(), target.detach().cpu().long())
 
@@ -50,17 +50,18 @@ class LocalModels:
     def _painted(self, outputs: Sequence[int], target: Tensor) -> Explanation:
         maps = torch.zeros(self.labels.shape, dtype=self.dtype)
         r2 = torch.zeros(len(outputs))
-        for place, (model, output) in enumerate(zip(self.models, outputs, strict=True)):
+        for row, (model, output) in enumerate(zip(self.models, outputs, strict=True)):
             # One more for the label −1.
             values = torch.cat([model.coefficients[:, output], torch.zeros(1)])
-            maps[place] = values[self.labels[place]].to(self.dtype)
-            r2[place] = model.r2[output]
-        parts = torch.tensor([float(len(model.coefficients)) for model in self.models])
-        return Explanation(self.method, maps, target, facts={"r2": r2, "parts": parts})
+            maps[row] = values[self.labels[row]].to(self.dtype)
+            r2[row] = model.r2[output]
+        n_parts = torch.tensor([float(len(model.coefficients)) for model in self.models])
+        return Explanation(self.method, maps, target, facts={"r2": r2, "parts": n_parts})
 
 
-def local_models(method: CoalitionMethod, asked: CoalitionScores) -> LocalModels:
+def local_models(method: CoalitionMethod, scored: CoalitionScores) -> LocalModels:
     """Fit each sample's linear models."""
-    models = tuple(method.fit(*drawn) for drawn in zip(asked.coalitions, asked.scores, strict=True))
-    name = method.name + ("" if method.parts else regions_tag(asked.parts))
-    return LocalModels(name, asked.labels, models, asked.scores[0].dtype)
+    samples = zip(scored.coalitions, scored.scores, strict=True)
+    models = tuple(method.fit(coalitions, scores) for coalitions, scores in samples)
+    name = method.name + ("" if method.parts else regions_tag(scored.regions))
+    return LocalModels(name, scored.labels, models, scored.scores[0].dtype)

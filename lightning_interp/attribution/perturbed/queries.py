@@ -1,4 +1,4 @@
-"""Answers: what a model says of samples with some of their parts switched off."""
+"""Scores of coalitions: a model evaluated on samples with some of their parts switched off."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CoalitionMethod(Protocol):
     @property
     def batch_size(self) -> int: ...  # noqa: D102
 
-    def coalitions(self, parts: int, generator: Generator) -> Tensor:
+    def coalitions(self, n_parts: int, generator: Generator) -> Tensor:
         """Return which parts are on, `(draws, parts)`."""
 
     def fit(self, coalitions: Tensor, scores: Tensor) -> LocalModel:
@@ -46,17 +46,16 @@ class CoalitionMethod(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class CoalitionScores:
-    """Each sample's coalitions, and what a model says of the sample with just these parts.
+    """Each sample's coalitions, and the model's scores of the sample with just these parts.
 
     Args:
-        parts: sample → the part at each position.
+        regions: sample → the part at each position.
         labels: the part at each position, −1 where nothing is ever switched off, `(n, *positions)`.
-        coalitions: which parts are on, `(draws, parts)` per sample: samples may have unlike numbers of parts.
-        scores: of each draw, `(draws, outputs)` per sample: one output where a target was asked for, else one per
-            class.
+        coalitions: which parts are on, `(draws, parts)` per sample: numbers of parts may differ between samples.
+        scores: of each draw, `(draws, outputs)` per sample: one output where there is a target, else one per class.
     """
 
-    parts: Regions
+    regions: Regions
     labels: Int[Tensor, "n *positions"]
     coalitions: tuple[Tensor, ...]
     scores: tuple[Tensor, ...]
@@ -65,10 +64,10 @@ class CoalitionScores:
 def score_coalitions(
     method: CoalitionMethod, model: nn.Module, inputs: Any, target: Target | None, task: Task
 ) -> CoalitionScores:
-    """Draw coalitions of each sample's parts, seeded by the sample, and ask the model about all of them.
+    """Draw coalitions of each sample's parts, seeded by the sample, and evaluate the model on all of them.
 
     Args:
-        method: what the parts are, what stands for "off" and which coalitions are asked about.
+        method: the parts, the baseline that replaces them, and which coalitions are drawn.
         model: any module; it runs in eval mode.
         inputs: what `task.outputs(model, ...)` takes.
         target: class per sample, a function of the outputs, or None for every class.
@@ -76,13 +75,13 @@ def score_coalitions(
     """
     with explaining(model), torch.no_grad():
         explained = ExplainedInput(model, inputs, task)
-        parts = method.parts or default_regions(explained.raw)
-        labels = regions_of(explained, parts)
+        regions = method.parts or default_regions(explained.raw)
+        labels = regions_of(explained, regions)
         counts = [int(sample.max()) + 1 for sample in labels]
         generators = [Generator().manual_seed(seed) for seed in explained.seeds()]
-        drawn = [_checked(method.coalitions(*of), of[0]) for of in zip(counts, generators, strict=True)]
-        scores = _scores(explained, method, labels, drawn, target)
-    return CoalitionScores(parts, labels, tuple(drawn), scores)
+        coalitions = [_check_coalitions(method.coalitions(*of), of[0]) for of in zip(counts, generators, strict=True)]
+        scores = _scores(explained, method, labels, coalitions, target)
+    return CoalitionScores(regions, labels, tuple(coalitions), scores)
 
 
 def every_class(outputs: Tensor, score: Score) -> Float[Tensor, "n classes"]:
@@ -95,33 +94,39 @@ def every_class(outputs: Tensor, score: Score) -> Float[Tensor, "n classes"]:
 
 
 def _scores(
-    explained: ExplainedInput, method: CoalitionMethod, labels: Tensor, drawn: Sequence[Tensor], target: Target | None
+    explained: ExplainedInput,
+    method: CoalitionMethod,
+    labels: Tensor,
+    coalitions: Sequence[Tensor],
+    target: Target | None,
 ) -> tuple[Tensor, ...]:
     raw, empty = explained.raw, baseline_like(method.baseline, explained.raw)
-    on, draws = _padded(drawn).to(raw.device), [len(masks) for masks in drawn]
-    places = (labels.flatten(1) % on.shape[2]).to(raw.device)  # label −1 becomes the last column, which is always on
+    on, draws = _padded(coalitions).to(raw.device), [len(masks) for masks in coalitions]
+    columns = (labels.flatten(1) % on.shape[2]).to(raw.device)  # label −1 becomes the last column, which is always on
     which = explained.everything if target is None else target
-    found: list[Tensor] = []
-    for rows, variants in _asked_for(draws, method.batch_size, which, raw.device):
-        kept = on[rows, variants].gather(1, places[rows]).unflatten(1, labels.shape[1:])
-        copies = torch.where(kept[:, None] if raw.ndim > 2 else kept, raw[rows], empty[rows])
+    scores: Tensor | None = None  # how many outputs there are is known after the first batch
+    for rows, variants in _batches_of_draws(draws, method.batch_size, which, raw.device):
+        switched_on = on[rows, variants].gather(1, columns[rows]).unflatten(1, labels.shape[1:])
+        copies = torch.where(switched_on[:, None] if raw.ndim > 2 else switched_on, raw[rows], empty[rows])
         outputs = explained.outputs_of(copies, rows)
-        values = at_least_float32(_read(outputs, None if target is None else of_rows(target, rows), method.score))
-        found = found or [values.new_zeros(*on.shape[:2], values.shape[1])]
-        found[0][rows, variants] = values
-    return tuple(scores[:count] for scores, count in zip(found[0].cpu(), draws, strict=True))
+        of_batch = None if target is None else of_rows(target, rows)
+        values = at_least_float32(_score_outputs(outputs, of_batch, method.score))
+        if scores is None:
+            scores = values.new_zeros(*on.shape[:2], values.shape[1])
+        scores[rows, variants] = values
+    return () if scores is None else tuple(of[:count] for of, count in zip(scores.cpu(), draws, strict=True))
 
 
-def _read(outputs: Tensor, target: Target | None, score: Score) -> Float[Tensor, "m outputs"]:
+def _score_outputs(outputs: Tensor, target: Target | None, score: Score) -> Float[Tensor, "m outputs"]:
     return every_class(outputs, score) if target is None else select(outputs, target, score)[:, None]
 
 
-def _asked_for(
+def _batches_of_draws(
     draws: Sequence[int], batch_size: int, target: Target, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (sample, draw) pairs as `chunks` does, without those that a sample with fewer draws does not have.
+    """Yield (sample, draw) pairs as `batches_of_variants`, skipping those beyond a sample's own number of draws.
 
-    Where all samples go together, such a draw is asked for all the same: everything is on in it.
+    Where all samples come together, such a draw is evaluated nevertheless: everything is on in it.
     """
     counts = torch.tensor(draws, device=device)
     for rows, variants in batches_of_variants(len(draws), max(draws), batch_size, target, device):
@@ -133,16 +138,16 @@ def _asked_for(
 
 
 def _padded(coalitions: Sequence[Tensor]) -> Bool[Tensor, "n draws parts"]:
-    """Return coalitions in one tensor, where what is missing counts as on, with one more part that is always on."""
-    most = max(drawn.shape[1] for drawn in coalitions)
-    off = [nn.functional.pad(~drawn, (0, most + 1 - drawn.shape[1])) for drawn in coalitions]
+    """Return coalitions in one tensor, padded with parts that are on, and one more part that is always on."""
+    n_parts = max(sample.shape[1] for sample in coalitions)
+    off = [nn.functional.pad(~sample, (0, n_parts + 1 - sample.shape[1])) for sample in coalitions]
     return ~pad_sequence(off, batch_first=True)
 
 
-def _checked(coalitions: Tensor, parts: int) -> Tensor:
-    fits = coalitions.ndim == 2 and len(coalitions) and coalitions.shape[1] == parts
+def _check_coalitions(coalitions: Tensor, n_parts: int) -> Tensor:
+    fits = coalitions.ndim == 2 and len(coalitions) and coalitions.shape[1] == n_parts
     if coalitions.dtype is not torch.bool or not fits:
         raise ValueError(
-            f"draw: expected booleans (draws, {parts}), got {tuple(coalitions.shape)} of {coalitions.dtype}"
+            f"draw: expected booleans (draws, {n_parts}), got {tuple(coalitions.shape)} of {coalitions.dtype}"
         )
     return coalitions

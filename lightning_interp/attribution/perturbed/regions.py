@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lightning_interp.attribution.engine.explained_input import ExplainedInput
-from lightning_interp.checks import check_count
+from lightning_interp.checks import check_count, tag
 
 Regions = Callable[[Tensor], Tensor]
 
@@ -56,7 +56,7 @@ class Superpixels:
 
     Args:
         count: about how many.
-        compactness: how much nearness counts beside colour, in units of CIELAB; the larger, the squarer.
+        compactness: weight of distance against colour, in units of CIELAB; the larger, the squarer.
 
     Raises:
         ImportError: scikit-image is not installed.
@@ -114,32 +114,31 @@ def default_regions(raw: Tensor) -> Regions:
     return Superpixels() if installed else Grid()
 
 
-def regions_tag(parts: Regions | None) -> str:
+def regions_tag(regions: Regions | None) -> str:
     """Return what a method's tag gets by its parts: their name, unless it is each token or column."""
-    named = parts is not None and parts is not each_position
-    return f"_{getattr(parts, 'name', None) or getattr(parts, '__name__', None) or repr(parts)}" if named else ""
+    return "" if regions is None or regions is each_position else f"_{tag(regions)}"
 
 
-def regions_of(explained: ExplainedInput, parts: Regions) -> Int[Tensor, "n *positions"]:
+def regions_of(explained: ExplainedInput, regions: Regions) -> Int[Tensor, "n *positions"]:
     """Return the part that each position of each sample belongs to: 0, 1, ..., and −1 for what is never switched off.
 
     Args:
         explained: whose samples; tokens that do not count, by `task.mask`, are never switched off.
-        parts: sample → whole numbers, one per position; those below 0 are never switched off.
+        regions: sample → whole numbers, one per position; those below 0 are never switched off.
 
     Raises:
-        ValueError: `parts` gave another shape, or no whole numbers.
+        ValueError: `regions` gave another shape, or no whole numbers.
     """
     raw = explained.raw
     size = tuple(raw.shape[2:] if raw.ndim > 2 else raw.shape[1:])
-    labels = torch.stack([_checked(parts(sample), size) for sample in raw])
+    labels = torch.stack([_check_labels(regions(sample), size) for sample in raw])
     mask = explained.task.mask(explained.inputs) if explained.tokens else None
     if mask is not None and mask.shape == labels.shape:
         labels = labels.masked_fill(~mask.cpu().bool(), -1)
-    return torch.stack([_numbered(sample) for sample in labels])
+    return torch.stack([_renumbered(sample) for sample in labels])
 
 
-def _checked(labels: Tensor, size: tuple[int, ...]) -> Tensor:
+def _check_labels(labels: Tensor, size: tuple[int, ...]) -> Tensor:
     whole = not (labels.is_floating_point() or labels.is_complex())
     if tuple(labels.shape) != size or not whole:
         raise ValueError(
@@ -149,7 +148,7 @@ def _checked(labels: Tensor, size: tuple[int, ...]) -> Tensor:
     return labels.detach().cpu().long()
 
 
-def _numbered(labels: Tensor) -> Tensor:
+def _renumbered(labels: Tensor) -> Tensor:
     """Return the same parts numbered from 0 without gaps."""
-    found, inverse = labels.clamp(min=-1).unique(return_inverse=True)
-    return inverse - int(found[0] < 0)
+    distinct, inverse = labels.clamp(min=-1).unique(return_inverse=True)
+    return inverse - int(distinct[0] < 0)

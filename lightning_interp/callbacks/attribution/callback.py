@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from lightning_interp.attribution import Attributor, Target
 from lightning_interp.attribution.engine.sites import layer_of
 from lightning_interp.callbacks.attribution.arguments import (
     OWNER,
@@ -22,25 +23,25 @@ from lightning_interp.callbacks.attribution.arguments import (
 )
 from lightning_interp.callbacks.attribution.panels import (
     AttributionSetup,
-    answer_batches,
-    draw_panels,
-    explained_words,
-    fixed_targets,
+    ExplainedBatch,
+    Panel,
+    explain_probe,
+    fixed_target,
+    panels_of,
 )
 from lightning_interp.callbacks.attribution.recording import (
-    SCORES,
+    SCORES_FILE,
     AttributionRun,
-    Attributor,
     default_methods,
-    history,
     mask_of,
-    measure,
+    open_store,
+    record,
     wrong_panels,
 )
-from lightning_interp.callbacks.attribution.report import report_attribution
-from lightning_interp.callbacks.attribution.scores import read_scores, scores_table
-from lightning_interp.callbacks.guard import Guard, OnError, room_of, run_folder, started_run
-from lightning_interp.callbacks.loggers import Loggers
+from lightning_interp.callbacks.attribution.report import attribution_findings
+from lightning_interp.callbacks.attribution.scores import read_scores
+from lightning_interp.callbacks.guard import Guard, OnError, started_run
+from lightning_interp.callbacks.publish import publish, room_of, run_folder
 from lightning_interp.callbacks.trainer_data import (
     Source,
     evaluation_source,
@@ -54,10 +55,10 @@ from lightning_interp.data.probe import Probe, split_ragged, take_probe
 from lightning_interp.data.task import Task
 from lightning_interp.network.layers import match_layers
 from lightning_interp.storage.folder import Folder
-from lightning_interp.views.canvas import Pixels
 from lightning_interp.views.describe import with_dataset_names
-from lightning_interp.views.display import Display, SampleView
+from lightning_interp.views.display import Display
 
+# Enough for a network at 99% to have a wrong answer among them nine times in ten, at one forward of a large batch.
 POOL = 256
 
 
@@ -161,10 +162,9 @@ class InputAttribution(Callback):
         self.task = task
         self.display = display
         self.budget_mb = budget_mb
-        chosen = any((methods, probe, truth)) or task != Task() or target != "predicted"
-        self._shell = Guard(OWNER, on_error, chosen)
+        arguments_given = any((methods, probe, truth)) or task != Task() or target != "predicted"
+        self._guard = Guard(OWNER, "attribution", on_error, arguments_given)
         self._run: AttributionRun | None = None
-        self._room = "attribution"
         self._restored: dict[str, Any] = {}
 
     @property
@@ -173,10 +173,10 @@ class InputAttribution(Callback):
         return self._generate_state_key(
             methods=None if self.methods is None else list(self.methods),
             samples=(self.samples, self.wrong, self.scored, self.truth_samples),
-            target=_named(self.target),
+            target=_stable_name(self.target),
             classes=self.classes,
             given=(self.probe is not None, self.truth is not None),
-            task=(_named(self.task.explained), _named(self.task.outputs), self.task.kind),
+            task=(_stable_name(self.task.explained), _stable_name(self.task.outputs), self.task.kind),
         )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -188,29 +188,27 @@ class InputAttribution(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the samples, and draw what the untrained network sees in them."""
-        folder = run_folder(trainer)
-        self._room = room_of(self, trainer, "attribution")
-        self._shell.start(partial(self._start, folder), trainer, pl_module)
+        self._guard.start(partial(self._start, run_folder(trainer)), trainer, pl_module, self)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the panels of this moment."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._shell.run(self._look, trainer, pl_module)
+            self._guard.run(self._evaluate, trainer, pl_module)
         elif trainer.state.fn == TrainerFn.VALIDATING:
-            self._shell.run(partial(self._look_once, "validate"), trainer, pl_module)
+            self._evaluate_once("validate", trainer, pl_module)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the panels of test samples."""
-        self._shell.run(partial(self._look_once, "test"), trainer, pl_module)
+        self._evaluate_once("test", trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the panels where there is no validation."""
         if not trainer.enable_validation:
-            self._shell.run(self._look, trainer, pl_module)
+            self._guard.run(self._evaluate, trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw the final network's panels, the films, and compare all looks with the last."""
-        self._shell.run(self._end, trainer, pl_module)
+        """Draw the final network's panels, the films, and compare all evaluations with the last."""
+        self._guard.run(self._end, trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs: where the history is, and what its numbers are of."""
@@ -218,105 +216,119 @@ class InputAttribution(Callback):
         if run is None:
             return dict(self._restored)
         return {
-            "folder": run.folder.path,
+            "folder": run.own_folder.path,
             "fingerprint": run.probe.fingerprint,
             "targets": [None if callable(target) else target.tolist() for target in run.targets],
-            "scales": dict(run.asked.scales),
+            "scales": dict(run.setup.scales),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state of the run that is being resumed until training starts."""
         self._restored = dict(state_dict)
 
-    def _start(self, root: Folder, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _start(self, folder: Folder, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         earlier = self._restored or (self.state_dict() if trainer.global_step else {})
         self._run = None
         source = self._source(trainer)
-        probe, asked = self._ask(trainer, module, source)
+        probe, setup = self._set_up(trainer, module, source)
         if earlier and earlier.get("fingerprint") != probe.fingerprint:
-            self._shell.switch_off("its probe's samples differ from those of the run that it goes on with")
+            self._guard.switch_off("its probe's samples differ from those of the run that it resumes")
             return
-        asked.scales.update(earlier.get("scales", {}))
-        pool = self._more(source, POOL, asked.task) if self.wrong else None
-        measured = self._more(source, self.truth_samples, asked.task) if self.truth else None
-        held = [fixed_targets(answer, self.target) for answer in answer_batches(module, probe, asked)]
-        fixed = [
-            target if was is None else torch.tensor(was)
-            for was, target in zip(earlier.get("targets", [None] * len(held)), held, strict=True)
-        ]
-        folder = root.folder(self._room)
-        store = history(folder, probe, trainer.global_step, earlier)
-        numbers = read_scores(Folder(earlier["folder"]), SCORES, trainer.global_step) if earlier else []
-        budget, mask = self.budget_mb * 1e6, mask_of(probe, asked.task)
+        setup.scales.update(earlier.get("scales", {}))
+        batches = list(explain_probe(module, probe, setup))
         self._run = AttributionRun(
-            folder, root, probe, pool, measured, asked, fixed, store, numbers, self.truth, self.scored, budget, mask
+            folder=folder,
+            room=self._guard.room,
+            probe=probe,
+            pool=self._more_samples(source, POOL, setup.task) if self.wrong else None,
+            localized=self._more_samples(source, self.truth_samples, setup.task) if self.truth else None,
+            setup=setup,
+            targets=self._fixed_targets(batches, earlier),
+            store=open_store(folder.folder(self._guard.room), probe, trainer.global_step, earlier),
+            numbers=read_scores(Folder(earlier["folder"]), SCORES_FILE, trainer.global_step) if earlier else [],
+            truth=self.truth,
+            scored=self.scored,
+            budget=self.budget_mb * 1e6,
+            mask=mask_of(probe, setup.task),
         )
         self._restored = {}
-        self._first_look(trainer, module)
+        if not trainer.global_step:
+            self._record(trainer, module, batches, 0, scored=False)
+            self._log(trainer, panels_of(batches, setup, "before training"), "attribution")
 
-    def _first_look(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Draw and measure the network before training; of a resumed one only see that it can be explained."""
-        run = started_run(self._run)
-        if trainer.global_step:
-            draw_panels(module, run.probe, run.asked, "resumed")
-        else:
-            self._measure(trainer, module, 0, scored=False)
-            self._log(trainer, draw_panels(module, run.probe, run.asked, "before training"), "attribution")
+    def _fixed_targets(self, batches: Sequence[ExplainedBatch], earlier: dict[str, Any]) -> list[Target]:
+        """Return what the numbers over epochs are of, for each batch: as in the run that is resumed, if any."""
+        stored = earlier.get("targets", [None] * len(batches))
+        return [
+            fixed_target(batch, self.target) if indices is None else torch.tensor(indices)
+            for indices, batch in zip(stored, batches, strict=True)
+        ]
 
     def _source(self, trainer: pl.Trainer) -> Source:
         if self.probe is not None:
             return Source(given_samples(trainer, self.probe), "given dataset")
         return validation_source(trainer, OWNER)
 
-    def _more(self, source: Source, count: int, task: Task) -> Probe:
+    def _more_samples(self, source: Source, count: int, task: Task) -> Probe:
         return split_ragged(take_probe(source.samples, count, source.name, task), task)
 
-    def _ask(self, trainer: pl.Trainer, module: pl.LightningModule, source: Source) -> tuple[Probe, AttributionSetup]:
+    def _set_up(
+        self, trainer: pl.Trainer, module: pl.LightningModule, source: Source
+    ) -> tuple[Probe, AttributionSetup]:
+        """Return the samples to explain, and how they are explained and shown."""
         probe = split_ragged(take_probe(source.samples, self.samples, source.name, self.task), self.task)
         task = settled_task(trainer, module, self.task, source.samples)
-        inputs = task.inputs(to_device(slice_samples(probe.batches[0], 0, 1), device_of(module)))
-        methods = self.methods or default_methods(module, inputs, task)
-        display = with_dataset_names(
-            self.display, source.samples, [task.explained(task.inputs(b)) for b in probe.batches]
-        )
+        first = task.inputs(to_device(slice_samples(probe.batches[0], 0, 1), device_of(module)))
+        methods = self.methods or default_methods(module, first, task)
+        inputs = [task.explained(task.inputs(batch)) for batch in probe.batches]
+        display = with_dataset_names(self.display, source.samples, inputs)
         return probe, AttributionSetup(methods, task, display, self.target, self.classes)
 
-    def _look(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Draw and measure this moment."""
-        run, ended = started_run(self._run), trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        epoch = trainer.current_epoch + int(ended)
-        moment = f"epoch {epoch}" if ended else f"step {trainer.global_step}"
-        self._measure(trainer, module, epoch, ended and epoch % self.score_every_n_epochs == 0)
-        self._log(trainer, draw_panels(module, run.probe, run.asked, moment), "attribution")
+    def _evaluate(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Record and draw this moment."""
+        run, complete = started_run(self._run), trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        epoch = trainer.current_epoch + int(complete)
+        moment = f"epoch {epoch}" if complete else f"step {trainer.global_step}"
+        batches = list(explain_probe(module, run.probe, run.setup))
+        self._record(trainer, module, batches, epoch, complete and epoch % self.score_every_n_epochs == 0)
+        self._log(trainer, panels_of(batches, run.setup, moment), "attribution")
         self._log(trainer, wrong_panels(run, module, moment, self.wrong), "attribution_wrong")
 
-    def _look_once(self, stage: str, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Draw the samples of an evaluation's own loader."""
-        source = self._source(trainer) if self.probe is not None else evaluation_source(trainer, stage)
-        probe, asked = self._ask(trainer, module, source)
-        self._log(trainer, draw_panels(module, probe, asked, f"step {trainer.global_step}"), f"attribution_{stage}")
+    def _evaluate_once(self, stage: str, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Draw the samples of an evaluation's own loader, whether or not there was a fit before."""
+        self._guard.room = room_of(self, trainer, "attribution")
 
-    def _measure(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int, scored: bool) -> None:
-        found = measure(started_run(self._run), module, trainer.global_step, epoch, scored)
-        Loggers(trainer.loggers, self._room).scalars(found, trainer.global_step)
+        def draw(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            source = self._source(trainer) if self.probe is not None else evaluation_source(trainer, stage)
+            probe, setup = self._set_up(trainer, module, source)
+            panels = panels_of(explain_probe(module, probe, setup), setup, f"step {trainer.global_step}")
+            self._log(trainer, panels, f"attribution_{stage}")
+
+        self._guard.run(draw, trainer, module)
+
+    def _record(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        batches: Sequence[ExplainedBatch],
+        epoch: int,
+        scored: bool,
+    ) -> None:
+        values = record(started_run(self._run), module, batches, trainer.global_step, epoch, scored)
+        self._guard.loggers(trainer).scalars(values, trainer.global_step)
 
     def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         run = started_run(self._run)
-        self._measure(trainer, module, trainer.current_epoch, scored=True)
-        final = draw_panels(module, run.probe, run.asked, "final network")
-        shown: list[tuple[SampleView, str]] = []
-        for answer, target in zip(answer_batches(module, run.probe, run.asked), run.targets, strict=True):
-            words = (explained_words(answer, target, i, run.asked.display) for i in range(len(answer.shown)))
-            shown += zip(answer.shown, words, strict=True)
-        report_attribution(run, shown, final, self._room, Loggers(trainer.loggers, self._room))
-        run.folder.write(SCORES, scores_table(run.numbers))
+        batches = list(explain_probe(module, run.probe, run.setup))
+        self._record(trainer, module, batches, trainer.current_epoch, scored=True)
+        publish(attribution_findings(run, batches), self._guard.loggers(trainer), run.folder, run.room)
 
-    def _log(self, trainer: pl.Trainer, drawn: dict[str, Pixels], group: str) -> None:
-        board = Loggers(trainer.loggers, self._room)
-        for name, pixels in drawn.items():
-            board.image(f"{group}/{name}", pixels, trainer.global_step)
+    def _log(self, trainer: pl.Trainer, panels: dict[str, Panel], group: str) -> None:
+        loggers = self._guard.loggers(trainer)
+        for name, panel in panels.items():
+            loggers.image(f"{group}/{name}", panel.draw(), trainer.global_step)
 
 
-def _named(choice: Any) -> str:
+def _stable_name(choice: Any) -> str:
     """Return a choice in words that are the same in a resumed run: a function by its name."""
     return getattr(choice, "__qualname__", str(choice))

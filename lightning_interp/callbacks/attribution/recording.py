@@ -1,27 +1,29 @@
-"""What an attribution callback does with its samples at each look: keep maps, measure, find the confidently wrong."""
+"""What is recorded of attributions at each evaluation: maps of fixed targets, numbers, confidently wrong samples."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_interp.attribution import GradCAM, Saliency, Target, explain
+from lightning_interp.attribution import Attributor, GradCAM, Saliency, Target, explain
 from lightning_interp.attribution.results import Explanation, MapSnapshot
 from lightning_interp.callbacks.attribution.arguments import OWNER
 from lightning_interp.callbacks.attribution.panels import (
     AnsweredBatch,
     AttributionSetup,
-    answer_batches,
-    draw_panels,
-    maps_of,
-    of_one_size,
-    reduced,
+    ExplainedBatch,
+    Panel,
+    answer_probe,
+    explain_probe,
+    explanations_of,
+    panels_of,
 )
 from lightning_interp.callbacks.attribution.scores import (
     Number,
@@ -31,29 +33,29 @@ from lightning_interp.callbacks.attribution.scores import (
     faithfulness_scores,
     scores_table,
 )
-from lightning_interp.data.batch import count_samples, device_of, single_sample, slice_samples, to_device
+from lightning_interp.data.batch import single_sample, slice_samples
 from lightning_interp.data.probe import Probe, subset_of_probe
 from lightning_interp.data.task import Task, predict_classes
 from lightning_interp.storage.attribution_maps import MapStore
 from lightning_interp.storage.folder import Folder
-from lightning_interp.views.canvas import Pixels
 from lightning_interp.views.display import kind_of
 
-Attributor = Callable[..., Explanation]
-SCORES = "scores.csv"
+SCORES_FILE = "scores.csv"
+# Drift and films need no more, and 8 samples of two methods then take 128 KiB an evaluation in half precision.
+LARGEST_STORED_SIDE = 64
 
 
 @dataclass(frozen=True)
 class AttributionRun:
-    """What one fit goes by.
+    """The state of one fit.
 
     Args:
-        folder: the room's, in the run's.
-        root: the run's.
+        folder: the run's.
+        room: the callback's folder in the run's.
         probe: the fixed samples.
         pool: samples among which the most confidently wrong are looked for; None where none are wanted.
-        measured: samples with a truth; None where there is none.
-        asked: what is explained, and how.
+        localized: samples with a truth; None where there is none.
+        setup: what is explained, and how.
         targets: what the numbers over epochs are of, for each batch of the probe.
         store: the maps so far.
         numbers: all numbers so far.
@@ -64,11 +66,11 @@ class AttributionRun:
     """
 
     folder: Folder
-    root: Folder
+    room: str
     probe: Probe
     pool: Probe | None
-    measured: Probe | None
-    asked: AttributionSetup
+    localized: Probe | None
+    setup: AttributionSetup
     targets: list[Target]
     store: MapStore
     numbers: list[Number]
@@ -77,110 +79,144 @@ class AttributionRun:
     budget: float
     mask: Tensor | None
 
+    @property
+    def own_folder(self) -> Folder:
+        """The callback's folder."""
+        return self.folder.folder(self.room)
 
-def measure(run: AttributionRun, module: nn.Module, step: int, epoch: int, scored: bool) -> dict[str, float]:
-    """Keep the maps of the fixed targets, and return the numbers of this moment.
+
+def record(
+    run: AttributionRun, module: nn.Module, batches: Sequence[ExplainedBatch], step: int, epoch: int, scored: bool
+) -> dict[str, float]:
+    """Store the maps of the fixed targets, and return the numbers of this moment.
 
     Args:
-        run: what the fit goes by; its store and its numbers grow.
+        run: the state of the fit; its store and its numbers grow.
         module: the network.
+        batches: the probe, explained by the network as it is.
         step: optimizer steps taken.
         epoch: number of finished epochs.
         scored: whether it is the turn of deletion, insertion and the sanity check.
     """
-    known = {number.tag for number in run.numbers if number.step == step}
-    found = {} if step in run.store.steps else _kept_and_compared(run, module, step, epoch)
-    if run.scored and scored and not any(tag.startswith("attribution_deletion") for tag in known):
-        found |= _trust(run, module)
-    run.numbers.extend(Number(step, epoch, name, value) for name, value in found.items())
-    run.folder.write(SCORES, scores_table(run.numbers))
-    return found
+    tags = {number.tag for number in run.numbers if number.step == step}
+    stored = step in run.store.steps
+    to_score = run.scored and scored and not any(tag.startswith("attribution_deletion") for tag in tags)
+    if stored and not to_score:
+        return {}
+    explained = [
+        explanations_of(batch, target, module, run.setup) for batch, target in zip(batches, run.targets, strict=True)
+    ]
+    values = {} if stored else _store_and_compare(run, module, explained, step, epoch)
+    if to_score:
+        values |= _score(run, module, batches, explained)
+    run.numbers.extend(Number(step, epoch, name, value) for name, value in values.items())
+    run.own_folder.write(SCORES_FILE, scores_table(run.numbers))
+    return values
 
 
-def _kept_and_compared(run: AttributionRun, module: nn.Module, step: int, epoch: int) -> dict[str, float]:
-    now = MapSnapshot(epoch, step, _fixed_maps(run, module))
-    found = {f"attribution_dead/{method}": share for method, share in dead_shares(now.maps).items()}
+def _store_and_compare(
+    run: AttributionRun, module: nn.Module, explained: Sequence[dict[str, Explanation]], step: int, epoch: int
+) -> dict[str, float]:
+    snapshot = MapSnapshot(epoch, step, _stored_maps(run.setup, explained))
+    values = {f"attribution_dead/{method}": share for method, share in dead_shares(snapshot.maps).items()}
     if run.store.steps:
-        previous = drift(run.store.read(run.store.steps[-1]).maps, now.maps, run.mask)
-        found |= {f"attribution_drift/{method}/to_previous": value for method, value in previous.items()}
-    if run.truth is not None and run.measured is not None:
-        found |= against_truth(module, run.measured, run.asked, run.truth)
-    run.store.append(now)
+        previous = drift(run.store.read(run.store.steps[-1]).maps, snapshot.maps, run.mask)
+        values |= {f"attribution_drift/{method}/to_previous": value for method, value in previous.items()}
+    if run.truth is not None and run.localized is not None:
+        values |= against_truth(module, run.localized, run.setup, run.truth)
+    run.store.append(snapshot)
     run.store.thin(run.budget)
-    return found
+    return values
 
 
-def wrong_panels(run: AttributionRun, module: nn.Module, moment: str, count: int) -> dict[str, Pixels]:
+def _stored_maps(setup: AttributionSetup, explained: Sequence[dict[str, Explanation]]) -> dict[str, Tensor]:
+    """Return method → maps of all samples at the size at which they are stored."""
+    return {
+        method: torch.cat(at_one_size([at_stored_size(by_method[method].maps) for by_method in explained]))
+        for method in setup.methods
+    }
+
+
+def at_stored_size(maps: Tensor) -> Tensor:
+    """Return maps as they are stored and compared: without channels, images of at most 64 × 64."""
+    flat = maps.abs().amax(1) if maps.ndim == 4 else maps
+    if flat.ndim == 3 and max(flat.shape[1:]) > LARGEST_STORED_SIDE:
+        size = [min(side, LARGEST_STORED_SIDE) for side in flat.shape[1:]]
+        flat = F.interpolate(flat[:, None], size, mode="area")[:, 0]
+    return flat.float()
+
+
+def at_one_size(maps: list[Tensor]) -> list[Tensor]:
+    """Return maps of images of different sizes at one size; others as they are."""
+    if len({one.shape[1:] for one in maps}) == 1 or any(one.ndim != 3 for one in maps):
+        return maps
+    size = (LARGEST_STORED_SIDE, LARGEST_STORED_SIDE)
+    return [F.interpolate(one[:, None], size, mode="bilinear", align_corners=False)[:, 0] for one in maps]
+
+
+def _score(
+    run: AttributionRun,
+    module: nn.Module,
+    batches: Sequence[ExplainedBatch],
+    explained: Sequence[dict[str, Explanation]],
+) -> dict[str, float]:
+    """Return deletion, insertion and the sanity check, of the first of the fixed samples: means over them."""
+    totals: dict[str, float] = {}
+    scored = min(run.scored, run.probe.n)
+    missing = scored
+    for batch, target, by_method in zip(batches, run.targets, explained, strict=True):
+        count = min(missing, len(batch.outputs))
+        if count:
+            inputs = batch.inputs if count == len(batch.outputs) else slice_samples(batch.inputs, 0, count)
+            first = {
+                name: dataclasses.replace(one, maps=one.maps[:count], target=one.target[:count])
+                for name, one in by_method.items()
+            }
+            own_target = target if callable(target) else target[:count]
+            for name, value in faithfulness_scores(module, inputs, own_target, run.setup, first).items():
+                totals[name] = totals.get(name, 0.0) + value * count
+        missing -= count
+    return {name: total / scored for name, total in totals.items()}
+
+
+def wrong_panels(run: AttributionRun, module: nn.Module, moment: str, count: int) -> dict[str, Panel]:
     """Return panels of the most confidently wrong samples of the pool, `method/rank`."""
     if run.pool is None:
         return {}
-    doubts = torch.cat([_mistaken(answer) for answer in answer_batches(module, run.pool, run.asked)])
-    worst = [place for place in doubts.argsort(descending=True)[:count].tolist() if doubts[place] > 0]
+    confidence = torch.cat([_confidence_where_wrong(answer) for answer in answer_probe(module, run.pool, run.setup)])
+    worst = [index for index in confidence.argsort(descending=True)[:count].tolist() if confidence[index] > 0]
     if not worst:
         return {}
-    chosen = subset_of_probe(run.pool, worst)
-    asked = dataclasses.replace(run.asked, scales={})
-    drawn = draw_panels(module, chosen, asked, moment)
-    names = [asked.display.id(index) for index in chosen.ids]
+    samples = subset_of_probe(run.pool, worst)
+    setup = dataclasses.replace(run.setup, scales={})  # they change with the network, and share no scale over time
+    panels = panels_of(explain_probe(module, samples, setup), setup, moment)
+    names = [setup.display.id(index) for index in samples.ids]
     return {
-        f"{method}/{rank}": drawn[f"{method}/{name}"]
-        for method in asked.methods
+        f"{method}/{rank}": panels[f"{method}/{name}"]
+        for method in setup.methods
         for rank, name in enumerate(names, start=1)
     }
 
 
-def _fixed_maps(run: AttributionRun, module: nn.Module) -> dict[str, Tensor]:
-    parts: dict[str, list[Tensor]] = {method: [] for method in run.asked.methods}
-    for batch, target in zip(run.probe.batches, run.targets, strict=True):
-        inputs = run.asked.task.inputs(to_device(batch, device_of(module)))
-        for method, maps in maps_of(run.asked.methods, module, inputs, target, run.asked.task).items():
-            parts[method].append(reduced(maps))
-    return {method: torch.cat(of_one_size(held)) for method, held in parts.items()}
-
-
-def _trust(run: AttributionRun, module: nn.Module) -> dict[str, float]:
-    """Return deletion, insertion and the sanity check, of the first of the fixed samples: means over them."""
-    totals: dict[str, float] = {}
-    missing = min(run.scored, run.probe.n)
-    for batch, target in zip(run.probe.batches, run.targets, strict=True):
-        count = min(missing, count_samples(batch))
-        if count:
-            inputs = run.asked.task.inputs(to_device(slice_samples(batch, 0, count), device_of(module)))
-            found = faithfulness_scores(module, inputs, target if callable(target) else target[:count], run.asked)
-            for name, value in found.items():
-                totals[name] = totals.get(name, 0.0) + value * count
-        missing -= count
-    return {name: total / min(run.scored, run.probe.n) for name, total in totals.items()}
+def _confidence_where_wrong(answer: AnsweredBatch) -> Tensor:
+    """Return the probability of the predicted class where it is wrong, 0 elsewhere, `(n,)`."""
+    if answer.kind not in ("classes", "binary"):
+        return torch.zeros(len(answer.views))
+    probability = predict_classes(answer.outputs, answer.kind)[1].cpu()
+    wrong = torch.tensor([view.wrong for view in answer.views])
+    return torch.where(wrong, probability, torch.zeros_like(probability))
 
 
 def mask_of(probe: Probe, task: Task) -> Tensor | None:
     """Return which tokens of a probe's samples count, `(n, tokens)`; None where its batches say nothing of it."""
     masks = [task.mask(task.inputs(batch)) for batch in probe.batches]
-    held = [mask for mask in masks if mask is not None]
-    return torch.cat(held) if held and len(held) == len(masks) else None
+    return torch.cat([mask for mask in masks if mask is not None]) if all(m is not None for m in masks) else None
 
 
-def _mistaken(answer: AnsweredBatch) -> Tensor:
-    """Return the probability of the predicted class where it is wrong, 0 elsewhere, `(n,)`."""
-    if answer.kind not in ("classes", "binary"):
-        return torch.zeros(len(answer.shown))
-    chance = predict_classes(answer.outputs, answer.kind)[1].cpu()
-    return torch.where(torch.tensor([sample.wrong for sample in answer.shown]), chance, torch.zeros_like(chance))
-
-
-def history(folder: Folder, probe: Probe, step: int, earlier: dict[str, Any]) -> MapStore:
-    """Return the store of maps, with those of the run that is gone on with, up to the checkpoint's step."""
+def open_store(folder: Folder, probe: Probe, step: int, earlier: dict[str, Any]) -> MapStore:
+    """Return the store of maps, with those of the run that is resumed, up to the checkpoint's step."""
     facts = {"n": probe.n, "source": probe.source, "fingerprint": probe.fingerprint, "ids": list(probe.ids)}
-    before = Folder(earlier["folder"]) if earlier else None
-    history = MapStore.open(before) if before is not None and before.exists("manifest.json") else None
-    if history is not None and before == folder:
-        history.forget_after(step)
-        return history
-    store = MapStore.start(folder, facts)
-    store.tidy()
-    if history is not None:
-        store.adopt(history.read(s) for s in history.steps if s <= step)
-    return store
+    return MapStore.resume(folder, facts, step, Folder(earlier["folder"]) if earlier else None)
 
 
 def default_methods(module: nn.Module, inputs: Any, task: Task) -> dict[str, Attributor]:
@@ -191,13 +227,14 @@ def default_methods(module: nn.Module, inputs: Any, task: Task) -> dict[str, Att
     working, reasons = {}, []
     for name, method in methods.items():
         try:
-            (found,) = explain([method], module, inputs, _first_output, task)
+            (explanation,) = explain([method], module, inputs, _first_output, task)
         except (ValueError, RuntimeError) as error:
             reasons.append(f"{name}: {error}")
         else:
-            working[name] = GradCAM(found.layer) if isinstance(method, GradCAM) else method
-            if found.layer:
-                rank_zero_info(f"{OWNER}: {name} is read at {found.layer}")
+            # The layer that was found stays for the whole run, so that maps of all epochs are of the same layer.
+            working[name] = GradCAM(explanation.layer) if isinstance(method, GradCAM) else method
+            if explanation.layer:
+                rank_zero_info(f"{OWNER}: {name} is read at {explanation.layer}")
     if not working:
         raise ValueError("; ".join(reasons))
     for reason in reasons:

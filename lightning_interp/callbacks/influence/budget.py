@@ -1,4 +1,4 @@
-"""How much of the training set can be scored in the time there is."""
+"""How much of the work on influence fits into the time there is."""
 
 from __future__ import annotations
 
@@ -6,47 +6,37 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
 
 from lightning_interp.data.samples import Samples
-from lightning_interp.data.task import Task
-from lightning_interp.influence import EKFAC, KFAC, InfluenceFunction
-from lightning_interp.influence.curvature import Curvature
+from lightning_interp.influence import InfluenceFunction
+from lightning_interp.influence.curvature.curvature import Curvature, decomposition_cost, needs_outputs
 from lightning_interp.influence.estimators.default_curvature import weighted_layers
-from lightning_interp.influence.results import Influence
+from lightning_interp.influence.estimators.prepared import PreparedInfluence
+from lightning_interp.influence.gradients.coverage import Coverage
+from lightning_interp.influence.gradients.distributed import Ranks
+from lightning_interp.influence.gradients.ggn_columns import hessian_root
+from lightning_interp.influence.gradients.reader import SINGLE_PROCESS
+from lightning_interp.network.undisturbed import differentiable
+from lightning_interp.progress import quiet
 
-T = TypeVar("T")
-Estimator = Callable[..., Influence]
-FEW, MOST = 2, 40
-TRIAL_SHARE = 0.1
-SIDE_TIMED = 256
-FORWARD = "curvature, columns"
-
-
-class Plan(NamedTuple):
-    """What to run.
-
-    Args:
-        estimator: the one asked for, on fewer layers or with a curvature from fewer samples where the time is short.
-        message: what was cut, in words; empty if nothing.
-        why: why its curvature was chosen, where it was and the estimator no longer says so itself; else empty.
-    """
-
-    estimator: Estimator
-    message: str
-    why: str = ""
+Item = TypeVar("Item")
+SMALLEST_TRIAL = 2  # samples: enough for one batch, and the least a cost per sample can be taken from
+LARGEST_TRIAL = 40  # samples: their time says enough of that for all; so few are never cut
+TRIAL_SHARE = 0.1  # of the budget: what finding out may cost
+TIMED_SIDE = 256  # of the matrix whose decomposition is timed: some milliseconds, most of them no overhead
+FORWARD_PASS = "curvature, columns"  # how `Reader` names the one pass whose cost grows with the samples
 
 
 class Stopwatch:
-    """A `Progress` that shows nothing and notes the seconds spent on each kind of work."""
+    """A `Progress` that shows nothing and adds up the seconds spent on each kind of work."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    def __call__(self, items: Iterable[T], total: int, what: str) -> Iterable[T]:
+    def __call__(self, items: Iterable[Item], total: int, what: str) -> Iterable[Item]:
         """Hand the items on, timing from the first to the end."""
         started = time.perf_counter()
         yield from items
@@ -58,79 +48,115 @@ class Stopwatch:
 
 
 def afford_curvature(
-    estimator: InfluenceFunction, model: nn.Module, train: Samples, task: Task, seconds: float
-) -> Plan:
-    """Fit on a few samples, and cut the estimator's work so that its curvature takes about `seconds`.
+    estimator: InfluenceFunction,
+    prepare: Callable[[InfluenceFunction], PreparedInfluence],
+    seconds: float,
+    ranks: Ranks = SINGLE_PROCESS,
+) -> tuple[PreparedInfluence, str]:
+    """Prepare an estimator, cut to what takes about `seconds` to fit; rank zero decides for all.
 
     It is cut to the last layer where decomposing the curvature alone would take too long, and its curvature to fewer
-    samples. A pass over all samples costs by the sample; where columns are sampled, what follows costs by the column.
+    samples, by the time of a fit on a few. Coverage is searched once, and once more for the last layer alone.
 
     Args:
         estimator: that will be fitted.
-        model: the trained model.
-        train: all training samples.
-        task: how to call the model.
+        prepare: calls `InfluenceFunction.prepare` with the network and all training samples.
         seconds: the budget; infinite for no limit.
+        ranks: the processes that share the work; all call this.
+
+    Returns:
+        Ready to fit; and what was cut, in words, empty if nothing.
     """
-    n, said = len(train), []
-    if n <= MOST or math.isinf(seconds):
-        return Plan(estimator, "")
-    chosen, why = estimator.chosen(model, train, task)
-    if estimator.layers is None and _decomposition(chosen, model) > TRIAL_SHARE * seconds:
-        last = weighted_layers(model)[-1]
-        estimator = dataclasses.replace(estimator, layers=[last])
-        _, why = estimator.chosen(model, train, task)
-        said.append(f"only the parameters of {last} enter: the curvature of all layers would take too long.")
-    watch = Stopwatch()
-    try:
-        trial = train.spread(_few(seconds, lambda few: estimator.fit(model, train.spread(few), task)))
-        curvature = estimator.fit(model, trial, task, watch).curvature
-    except (ValueError, FloatingPointError):  # a few samples may have no curvature; all may
-        return Plan(estimator, " ".join(said))
-    per_sample, rest = watch.of(FORWARD) / len(trial), watch.of("curvature") - watch.of(FORWARD)
-    if getattr(curvature, "columns", None) is None:
-        per_sample, rest = per_sample + rest / len(trial), 0.0
-    wanted = min(n, getattr(curvature, "samples", None) or n)
-    fitting = min(wanted, max(MOST, int((seconds - rest) / max(1e-9, per_sample))))
-    if fitting == wanted or not hasattr(curvature, "samples"):
-        return Plan(estimator, " ".join(said))
-    estimator = dataclasses.replace(estimator, curvature=dataclasses.replace(cast(Any, curvature), samples=fitting))
-    return Plan(estimator, " ".join(said), why)
+    prepared, message = prepare(estimator), ""
+    if len(prepared.train) <= LARGEST_TRIAL or math.isinf(seconds):
+        return prepared, message
+    if estimator.layers is None:
+        layer = ranks.gather(_layer_to_cut_to(prepared, seconds))[0]
+        if layer is not None:
+            prepared = prepare(dataclasses.replace(estimator, layers=[layer]))
+            message = f"only the parameters of {layer} enter: the curvature of all layers would take too long."
+    count = ranks.gather(_affordable_samples(prepared, seconds))[0]
+    if count is not None:
+        fewer = dataclasses.replace(cast(Any, prepared.curvature), samples=count)
+        prepared = dataclasses.replace(prepared, curvature=fewer)
+    return prepared, message
 
 
 def afford_scores(score: Callable[[Sequence[int]], float], train: Samples, seconds: float) -> Sequence[int] | None:
-    """Score a few samples, and return places of as many as can be scored in `seconds`; None for all.
+    """Score a few samples, and return positions of as many as can be scored in `seconds`; None for all.
 
     Args:
-        score: places in the training set → the seconds that scoring them took.
+        score: positions in the training set → the seconds that scoring them took.
         train: all training samples.
         seconds: the budget; infinite for no limit.
     """
     n = len(train)
-    if n <= MOST or math.isinf(seconds):
+    if n <= LARGEST_TRIAL or math.isinf(seconds):
         return None
     started = time.perf_counter()
-    few = _few(seconds, lambda count: score(train.spread_indices(count)))
-    per_sample = max(1e-9, (score(train.spread_indices(2 * few)) - score(train.spread_indices(few))) / few)
-    count = min(n, max(MOST, int((seconds - (time.perf_counter() - started)) / per_sample)))
+    score(train.spread_indices(SMALLEST_TRIAL))
+    size = _trial_size((time.perf_counter() - started) / SMALLEST_TRIAL, seconds)
+    # The difference of two trials, so that what does not grow with the samples, such as solving for the queries, is no
+    # cost of theirs.
+    per_sample = max(1e-9, (score(train.spread_indices(2 * size)) - score(train.spread_indices(size))) / size)
+    count = min(n, max(LARGEST_TRIAL, int((seconds - (time.perf_counter() - started)) / per_sample)))
     return None if count == n else train.spread_indices(count)
 
 
-def _few(seconds: float, run: Callable[[int], Any]) -> int:
-    """Return how many samples a trial may take, from the time of the first few."""
+def _layer_to_cut_to(prepared: PreparedInfluence, seconds: float) -> str | None:
+    """Return the last layer where decomposing the curvature of all would take too long, else None."""
+    cost = _decomposition_seconds(prepared.curvature, prepared.coverage)
+    return weighted_layers(prepared.coverage.model)[-1] if cost > TRIAL_SHARE * seconds else None
+
+
+def _affordable_samples(prepared: PreparedInfluence, seconds: float) -> int | None:
+    """Return from how many samples the curvature can be estimated in about `seconds`; None for as many as it is.
+
+    One fit on a few samples is timed. A pass over all samples costs by the sample; where columns are sampled, what
+    follows costs by the column, and so the same for all samples.
+    """
+    curvature = prepared.curvature
+    if not hasattr(curvature, "samples"):
+        return None
+    watch = Stopwatch()
+    try:
+        trial = prepared.train.spread(_trial_size(_seconds_per_sample(prepared), seconds))
+        reader = dataclasses.replace(prepared.reader, progress=watch, ranks=SINGLE_PROCESS)
+        dataclasses.replace(prepared, reader=reader, train=trial).fit()
+    except (ValueError, FloatingPointError):  # a few samples may have no curvature; all may
+        return None
+    per_sample, fixed = watch.of(FORWARD_PASS) / len(trial), watch.of("curvature") - watch.of(FORWARD_PASS)
+    if getattr(curvature, "columns", None) is None:
+        per_sample, fixed = per_sample + fixed / len(trial), 0.0
+    whole = min(len(prepared.train), curvature.samples or len(prepared.train))
+    count = min(whole, max(LARGEST_TRIAL, int((seconds - fixed) / max(1e-9, per_sample))))
+    return None if count == whole else count
+
+
+def _seconds_per_sample(prepared: PreparedInfluence) -> float:
+    """Return about how long one sample takes in a fit: a backward for each column of its curvature."""
+    reader, task, columns = dataclasses.replace(prepared.reader, progress=quiet), prepared.coverage.task, 1
     started = time.perf_counter()
-    run(FEW)
-    return int(min(MOST, max(FEW, TRIAL_SHARE * seconds / ((time.perf_counter() - started) / FEW))))
+    with differentiable(prepared.coverage.model):
+        for batch in reader.per_sample_gradients(prepared.train.spread(SMALLEST_TRIAL), "trial"):
+            batch.loss_gradients()
+            if needs_outputs(prepared.curvature):
+                columns = hessian_root(batch.outputs, batch.targets, task, torch.Generator()).norms.shape[1]
+    return (time.perf_counter() - started) * columns / SMALLEST_TRIAL
 
 
-def _decomposition(curvature: Curvature, model: nn.Module) -> float:
-    """Estimate the seconds that the eigenvectors of all layers' factors take, from those of one small matrix."""
-    if not isinstance(curvature, (EKFAC, KFAC)):
+def _trial_size(per_sample: float, seconds: float) -> int:
+    """Return how many samples a trial may take."""
+    return int(min(LARGEST_TRIAL, max(SMALLEST_TRIAL, TRIAL_SHARE * seconds / max(1e-9, per_sample))))
+
+
+def _decomposition_seconds(curvature: Curvature, coverage: Coverage) -> float:
+    """Estimate how long the eigenvectors of all layers' factors take, from those of one small matrix."""
+    cost = decomposition_cost(curvature, coverage.shapes.values())
+    if not cost:
         return 0.0
-    matrix = torch.eye(SIDE_TIMED, dtype=torch.float64) + 1
-    torch.linalg.eigh(matrix)
+    matrix = torch.eye(TIMED_SIDE, dtype=torch.float64) + 1
+    torch.linalg.eigh(matrix)  # the first call of a process also loads the library
     started = time.perf_counter()
     torch.linalg.eigh(matrix)
-    unit = (time.perf_counter() - started) / SIDE_TIMED**3
-    weights = [cast(torch.Tensor, model.get_submodule(layer).weight) for layer in weighted_layers(model)]
-    return unit * sum(w.shape[0] ** 3 + (w[0].numel() + 1) ** 3 for w in weights)
+    return cost * (time.perf_counter() - started) / TIMED_SIDE**3

@@ -16,41 +16,37 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_interp.callbacks.guard import Guard, OnError, progress_of, run_folder, started_run
+from lightning_interp.callbacks.guard import Guard, OnError, started_run
 from lightning_interp.callbacks.influence.arguments import check_arguments
-from lightning_interp.callbacks.influence.budget import Estimator
 from lightning_interp.callbacks.influence.checkpoint import named_class, read_checkpoint, restored_data, restored_module
-from lightning_interp.callbacks.influence.files import publish
 from lightning_interp.callbacks.influence.preflight import (
     augmentation_warning,
     averaging_warning,
     loss_disagreement,
     unrecorded_steps_warning,
 )
+from lightning_interp.callbacks.influence.queries import choose_queries, query_candidates
 from lightning_interp.callbacks.influence.recorder import Recorder
 from lightning_interp.callbacks.influence.replay import replay_end, run_folder_of
-from lightning_interp.callbacks.influence.report import describe_influence, strangeness
-from lightning_interp.callbacks.influence.scoring import InfluenceQuestion, score_within_budget
+from lightning_interp.callbacks.influence.report import describe_influence, influence_findings
+from lightning_interp.callbacks.influence.scoring import AnyEstimator, InfluenceQuestion, score_within_budget
 from lightning_interp.callbacks.influence.spot_checks import (
     LAST_LAYER,
     Retrain,
     check_last_layer,
     checked_by_retraining,
 )
+from lightning_interp.callbacks.publish import publish, run_folder
 from lightning_interp.callbacks.trainer_data import (
     explained_weights,
     given_samples,
     indexed_training_set,
-    mover,
+    progress_of,
     settled_task,
-    validation_source,
-    with_ids,
 )
 from lightning_interp.checks import ArgumentError
-from lightning_interp.data.batch import count_samples, single_sample
-from lightning_interp.data.probe import take_probe
 from lightning_interp.data.samples import Samples
 from lightning_interp.data.task import Task
 from lightning_interp.influence import InfluenceFunction, Trajectory
@@ -60,27 +56,35 @@ from lightning_interp.storage.folder import Folder
 from lightning_interp.views.describe import with_dataset_names
 from lightning_interp.views.display import Display
 
-SHORTEST_BUDGET = 60.0
-LONGEST_ON_ONE_RANK = 300.0
-MOST_SEARCHED = 4096
-MOST_OF_A_STREAM = 256
+OWNER = "DataInfluence"
+SHORTEST_BUDGET = 60.0  # seconds: what a user waits for without a thought, after epochs of a second as well
+LONGEST_ON_SEVERAL_RANKS = 300.0  # seconds: well below the ten minutes after which NCCL gives a waiting rank up
 FOR_MORE = "Pass budget_seconds= for more, or run `lightning-interp influence CHECKPOINT` later."
-UNTOLD = (
-    "the checkpoint does not tell the learning rates that led to it, since it was written without DataInfluence;"
+NO_TRAJECTORY = (
+    "the checkpoint does not hold the learning rates that led to it, since it was written without DataInfluence;"
     " damping, unless given, is the estimator's own"
 )
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What one fit goes by: its folder, its samples, how they are read and how they are shown."""
+class InfluenceRun:
+    """The state of one fit.
+
+    Args:
+        folder: the run's.
+        train: the training samples.
+        query: the samples among which queries are chosen.
+        task: how they are read.
+        display: how they are shown.
+        cautions: what speaks against the scores, whatever they are.
+    """
 
     folder: Folder
     train: Samples
     query: Samples
     task: Task
     display: Display
-    doubts: tuple[str, ...]
+    cautions: tuple[str, ...]
 
 
 class DataInfluence(Callback):
@@ -134,7 +138,7 @@ class DataInfluence(Callback):
         self,
         queries: int = 6,
         top: int = 5,
-        estimator: Estimator | None = None,
+        estimator: AnyEstimator | None = None,
         train_dataset: Any = None,
         query_dataset: Any = None,
         weights: Literal["last", "best"] = "last",
@@ -158,9 +162,9 @@ class DataInfluence(Callback):
         self.task = task
         self.display = display
         data_given = train_dataset is not None or query_dataset is not None or task != Task()
-        chosen = data_given or estimator is not None or retrain is not None
-        self._shell = Guard("DataInfluence", on_error, chosen, everywhere=True)
-        self._run: _Run | None = None
+        arguments_given = data_given or estimator is not None or retrain is not None
+        self._guard = Guard(OWNER, "influence", on_error, arguments_given, on_every_rank=True)
+        self._run: InfluenceRun | None = None
         self._recorder = Recorder()
         self._epoch_started = 0.0
         self._epoch_seconds: list[float] = []
@@ -183,8 +187,8 @@ class DataInfluence(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add which parameters are trained: what froze the others during training is not there later."""
-        if (held := checkpoint.get("callbacks", {}).get(self.state_key)) is not None:
-            held["trained"] = [name for name, p in pl_module.named_parameters() if p.requires_grad]
+        if (state := checkpoint.get("callbacks", {}).get(self.state_key)) is not None:
+            state["trained"] = [name for name, p in pl_module.named_parameters() if p.requires_grad]
 
     def explain(
         self,
@@ -220,35 +224,34 @@ class DataInfluence(Callback):
         Raises:
             FileNotFoundError, ValueError, TypeError: an argument is off, or the data has no indices.
         """
-        held = read_checkpoint(checkpoint, trusted)
+        contents = read_checkpoint(checkpoint, trusted)
         if module is None:
-            hint = f"; the checkpoint names {named_class(held)}" if named_class(held) else ""
+            hint = f"; the checkpoint names {named_class(contents)}" if named_class(contents) else ""
             raise ValueError(f"module: expected the network's class, got none{hint}")
-        network = restored_module(module, checkpoint, held, trusted)
-        again, folder = self._again(held, query), run_folder_of(checkpoint) if out is None else os.fspath(out)
-        given = restored_data(data, network, checkpoint, held, trusted)
-        trained = _recorded(held).get("trained")
-        replay_end(again, network, given, checkpoint, held, folder, device, precision, trusted, trained)
-        if not again._shell.on:
-            raise ValueError(f"data: {again._shell.why_off.removeprefix('train_dataset: ')}")
-        return started_run(again._run).folder.file("influence/report.html")
+        network = restored_module(module, checkpoint, contents, trusted)
+        callback, folder = self._after(contents, query), run_folder_of(checkpoint) if out is None else os.fspath(out)
+        fit_data = restored_data(data, network, checkpoint, contents, trusted)
+        trained = _recorded(contents).get("trained")
+        replay_end(callback, network, fit_data, checkpoint, contents, folder, device, precision, trusted, trained)
+        if not callback._guard.on:
+            raise ValueError(f"data: {callback._guard.why_off.removeprefix('train_dataset: ')}")
+        return started_run(callback._run).folder.folder(callback._guard.room).file("report.html")
 
-    def _again(self, held: Mapping[str, Any], query: Sequence[int] | None) -> DataInfluence:
-        """Return a callback with these arguments that has seen the training that a checkpoint holds."""
-        again = copy.copy(self)
-        again._shell, again._run = Guard("DataInfluence", "raise", True, everywhere=True), None
-        again._recorder, again._query_ids = Recorder(), query
-        again.budget_seconds = math.inf if self.budget_seconds is None else self.budget_seconds
-        if recorded := _recorded(held):
-            again.load_state_dict(dict(recorded))
+    def _after(self, contents: Mapping[str, Any], query: Sequence[int] | None) -> DataInfluence:
+        """Return a callback with these arguments that has seen the training whose checkpoint this is."""
+        callback = copy.copy(self)
+        callback._guard = Guard(OWNER, "influence", "raise", arguments_given=True, on_every_rank=True)
+        callback._run, callback._recorder, callback._query_ids = None, Recorder(), query
+        callback.budget_seconds = math.inf if self.budget_seconds is None else self.budget_seconds
+        if recorded := _recorded(contents):
+            callback.load_state_dict(dict(recorded))
         else:
-            rank_zero_warn(f"DataInfluence: {UNTOLD}")
-        return again
+            rank_zero_warn(f"{OWNER}: {NO_TRAJECTORY}")
+        return callback
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the training set, and check that its samples can be scored."""
-        folder = run_folder(trainer)
-        self._shell.start(partial(self._start, folder), trainer, pl_module)
+        self._guard.start(partial(self._start, run_folder(trainer)), trainer, pl_module, self)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the time."""
@@ -257,64 +260,64 @@ class DataInfluence(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Note the learning rates: damping goes by their sum."""
+        """Note the learning rates: damping follows from their sum."""
         self._recorder.step(trainer, pl_module, optimizer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note how long the epoch took: the budget goes by it."""
+        """Note how long the epoch took: the default budget is one epoch."""
         self._epoch_seconds.append(time.perf_counter() - self._epoch_started)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Score the training samples, while the model is still on its device."""
-        self._shell.run(self._end, trainer, pl_module)
+        self._guard.run(self._end, trainer, pl_module)
 
     def _start(self, folder: Folder, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._run, self._epoch_seconds, self._epoch_started = None, [], time.perf_counter()
-        if self.train_dataset is not None:
-            train = given_samples(trainer, self.train_dataset)
-        else:
-            try:
-                train = indexed_training_set(trainer)
-            except ValueError as error:
-                self._shell.switch_off(str(error))
-                return
-        query = self._query_set(trainer)
-        query = query if self._query_ids is None else with_ids(query, self._query_ids)
+        train = self._training_set(trainer)
+        if train is None:
+            return
+        query = query_candidates(trainer, self.query_dataset, self.task, OWNER, self._query_ids)
         for name, samples in (("train_dataset", train), ("query_dataset", query)):
             if not len(samples):
-                raise ArgumentError(f"DataInfluence({name}=...): expected at least one sample, got none")
-        few = dataclasses.replace(train, workers=0).at(range(min(4, len(train))))
-        first, again = next(iter(few)), next(iter(few))
+                raise ArgumentError(f"{OWNER}({name}=...): expected at least one sample, got none")
         task = settled_task(trainer, module, self.task, train)
-        doubts = [
-            augmentation_warning(task, first, again),
+        cautions = self._preflight(trainer, module, train, task)
+        for caution in cautions:
+            rank_zero_warn(f"{OWNER}: {caution}")
+        display = with_dataset_names(self.display, train)
+        self._run = InfluenceRun(folder, train, query, task, display, cautions)
+
+    def _training_set(self, trainer: pl.Trainer) -> Samples | None:
+        """Return the training samples; None, with the callback switched off, where they have no indices."""
+        if self.train_dataset is not None:
+            return given_samples(trainer, self.train_dataset)
+        try:
+            return indexed_training_set(trainer)
+        except ValueError as error:
+            self._guard.switch_off(str(error))
+            return None
+
+    def _preflight(
+        self, trainer: pl.Trainer, module: pl.LightningModule, train: Samples, task: Task
+    ) -> tuple[str, ...]:
+        """Return what speaks against the scores; raise where they cannot be computed at all."""
+        few = dataclasses.replace(train, workers=0).at(range(min(4, len(train))))
+        batch, batch_again = next(iter(few)), next(iter(few))
+        cautions = [
+            augmentation_warning(task, batch, batch_again),
             averaging_warning(trainer, self),
             unrecorded_steps_warning(trainer, self._recorder.steps),
         ]
         if trainer.world_size == 1:  # on one rank alone a training step with a collective would wait for ever
-            doubts.append(loss_disagreement(module, task, first))
-        if check := getattr(self._asked_for(None), "check", None):
+            cautions.append(loss_disagreement(module, task, batch))
+        if check := getattr(self._estimator_with(None), "check", None):
             check(module, train, task=task)
         if self.retrain == LAST_LAYER:
-            check_last_layer("DataInfluence", module, task, first)
-        for doubt in filter(None, doubts):
-            rank_zero_warn(f"DataInfluence: {doubt}")
-        display = with_dataset_names(self.display, train)
-        self._run = _Run(folder, train, query, task, display, tuple(filter(None, doubts)))
+            check_last_layer(OWNER, module, task, batch)
+        return tuple(filter(None, cautions))
 
-    def _query_set(self, trainer: pl.Trainer) -> Samples:
-        """Return the samples to choose queries from; of a stream, the first ones."""
-        if self.query_dataset is not None:
-            return given_samples(trainer, self.query_dataset)
-        found = validation_source(trainer, self._shell.owner).samples
-        if isinstance(found, Samples):
-            return found
-        batches = take_probe(found, MOST_OF_A_STREAM, "validation set", self.task).batches
-        rows = [single_sample(batch, place) for batch in batches for place in range(count_samples(batch))]
-        return Samples(rows, batch_size=count_samples(batches[0]), move=mover(trainer))
-
-    def _asked_for(self, trajectory: Trajectory | None) -> Estimator:
-        """Return the estimator, which goes by the recorded trajectory where it has no damping of its own."""
+    def _estimator_with(self, trajectory: Trajectory | None) -> AnyEstimator:
+        """Return the estimator, which uses the recorded trajectory where it has no damping of its own."""
         estimator = InfluenceFunction() if self.estimator is None else self.estimator
         if isinstance(estimator, InfluenceFunction) and estimator.damping is None:
             return dataclasses.replace(estimator, damping=trajectory)
@@ -325,7 +328,7 @@ class DataInfluence(Callback):
         try:
             with explained_weights(trainer, module, self.weights):
                 self._score(trainer, module, ranks)
-            ranks.gather(None)  # the others wait, so that rank zero can tell them if it could not publish
+            ranks.gather(None)  # the others wait, so that rank zero can report to them if it could not publish
         except OtherRankError:
             raise
         except Exception as error:
@@ -335,59 +338,47 @@ class DataInfluence(Callback):
     def _score(self, trainer: pl.Trainer, module: pl.LightningModule, ranks: Ranks) -> None:
         run = started_run(self._run)
         trajectory = self._recorder.finish(trainer, module)
-        query = self._choose_queries(trainer, module, run.task)
+        count = self.queries if self._query_ids is None else len(run.query)
+        query = choose_queries(trainer, module, run.task, run.query, count)
         seconds = self._budget(trainer)
-        asked = InfluenceQuestion(module, run.train, query, run.task, progress_of(trainer), ranks)
-        found = score_within_budget(asked, self._asked_for(trajectory), self.self_influence, seconds)
-        if found is None or not trainer.is_global_zero:
+        question = InfluenceQuestion(module, run.train, query, run.task, progress_of(trainer), ranks)
+        answer = score_within_budget(question, self._estimator_with(trajectory), self.self_influence, seconds)
+        if answer is None or not trainer.is_global_zero:
             return
-        if found.message:
-            rank_zero_warn(f"DataInfluence: {found.message} {FOR_MORE}")
-        checks = self._checked(asked, found.influence, trajectory, seconds)
-        notes = (*found.influence.notes, *([trajectory.why_not] if trajectory.why_not else []))
-        influence = dataclasses.replace(found.influence, notes=notes, doubts=run.doubts)
-        shown = (module, run.task, influence, run.train, query, self.top, run.display)
-        publish(
-            trainer, run.folder, influence, describe_influence(*shown, found.suspects, influence.duplicates, checks)
-        )
+        if answer.message:
+            rank_zero_warn(f"{OWNER}: {answer.message} {FOR_MORE}")
+        checks = self._spot_checks(question, answer.influence, trajectory, seconds)
+        notes = (*answer.influence.notes, *([trajectory.why_not] if trajectory.why_not else []))
+        influence = dataclasses.replace(answer.influence, notes=notes, doubts=run.cautions)
+        samples = (module, run.task, influence, run.train, query, self.top, run.display)
+        report = describe_influence(*samples, answer.suspects, influence.duplicates, checks)
+        room, loggers = self._guard.room, self._guard.loggers(trainer)
+        publish(influence_findings(report, trainer.global_step), loggers, run.folder, room)
+        rank_zero_info(f"{OWNER}: the report is in {run.folder.folder(room).file('report.html')}")
 
-    def _checked(
-        self, asked: InfluenceQuestion, found: Influence, trajectory: Trajectory, seconds: float
+    def _spot_checks(
+        self, question: InfluenceQuestion, influence: Influence, trajectory: Trajectory, seconds: float
     ) -> tuple[SpotCheck, ...]:
-        """Check the scores by retraining, if it was asked for; should that fail, they are not lost with it."""
+        """Check the scores by retraining, where `retrain` says so; should that fail, they are not lost with it."""
         if self.retrain is None:
             return ()
-        estimator = self._asked_for(trajectory)
+        estimator = self._estimator_with(trajectory)
         damping = estimator.damping if isinstance(estimator, InfluenceFunction) else trajectory
         try:
-            alone = asked.ranks.count == 1 and self.retrain != LAST_LAYER
-            return checked_by_retraining(asked, found, self.retrain, damping, math.inf if alone else seconds)
+            without_limit = question.ranks.count == 1 and self.retrain != LAST_LAYER
+            limit = math.inf if without_limit else seconds
+            return checked_by_retraining(question, influence, self.retrain, damping, limit)
         except Exception:
-            if self._shell.on_error == "raise":
+            if self._guard.on_error == "raise":
                 raise
-            rank_zero_warn(
-                f"DataInfluence(retrain=...) failed, so the scores stand unchecked:\n{traceback.format_exc()}"
-            )
+            rank_zero_warn(f"{OWNER}(retrain=...) failed, so the scores stand unchecked:\n{traceback.format_exc()}")
             return ()
 
     def _budget(self, trainer: pl.Trainer) -> float:
         if self.budget_seconds is not None:
             return self.budget_seconds
         epoch = sum(self._epoch_seconds) / max(1, len(self._epoch_seconds))
-        return min(max(SHORTEST_BUDGET, epoch), math.inf if trainer.world_size == 1 else LONGEST_ON_ONE_RANK)
-
-    def _choose_queries(self, trainer: pl.Trainer, module: pl.LightningModule, task: Task) -> Samples:
-        """Return the validation samples that are most confidently wrong, then those of the highest loss."""
-        samples = started_run(self._run).query.spread(MOST_SEARCHED)
-        batches = -(-len(samples) // samples.batch_size)
-        with torch.no_grad():
-            ranks = [
-                strangeness(task, *task.losses(module, batch)).cpu()
-                for batch in progress_of(trainer)(samples, batches, "choosing queries")
-            ]
-        order = torch.cat(ranks).argsort(descending=True, stable=True)
-        count = self.queries if self._query_ids is None else len(samples)
-        return samples.at(order[:count].tolist())
+        return min(max(SHORTEST_BUDGET, epoch), math.inf if trainer.world_size == 1 else LONGEST_ON_SEVERAL_RANKS)
 
 
 def _recorded(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:

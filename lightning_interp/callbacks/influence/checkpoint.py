@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 import os
-import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import fsspec
-import torch
 from torch.utils.data import DataLoader
+
+from lightning_interp.network.checkpoint_file import checkpoint_content
 
 BATCH_SIZE = 64
 PACKAGES = ("lightning.", "pytorch_lightning.")
@@ -29,22 +28,10 @@ def read_checkpoint(path: str | os.PathLike[str], trusted: bool = False) -> Held
         FileNotFoundError: there is no such file.
         ValueError: it is no Lightning checkpoint, or holds more than may be unpickled.
     """
-    try:
-        with fsspec.open(os.fspath(path), "rb") as file:
-            held = torch.load(file, map_location="cpu", weights_only=not trusted)
-    except (FileNotFoundError, IsADirectoryError):
-        raise FileNotFoundError(f"checkpoint: expected a file, found none at {os.fspath(path)}") from None
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        more = str(error).partition("GLOBAL ")[2].split(" was not")[0]
-        if not more:
-            raise ValueError(f"checkpoint: {os.fspath(path)} is no file that torch.load can read") from error
-        raise ValueError(
-            f"checkpoint: expected tensors and plain Python in {os.fspath(path)}, got {more} too, and unpickling could"
-            " run code; where you trust the file, say so (trusted=True, --trust)"
-        ) from error
-    if not isinstance(held, dict) or "state_dict" not in held:
+    content = checkpoint_content(path, trusted, "where you trust the file, say so (trusted=True, --trust)")
+    if "state_dict" not in content:
         raise ValueError(f"checkpoint: expected a Lightning checkpoint, with a state_dict in it, in {os.fspath(path)}")
-    return held
+    return dict(content)
 
 
 def restored_module(given: Any, path: str | os.PathLike[str], held: Held, trusted: bool = False) -> Any:

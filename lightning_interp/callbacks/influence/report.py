@@ -1,41 +1,56 @@
-"""From influence scores to what a reader sees: ranked lists, galleries, cards and rows."""
+"""What is reported of influence scores: each query's lists, samples to look at first, how far to trust the scores."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from lightning_interp.callbacks.influence.suspects import SHOWN, SuspectRow, suspect_rows, suspects_of, suspects_picture
-from lightning_interp.checks import markdown
+from lightning_interp.callbacks.publish import Findings
+from lightning_interp.checks import clean
 from lightning_interp.data.samples import Samples
-from lightning_interp.data.task import Problem, Task, predict_classes
+from lightning_interp.data.task import Problem, Task
 from lightning_interp.influence.results import Influence, SelfInfluence, SpotCheck
 from lightning_interp.influence.trust import Duplicate, Trust, meaning, trust
-from lightning_interp.views import report
 from lightning_interp.views.canvas import Pixels
 from lightning_interp.views.describe import target_in_words, view_by_index, view_samples
 from lightning_interp.views.display import Display, SampleView
-from lightning_interp.views.influence import spot_scatter
-from lightning_interp.views.sample import WRONG, columns_of, gallery, tail, verdict
-from lightning_interp.views.sample_html import (
-    InfluenceList,
-    QueryCard,
-    RetrainingCheck,
-    ScoredSample,
-    SuspectSample,
-    sample_html,
+from lightning_interp.views.influence import spot_scatter, suspects_sheet
+from lightning_interp.views.report import (
+    Block,
+    Heading,
+    Paragraph,
+    Picture,
+    Queries,
+    Section,
+    SpotChecks,
+    Suspects,
+    Table,
+    Verdict,
 )
+from lightning_interp.views.sample import WRONG, columns_of, gallery, shortened_name, verdict
+from lightning_interp.views.sample_html import InfluenceList, QueryCard, ScoredSample, SuspectSample, sample_html
+from lightning_interp.views.tables import as_csv, as_markdown
 
-ROWS_IN_CSV = 100
-ABOUT = {
+TITLE = "Which training samples made it so"
+SUSPECTS_SHOWN = 24  # three rows of eight images
+RANKS_IN_CSV = 100
+SUSPECTS_IN_CSV = 100_000  # a table of about 6 MB, which spreadsheets still open
+FILES_OF_SOME_REPORTS = ("query-*.png", "look-at-first.png", "spot-check.png", "self_influence.csv")
+LIST_MEANINGS = {
     "Helpful": "leaving one out raises the query's loss",
     "Harmful": "leaving one out lowers it",
     "Surprisingly helpful": "most helpful of another class",
 }
+SUSPECTS_MEANING = (
+    "Those with the largest self-influence: leaving one out would raise its own loss most, because little else in the"
+    " training set speaks for its label. Mislabelled and odd samples come first."
+)
 
 
 class RankedList(NamedTuple):
@@ -46,187 +61,316 @@ class RankedList(NamedTuple):
     scores: list[float]
 
 
-class InfluenceReport(NamedTuple):
-    """All that is shown of one influence record.
+class InfluenceRow(NamedTuple):
+    """A line of `influence.csv`."""
+
+    query_id: str
+    query_label: str
+    query_prediction: str
+    query_loss: float
+    list: str
+    rank: int
+    train_index: int
+    train_id: str
+    train_label: str
+    score: float
+
+
+class SuspectRow(NamedTuple):
+    """A line of `self_influence.csv`; no suggested label, and NaN as its probability, where there are no classes."""
+
+    rank: int
+    train_index: int
+    train_id: str
+    label: str
+    suggested_label: str
+    label_probability: float
+    self_influence: float
+    loss: float
+
+
+@dataclass(frozen=True, eq=False)
+class InfluenceReport:
+    """All that is reported of one influence record.
 
     Args:
-        galleries: query id → picture.
-        cards: one per query, for the report.
+        influence: the scores.
+        trust: how far to trust them.
+        cards: one for each query.
         rows: for `influence.csv`.
-        summary: Markdown.
-        trust: how far to trust the scores.
-        section: the report's part on influence, HTML.
-        suspects_picture: the training samples to look at first; None where they were not asked for.
+        suspects: training samples to look at first; empty where self-influence was not computed.
         suspect_rows: for `self_influence.csv`.
-        spot_picture: predicted against actual; None where nothing was checked.
+        n_self_influence: number of training samples whose self-influence was computed.
+        spot_checks: scores that retraining has checked.
+        display: how samples are shown.
     """
 
-    galleries: dict[str, Pixels]
-    cards: list[QueryCard]
-    rows: list[tuple[SampleView, float, str, int, int, SampleView, float]]
-    summary: str
+    influence: Influence
     trust: Trust
-    section: str
-    suspects_picture: Pixels | None
+    cards: list[QueryCard]
+    rows: list[InfluenceRow]
+    suspects: list[SuspectSample]
     suspect_rows: list[SuspectRow]
-    spot_picture: Pixels | None
+    n_self_influence: int
+    spot_checks: Sequence[SpotCheck]
+    display: Display
 
 
 def describe_influence(
     model: nn.Module,
     task: Task,
-    found: Influence,
+    influence: Influence,
     train: Samples,
     query: Samples,
     top: int,
     display: Display,
-    suspects: SelfInfluence | None = None,
+    self_influence: SelfInfluence | None = None,
     duplicates: Mapping[int, Sequence[int]] | None = None,
     spot_checks: Sequence[SpotCheck] = (),
 ) -> InfluenceReport:
-    """Make everything that is shown.
+    """Gather everything that is reported.
 
     Args:
         model: in eval mode.
         task: how to call it.
-        found: the scores.
+        influence: the scores.
         train: the training set, or as much of it as was scored.
         query: the queries, one per row.
         top: how many samples to show of each kind.
         display: how samples are shown.
-        suspects: self-influence of the training samples.
+        self_influence: of the training samples.
         duplicates: row of a query → dataset indices of the training samples that are the same; those that the record
             names when None.
         spot_checks: scores that retraining has checked.
     """
     queries = view_samples(model, task, query, display)
-    shown_lists = [ranked_lists(found, place, top, task.kind) for place in range(len(queries))]
-    columns = {column for lists in shown_lists for ranked in lists for column in ranked.columns}
-    index = {column: int(found.train_ids[column]) for column in columns}
-    held = view_by_index(model, task, train, index.values(), display)
-    named = {column: held[index[column]] for column in columns}
+    lists = [ranked_lists(influence, row, top, task.kind) for row in range(len(queries))]
+    columns = {column for lists_of_query in lists for ranked in lists_of_query for column in ranked.columns}
+    index_of = {column: int(influence.train_ids[column]) for column in columns}
+    views = view_by_index(model, task, train, index_of.values(), display)
+    train_views = {column: views[index] for column, index in index_of.items()}
     cards = [
-        _card(shown, loss, lists, named, display)
-        for shown, loss, lists in zip(queries, found.query_losses.tolist(), shown_lists, strict=True)
+        _card(view, loss, lists_of_query, train_views, display)
+        for view, loss, lists_of_query in zip(queries, influence.query_losses.tolist(), lists, strict=True)
     ]
-    doubted = suspects_of(model, task, suspects, train, display, max(SHOWN, 2 * top)) if suspects else []
-    same = found.duplicates if duplicates is None else duplicates
-    trusted = trust(found, _duplicates(found, queries, same), spot_checks)
-    checked = _checked(spot_checks, display) if spot_checks else None
+    repeated = _duplicates(influence, queries, influence.duplicates if duplicates is None else duplicates)
+    count = max(SUSPECTS_SHOWN, 2 * top)
     return InfluenceReport(
-        galleries={card.view.id: _gallery(card, display) for card in cards},
+        influence=influence,
+        trust=trust(influence, repeated, spot_checks),
         cards=cards,
-        rows=_rows(found, queries, display, task.kind),
-        summary=_summary(found, trusted, doubted),
-        trust=trusted,
-        section=report.influence_section(found, cards, doubted, trusted, checked),
-        suspects_picture=suspects_picture(doubted, len(suspects.scores) if suspects else 0, display),
-        suspect_rows=suspect_rows(suspects, task.kind, display) if suspects else [],
-        spot_picture=None if checked is None else checked.picture,
+        rows=_rows(influence, queries, display, task.kind),
+        suspects=_suspects(model, task, self_influence, train, display, count) if self_influence else [],
+        suspect_rows=_suspect_rows(self_influence, task.kind, display) if self_influence else [],
+        n_self_influence=len(self_influence.scores) if self_influence else 0,
+        spot_checks=spot_checks,
+        display=display,
     )
 
 
-def strangeness(task: Task, outputs: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
-    """Return what to sort queries by, `(n,)`: wrong answers by their probability, then the rest by loss."""
-    kind = task.problem(outputs, targets)
-    if kind not in ("classes", "binary") or targets.numel() != len(outputs):
-        return losses.detach()
-    chosen, chance = predict_classes(outputs, kind)
-    wrong = chosen != targets.reshape(-1).to(chosen)
-    return torch.where(wrong, 1 + chance, -torch.expm1(-losses.detach()).to(chance))
+def influence_findings(report: InfluenceReport, step: int) -> Findings:
+    """Return the report as findings to publish at an optimizer step."""
+    pictures = _pictures(report, step)
+    scores = {"scores": report.influence.scores.float().contiguous(), "train_index": report.influence.train_ids}
+    files: dict[str, bytes | str] = {
+        "influence.csv": as_csv(InfluenceRow._fields, report.rows),
+        "scores.safetensors": save(scores),
+    }
+    if report.suspect_rows:
+        files["self_influence.csv"] = as_csv(SuspectRow._fields, report.suspect_rows)
+    return Findings(
+        step=step,
+        section=_section(report, pictures),
+        pictures=list(pictures.values()),
+        texts={"influence_notes/summary": summary(report)},
+        files=files,
+        outdated=FILES_OF_SOME_REPORTS,
+        own_report="Training-data influence",
+    )
 
 
-def ranked_lists(found: Influence, query: int, top: int, kind: Problem | None) -> list[RankedList]:
+def _pictures(report: InfluenceReport, step: int) -> dict[str, Picture]:
+    """Return file name → picture: each query's gallery, the samples to look at first, and the spot checks."""
+    pictures = {}
+    for card in report.cards:
+        name, file = card.view.id, f"query-{clean(card.view.id).replace('/', '_')}"
+        pictures[file] = Picture(f"influence/query_{name}", file, step, card, lambda c: draw_card(c, report.display))
+    if report.suspects:
+        pictures["look-at-first"] = Picture(
+            "influence/look_at_first", "look-at-first", step, report.suspects, lambda _: draw_suspects(report)
+        )
+    if report.spot_checks:
+        pictures["spot-check"] = Picture("influence/spot_check", "spot-check", step, report.spot_checks, spot_scatter)
+    return pictures
+
+
+def _section(report: InfluenceReport, pictures: Mapping[str, Picture]) -> Section:
+    blocks: list[Block] = [Paragraph(meaning(report.influence.unit)), Verdict(report.trust), Queries(report.cards)]
+    if report.suspects:
+        disagrees = any(suspect.view.wrong for suspect in report.suspects)
+        in_red = " Where the network suggests another label, it is in red." if disagrees else ""
+        blocks += [Heading("Look at these training samples first"), Paragraph(SUSPECTS_MEANING + in_red)]
+        blocks.append(Suspects(report.suspects))
+    blocks += [
+        Heading("How far to trust these scores", report.trust.level),
+        Verdict(report.trust, findings=True),
+        Table(report.trust.rows, headless=True),
+    ]
+    if report.spot_checks:
+        retrained = "" if all(check.whole for check in report.spot_checks) else " the last layer alone"
+        blocks.append(Heading(f"Checked by retraining{retrained}"))
+        blocks.append(SpotChecks(_spot_check_table(report), pictures["spot-check"]))
+    return Section(TITLE, blocks)
+
+
+def summary(report: InfluenceReport) -> str:
+    """Return what the scores are, from how many samples, and how far to trust them, in Markdown."""
+    rows = [("what", "how much"), *((name, text.replace("|", "\\|")) for name, text in report.trust.rows)]
+    verdict_in_words = f"**How far to trust them: {report.trust.level}.** {report.trust.sentence}."
+    paragraphs = [meaning(report.influence.unit), verdict_in_words]
+    if report.suspects:
+        names = ", ".join(f"#{suspect.view.id}" for suspect in report.suspects[:8])
+        paragraphs.append(f"**Look first** at the training samples with the largest self-influence: {names}.")
+    return "\n\n".join([*paragraphs, as_markdown(rows)])
+
+
+def ranked_lists(influence: Influence, query: int, top: int, kind: Problem | None) -> list[RankedList]:
     """Return a query's helpful, harmful and, for classes, surprisingly helpful training samples."""
-    scores = found.scores[query]
+    scores = influence.scores[query]
     lists = [_best(scores, "Helpful", top), _best(-scores, "Harmful", top)]
-    if kind in ("classes", "binary") and found.train_targets.numel() == len(scores):
-        same = found.train_targets.reshape(-1) == found.query_targets[query].reshape(-1)
-        other = scores.masked_fill(same, 0.0)
-        lists.append(_best(other, "Surprisingly helpful", top))
+    if kind in ("classes", "binary") and influence.train_targets.numel() == len(scores):
+        same_class = influence.train_targets.reshape(-1) == influence.query_targets[query].reshape(-1)
+        lists.append(_best(scores.masked_fill(same_class, 0.0), "Surprisingly helpful", top))
     return lists
 
 
 def _best(scores: Tensor, heading: str, top: int) -> RankedList:
     """Return the `top` largest of the positive scores; a harmful list comes in with its sign turned."""
     best = scores.topk(min(top, len(scores)))
-    kept = best.values > 0
-    values = best.values[kept] if heading != "Harmful" else -best.values[kept]
-    return RankedList(heading, best.indices[kept].tolist(), values.tolist())
+    positive = best.values > 0
+    values = best.values[positive] if heading != "Harmful" else -best.values[positive]
+    return RankedList(heading, best.indices[positive].tolist(), values.tolist())
 
 
 def _card(
-    query: SampleView, loss: float, lists: Sequence[RankedList], held: Mapping[int, SampleView], display: Display
+    query: SampleView, loss: float, lists: Sequence[RankedList], views: Mapping[int, SampleView], display: Display
 ) -> QueryCard:
-    columns = columns_of(query.value)
+    table_columns = columns_of(query.value)
 
     def scored(column: int, score: float) -> ScoredSample:
-        return ScoredSample(held[column], score, sample_html(held[column].value, display, columns))
+        return ScoredSample(views[column], score, sample_html(views[column].value, display, table_columns))
 
-    rankings = [
-        InfluenceList(r.heading, ABOUT[r.heading], [scored(*pair) for pair in zip(r.columns, r.scores, strict=True)])
-        for r in lists
+    influence_lists = [
+        InfluenceList(
+            ranked.heading,
+            LIST_MEANINGS[ranked.heading],
+            [scored(column, score) for column, score in zip(ranked.columns, ranked.scores, strict=True)],
+        )
+        for ranked in lists
     ]
-    return QueryCard(query, loss, sample_html(query.value, display, columns), rankings)
+    return QueryCard(query, loss, sample_html(query.value, display, table_columns), influence_lists)
 
 
-def _gallery(card: QueryCard, display: Display) -> Pixels:
+def draw_card(card: QueryCard, display: Display) -> Pixels:
+    """Draw a query beside the training samples of its lists, `(height, width, 3)`, 0 to 255."""
     rows = [
-        (f"{heading}: {about}", [(held.view, _note(held.view, held.score)) for held in samples])
+        (f"{heading}: {about}", [(sample.view, _caption(sample)) for sample in samples])
         for heading, about, samples in card.lists
     ]
-    true, *answer = verdict(card.view).split("   ")
-    answer = [f"{WRONG if card.view.wrong else ''}{said}" for said in answer]
-    note = "\n".join((f"query #{tail(card.view.id)}", true, *answer, f"loss {card.loss:.3g}"))
+    label, *answer = verdict(card.view).split("   ")
+    answer = [f"{WRONG if card.view.wrong else ''}{line}" for line in answer]
+    note = "\n".join((f"query #{shortened_name(card.view.id)}", label, *answer, f"loss {card.loss:.3g}"))
     return gallery(card.view, note, rows, display)
 
 
-def _note(view: SampleView, score: float) -> str:
+def _caption(sample: ScoredSample) -> str:
+    view = sample.view
     differs = f"\n{WRONG}predicted {view.prediction}" if view.wrong else ""
-    return f"#{tail(view.id)}\nlabel {view.label}\n{score:+.2e}{differs}"
+    return f"#{shortened_name(view.id)}\nlabel {view.label}\n{sample.score:+.2e}{differs}"
+
+
+def draw_suspects(report: InfluenceReport) -> Pixels:
+    """Draw the training samples to look at first, `(height, width, 3)`, 0 to 255."""
+    shown, scored = len(report.suspects), report.n_self_influence
+    title = f"look at these first: the {shown} of {scored:,} training samples with the largest self-influence"
+    return suspects_sheet(report.suspects, title, report.display)
+
+
+def _spot_check_table(report: InfluenceReport) -> list[tuple[str, str, str, str]]:
+    name = report.display.id
+    heading = ("query", "without sample", "predicted rise", "actual rise")
+    return [heading] + [
+        (f"#{name(c.query)}", f"#{name(c.train_index)}", f"{c.predicted:+.2e}", f"{c.actual:+.2e}")
+        for c in report.spot_checks
+    ]
 
 
 def _duplicates(
-    found: Influence, queries: Sequence[SampleView], duplicates: Mapping[int, Sequence[int]]
+    influence: Influence, queries: Sequence[SampleView], duplicates: Mapping[int, Sequence[int]]
 ) -> list[Duplicate]:
-    columns = {int(index): column for column, index in enumerate(found.train_ids)}
+    columns = {int(index): column for column, index in enumerate(influence.train_ids)}
 
     def duplicate(query: int, index: int) -> Duplicate:
         if index not in columns:
             return Duplicate(queries[query].id, index, math.nan)
         column = columns[index]
-        contradicts = not torch.equal(found.train_targets[column], found.query_targets[query])
-        return Duplicate(queries[query].id, index, float(found.scores[query, column]), contradicts)
+        contradicts = not torch.equal(influence.train_targets[column], influence.query_targets[query])
+        return Duplicate(queries[query].id, index, float(influence.scores[query, column]), contradicts)
 
     return [duplicate(query, int(index)) for query, indices in duplicates.items() for index in indices]
 
 
-def _checked(checks: Sequence[SpotCheck], display: Display) -> RetrainingCheck:
-    rows = [
-        (f"#{display.id(c.query)}", f"#{display.id(c.train_index)}", f"{c.predicted:+.2e}", f"{c.actual:+.2e}")
-        for c in checks
-    ]
-    what = "" if all(check.whole for check in checks) else " the last layer alone"
-    return RetrainingCheck(rows, spot_scatter(checks), f"Checked by retraining{what}")
-
-
 def _rows(
-    found: Influence, queries: Sequence[SampleView], display: Display, kind: Problem | None
-) -> list[tuple[SampleView, float, str, int, int, SampleView, float]]:
+    influence: Influence, queries: Sequence[SampleView], display: Display, kind: Problem | None
+) -> list[InfluenceRow]:
     rows = []
-    for place, query in enumerate(queries):
-        for heading, columns, scores in ranked_lists(found, place, ROWS_IN_CSV, kind):
+    for row, query in enumerate(queries):
+        loss = float(influence.query_losses[row])
+        for heading, columns, scores in ranked_lists(influence, row, RANKS_IN_CSV, kind):
             for rank, (column, score) in enumerate(zip(columns, scores, strict=True), start=1):
-                index = int(found.train_ids[column])
-                train = SampleView(display.id(index), None, target_in_words(found.train_targets[column], kind, display))
-                rows.append((query, float(found.query_losses[place]), heading.lower(), rank, index, train, score))
+                index = int(influence.train_ids[column])
+                label = target_in_words(influence.train_targets[column], kind, display)
+                answer = (query.id, query.label, query.prediction, loss)
+                rows.append(InfluenceRow(*answer, heading.lower(), rank, index, display.id(index), label, score))
     return rows
 
 
-def _summary(found: Influence, trusted: Trust, doubted: Sequence[SuspectSample]) -> str:
-    rows = [("what", "how much"), *((name, said.replace("|", "\\|")) for name, said in trusted.rows)]
-    lines = [meaning(found.unit), f"**How far to trust them: {trusted.level}.** {trusted.sentence}."]
-    if doubted:
-        named = ", ".join(f"#{held.view.id}" for held in doubted[:8])
-        lines.append(f"**Look first** at the training samples with the largest self-influence: {named}.")
-    return "\n\n".join([*lines, markdown(rows)])
+def _suspects(
+    model: nn.Module, task: Task, self_influence: SelfInfluence, train: Samples, display: Display, count: int
+) -> list[SuspectSample]:
+    """Return the training samples with the largest self-influence, each with the label that the network suggests."""
+    first = self_influence.first(count)
+    ids = self_influence.ids[first].tolist()
+    views = view_by_index(model, task, train, ids, display)
+    table_columns = columns_of(views[ids[0]].value) if ids else None
+    return [
+        SuspectSample(
+            views[index],
+            float(self_influence.chance[position]),
+            float(self_influence.scores[position]),
+            sample_html(views[index].value, display, table_columns),
+        )
+        for index, position in zip(ids, first.tolist(), strict=True)
+    ]
+
+
+def _suspect_rows(self_influence: SelfInfluence, kind: Problem | None, display: Display) -> list[SuspectRow]:
+    """Return the training samples by falling self-influence, at most 100,000."""
+    first = self_influence.first(SUSPECTS_IN_CSV)
+    labels = _in_words(self_influence.targets[first], lambda target: target_in_words(target, kind, display))
+    suggested = self_influence.suggested
+    suggestions = [""] * len(first) if suggested is None else _in_words(suggested[first], display.label)
+    indices = self_influence.ids[first].tolist()
+    quantities = (self_influence.chance, self_influence.scores, self_influence.losses)
+    numbers = (values[first].tolist() for values in quantities)
+    return [
+        SuspectRow(rank, index, display.id(index), *values)
+        for rank, (index, *values) in enumerate(zip(indices, labels, suggestions, *numbers, strict=True), start=1)
+    ]
+
+
+def _in_words(targets: Tensor, word: Callable[[Tensor], str]) -> list[str]:
+    """Return each target in words; equal ones are put into words once."""
+    distinct, inverse = targets.unique(dim=0, return_inverse=True)
+    words = [word(target) for target in distinct]
+    return [words[index] for index in inverse.tolist()]

@@ -1,32 +1,38 @@
-"""What the influence callback asks of an estimator, and what it answers within a budget."""
+"""Scores of an estimator within a budget: as much of the curvature and as many training samples as fit into it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from torch import nn
 
-from lightning_interp.callbacks.influence.budget import Estimator, Stopwatch, afford_curvature, afford_scores
+from lightning_interp.callbacks.influence.budget import Stopwatch, afford_curvature, afford_scores
 from lightning_interp.data.samples import Samples
 from lightning_interp.data.task import Task
-from lightning_interp.influence import ConjugateGradient, InfluenceFunction, LiSSA
-from lightning_interp.influence.gradients.distributed import Ranks, SingleProcess
+from lightning_interp.influence import InfluenceFunction
+from lightning_interp.influence.curvature.curvature import solves_per_query
+from lightning_interp.influence.estimators.fitted import FittedInfluence
+from lightning_interp.influence.estimators.prepared import PreparedInfluence
+from lightning_interp.influence.gradients.distributed import Ranks
+from lightning_interp.influence.gradients.reader import SINGLE_PROCESS
 from lightning_interp.influence.results import Influence, SelfInfluence
 from lightning_interp.progress import Progress
 
-MOST_SCORES = 2**24
-KEPT = 100
+AnyEstimator = Callable[..., Influence]
+MOST_SCORES = 2**24  # 64 MB of float32: of more, only each query's strongest are kept
+STRONGEST = 100  # of each list of a query: far more than a report shows
 SELF_LEFT_OUT = "self-influence is left out: this curvature would iterate once for each training sample"
 
 
 @dataclass(frozen=True)
 class InfluenceQuestion:
-    """What is asked about: a network, its training samples and a few queries."""
+    """A network, its training samples, and the queries whose losses they are scored for."""
 
     model: nn.Module
     train: Samples
@@ -35,9 +41,13 @@ class InfluenceQuestion:
     progress: Progress
     ranks: Ranks
 
+    def prepare(self, estimator: InfluenceFunction) -> PreparedInfluence:
+        """Return the estimator ready to be fitted to this network."""
+        return estimator.prepare(self.model, self.train, self.task, self.progress, self.ranks)
+
 
 class InfluenceAnswer(NamedTuple):
-    """The scores of training samples for each query, and, where asked for, for themselves.
+    """The scores of training samples for each query and, on request, for themselves.
 
     Args:
         influence: for each query.
@@ -51,59 +61,62 @@ class InfluenceAnswer(NamedTuple):
 
 
 def score_within_budget(
-    asked: InfluenceQuestion, estimator: Estimator, self_influence: bool, seconds: float
+    question: InfluenceQuestion, estimator: AnyEstimator, self_influence: bool, seconds: float
 ) -> InfluenceAnswer | None:
-    """Return what the estimator says in about this time; of a user's own only on rank zero, which works alone then."""
+    """Score in about this time; a user's own estimator works on rank zero alone, the other ranks return None."""
     if isinstance(estimator, InfluenceFunction):
-        return _by_influence_function(asked, estimator, self_influence, seconds)
-    if asked.ranks.index:
+        return _score_by_influence_function(question, estimator, self_influence, seconds)
+    if question.ranks.index:
         return None
+    network_and_samples = (question.model, question.train, question.query)
 
     def score(candidates: Sequence[int]) -> float:
         started = time.perf_counter()
-        estimator(asked.model, asked.train, asked.query, task=asked.task, candidates=candidates)
+        estimator(*network_and_samples, task=question.task, candidates=candidates)
         return time.perf_counter() - started
 
-    candidates = afford_scores(score, asked.train, seconds)
-    chosen = range(len(asked.train)) if candidates is None else candidates
-    held = (asked.model, asked.train, asked.query)
-    found = estimator(*held, task=asked.task, candidates=chosen, progress=asked.progress)
-    return InfluenceAnswer(found, None, _cut(candidates, asked, seconds))
+    fitting = afford_scores(score, question.train, seconds)
+    candidates = range(len(question.train)) if fitting is None else fitting
+    influence = estimator(*network_and_samples, task=question.task, candidates=candidates, progress=question.progress)
+    return InfluenceAnswer(influence, None, _cut_message(fitting, question, seconds))
 
 
-def _by_influence_function(
-    asked: InfluenceQuestion, estimator: InfluenceFunction, self_influence: bool, seconds: float
+def _score_by_influence_function(
+    question: InfluenceQuestion, estimator: InfluenceFunction, self_influence: bool, seconds: float
 ) -> InfluenceAnswer:
-    """Fit within half of the time, and score what fits into the rest; rank zero decides for all."""
+    """Fit within half of the time, and score what fits into what is left of it; rank zero decides for all."""
     started = time.perf_counter()
-    plan = asked.ranks.gather(afford_curvature(estimator, asked.model, asked.train, asked.task, seconds / 2))[0]
-    fitted = plan.estimator.fit(asked.model, asked.train, asked.task, asked.progress, asked.ranks)
-    iterative = isinstance(fitted.curvature, ConjugateGradient | LiSSA)  # all of its cost is in the queries
+    prepared, message = afford_curvature(estimator, question.prepare, seconds / 2, question.ranks)
+    fitted = prepared.fit()
+    iterative = solves_per_query(fitted.curvature)
     left_out = (SELF_LEFT_OUT,) if self_influence and iterative else ()
     self_influence = self_influence and not iterative
-
-    def score(candidates: Sequence[int]) -> float:
-        """Return the seconds of what grows with the samples: the rest, seconds too, would drown it."""
-        watch = Stopwatch()
-        alone = dataclasses.replace(
-            fitted, reader=dataclasses.replace(fitted.reader, progress=watch, ranks=SingleProcess())
-        )
-        alone(asked.query, candidates)
-        if self_influence:
-            alone.self_influence(candidates)
-        return watch.of("scoring") + watch.of("self-influence")
-
-    left = math.inf if iterative else seconds - (time.perf_counter() - started)
-    candidates = asked.ranks.gather(afford_scores(score, asked.train, asked.ranks.count * left))[0]
-    chosen = range(len(asked.train)) if candidates is None else candidates
-    top = KEPT if len(asked.query) * len(chosen) > MOST_SCORES else None
-    found = fitted(asked.query, chosen, top_k=top, check=True)
-    suspects = fitted.self_influence(chosen) if self_influence else None
-    found = dataclasses.replace(found, notes=(*found.notes, *filter(None, [plan.why]), *left_out))
-    return InfluenceAnswer(found, suspects, " ".join(filter(None, (plan.message, _cut(candidates, asked, seconds)))))
+    seconds_left = math.inf if iterative else seconds - (time.perf_counter() - started)
+    timed = partial(_scoring_seconds, question, fitted, self_influence)
+    fitting = question.ranks.gather(afford_scores(timed, question.train, question.ranks.count * seconds_left))[0]
+    candidates = range(len(question.train)) if fitting is None else fitting
+    top_k = STRONGEST if len(question.query) * len(candidates) > MOST_SCORES else None
+    influence = fitted(question.query, candidates, top_k=top_k, check=True)
+    suspects = fitted.self_influence(candidates) if self_influence else None
+    influence = dataclasses.replace(influence, notes=(*influence.notes, *left_out))
+    messages = filter(None, (message, _cut_message(fitting, question, seconds)))
+    return InfluenceAnswer(influence, suspects, " ".join(messages))
 
 
-def _cut(candidates: Sequence[int] | None, asked: InfluenceQuestion, seconds: float) -> str:
-    if candidates is None:
+def _scoring_seconds(
+    question: InfluenceQuestion, fitted: FittedInfluence, self_influence: bool, candidates: Sequence[int]
+) -> float:
+    """Return the seconds of what grows with the samples: what does not, seconds too, would hide it."""
+    watch = Stopwatch()
+    reader = dataclasses.replace(fitted.reader, progress=watch, ranks=SINGLE_PROCESS)
+    timed = dataclasses.replace(fitted, reader=reader)
+    timed(question.query, candidates)
+    if self_influence:
+        timed.self_influence(candidates)
+    return watch.of("scoring") + watch.of("self-influence")
+
+
+def _cut_message(fitting: Sequence[int] | None, question: InfluenceQuestion, seconds: float) -> str:
+    if fitting is None:
         return ""
-    return f"{len(candidates):,} of {len(asked.train):,} training samples, evenly spread, fit into {seconds:.0f} s."
+    return f"{len(fitting):,} of {len(question.train):,} training samples, evenly spread, fit into {seconds:.0f} s."

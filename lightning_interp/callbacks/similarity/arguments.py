@@ -60,8 +60,8 @@ def how_often(epochs: int | None, steps: int | None) -> tuple[int | None, int | 
     return (1 if steps is None else None) if epochs is None else epochs, steps
 
 
-def check_budget(budget_mb: float, store: SnapshotStore) -> None:
-    """Say where the first and the last snapshot, which always stay, will take more than the budget."""
+def warn_beyond_budget(budget_mb: float, store: SnapshotStore) -> None:
+    """Warn where the first and the last snapshot, which always stay, will take more than the budget."""
     least = 2 * store.manifest["snapshots"][0]["bytes"] / 1e6
     if least > budget_mb:
         rank_zero_warn(

@@ -13,23 +13,23 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_interp.callbacks.guard import Guard, OnError, progress_of, room_of, run_folder, started_run
-from lightning_interp.callbacks.loggers import Loggers
+from lightning_interp.callbacks.guard import Guard, OnError, started_run
+from lightning_interp.callbacks.publish import publish, run_folder
 from lightning_interp.callbacks.similarity.arguments import (
     FEWEST,
     OWNER,
-    check_budget,
     check_layer_patterns,
     check_measures,
     check_storage,
     checked_sketch,
     how_often,
     length,
+    warn_beyond_budget,
 )
 from lightning_interp.callbacks.similarity.layers import check_names, chosen_layers
-from lightning_interp.callbacks.similarity.report import report_similarity
-from lightning_interp.callbacks.similarity.resume import reason_not_to_resume, restored_state, resumed
-from lightning_interp.callbacks.trainer_data import Source, given_samples, in_precision, validation_source
+from lightning_interp.callbacks.similarity.report import similarity_findings
+from lightning_interp.callbacks.similarity.resume import reason_not_to_resume, restored_state
+from lightning_interp.callbacks.trainer_data import Source, given_samples, in_precision, progress_of, validation_source
 from lightning_interp.checks import ArgumentError, check_count, tag
 from lightning_interp.data.batch import count_samples, device_of, slice_samples, to_device
 from lightning_interp.data.probe import Probe, take_probe
@@ -40,16 +40,25 @@ from lightning_interp.similarity.history import Failed, layerwise
 from lightning_interp.similarity.matrix import needs, similarity
 from lightning_interp.similarity.results import Snapshot
 from lightning_interp.storage.folder import Folder
-from lightning_interp.storage.snapshots import SnapshotStore, new_store, snapshot_from_state, snapshot_state
+from lightning_interp.storage.snapshots import SnapshotStore, snapshot_from_state, snapshot_state
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What one fit goes by: folder, probe, what to watch, history, where it began, and measures that failed."""
+class SimilarityRun:
+    """The state of one fit.
+
+    Args:
+        folder: the run's.
+        probe: the samples whose activations are recorded.
+        activations: which layers' activations are recorded, and how.
+        store: the snapshots so far.
+        initial: the initial snapshot, as a checkpoint holds it.
+        failed: measures that failed, each with its error.
+    """
 
     folder: Folder
     probe: Probe
-    watched: Activations
+    activations: Activations
     store: SnapshotStore
     initial: dict[str, Any]
     failed: Failed = field(default_factory=dict)
@@ -131,28 +140,33 @@ class RepresentationSimilarity(Callback):
         check_storage(store, budget_mb)
         self.sketch = checked_sketch(sketch, measures, store)
         self.layers = None if layers is None else tuple(layers)
-        self.reading = Pooling(maps, tokens)
-        self.measures = {tag(measure) + self.reading.tag: measure for measure in measures}
+        self.pooling = Pooling(maps, tokens)
+        self.measures = {tag(measure) + self.pooling.tag: measure for measure in measures}
         self.samples = samples
         self.probe = probe
         self.form = "features" if store == "activations" else needs(measures, compact=True)
         self.budget_mb = budget_mb
         self.task = task
-        given = layers is not None or probe is not None or task != Task()
-        self._shell = Guard(OWNER, on_error, given)
-        self._run: _Run | None = None
+        arguments_given = layers is not None or probe is not None or task != Task()
+        self._guard = Guard(OWNER, "similarity", on_error, arguments_given)
+        self._run: SimilarityRun | None = None
         self._last_step = 0
-        self._finished = 0
-        self._room = "similarity"
+        self._finished_epochs = 0
         self._restored: dict[str, Any] = {}
 
     @property
     def state_key(self) -> str:
         """Key of the state in a checkpoint; two instances with other arguments get other keys."""
-        chosen = {"layers": self.layers, "measures": list(self.measures), "samples": self.samples}
-        probe = None if self.probe is None else f"{type(self.probe).__name__} of {length(self.probe)}"
-        often = {"every_n_epochs": self.every_n_epochs, "every_n_steps": self.every_n_steps}
-        return self._generate_state_key(**chosen, probe=probe, **often, sketch=self.sketch, form=self.form)
+        return self._generate_state_key(
+            layers=self.layers,
+            measures=list(self.measures),
+            samples=self.samples,
+            probe=None if self.probe is None else f"{type(self.probe).__name__} of {length(self.probe)}",
+            every_n_epochs=self.every_n_epochs,
+            every_n_steps=self.every_n_steps,
+            sketch=self.sketch,
+            form=self.form,
+        )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the layers' names, now that the model is configured."""
@@ -161,28 +175,26 @@ class RepresentationSimilarity(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the probe and the initial snapshot."""
-        self._last_step, self._finished = trainer.global_step, trainer.current_epoch
-        folder = run_folder(trainer)
-        self._room = room_of(self, trainer, "similarity")
-        self._shell.start(partial(self._start, folder), trainer, pl_module)
+        self._last_step, self._finished_epochs = trainer.global_step, trainer.current_epoch
+        self._guard.start(partial(self._start, run_folder(trainer)), trainer, pl_module, self)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Take a snapshot, where so many steps have gone by."""
         every = self.every_n_steps
         if every is not None and trainer.global_step // every > self._last_step // every:
             self._last_step = trainer.global_step
-            self._shell.run(partial(self._look_and_tell, _finished(trainer)), trainer, pl_module)
+            self._guard.run(partial(self._record, _finished_epochs(trainer)), trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take a snapshot and compare it with the initial one, where it is this epoch's turn."""
-        self._finished = _finished(trainer)
-        whole = self._finished > trainer.current_epoch
-        if whole and self.every_n_epochs is not None and self._finished % self.every_n_epochs == 0:
-            self._shell.run(partial(self._look_and_tell, self._finished), trainer, pl_module)
+        self._finished_epochs = _finished_epochs(trainer)
+        complete = self._finished_epochs > trainer.current_epoch
+        if complete and self.every_n_epochs is not None and self._finished_epochs % self.every_n_epochs == 0:
+            self._guard.run(partial(self._record, self._finished_epochs), trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compare every stored snapshot with the last one, and draw the maps."""
-        self._shell.run(self._end, trainer, pl_module)
+        self._guard.run(self._end, trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs: where the history is, and the initial snapshot itself."""
@@ -192,8 +204,8 @@ class RepresentationSimilarity(Callback):
             "folder": self._run.store.folder.path,
             "fingerprint": self._run.probe.fingerprint,
             "initial": self._run.initial,
-            "maps": self.reading.maps,
-            "tokens": self.reading.tokens,
+            "maps": self.pooling.maps,
+            "tokens": self.pooling.tokens,
         }
 
     def on_load_checkpoint(
@@ -209,6 +221,22 @@ class RepresentationSimilarity(Callback):
     def _start(self, folder: Folder, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         earlier = self._restored or (self.state_dict() if trainer.global_step else {})
         self._run = None
+        probe = self._take_probe(trainer)
+        activations = self._choose_layers(trainer, module, probe)
+        if earlier and (reason := reason_not_to_resume(earlier, probe, activations, self.pooling, self.form)):
+            self._guard.switch_off(reason)
+            return
+        if trainer.global_step and not earlier:
+            rank_zero_warn(f"{OWNER}: 'initial' is step {trainer.global_step}, where this run starts")
+        initial = earlier.get("initial") or snapshot_state(
+            self._snapshot(trainer, module, probe, activations, folder, trainer.current_epoch)
+        )
+        store = self._open_store(folder.folder(self._guard.room), probe, trainer.global_step, earlier, initial)
+        warn_beyond_budget(self.budget_mb, store)
+        self._check_measures_work(snapshot_from_state(initial))
+        self._run, self._restored = SimilarityRun(folder, probe, activations, store, initial), {}
+
+    def _take_probe(self, trainer: pl.Trainer) -> Probe:
         source = (
             validation_source(trainer, OWNER)
             if self.probe is None
@@ -218,36 +246,37 @@ class RepresentationSimilarity(Callback):
         if probe.n < FEWEST:
             kind = ValueError if self.probe is None else ArgumentError
             raise kind(f"probe: expected at least {FEWEST} samples to compare, got {probe.n} of the {source.name}")
-        watched = self._choose(trainer, module, probe)
-        if why := reason_not_to_resume(earlier, probe, watched, self.reading, self.form):
-            self._shell.switch_off(why)
-            return
-        if earlier:
-            store, initial = (
-                resumed(folder.folder(self._room), self._facts(probe), trainer.global_step, earlier),
-                earlier["initial"],
-            )
-        else:
-            if trainer.global_step:
-                rank_zero_warn(f"{OWNER}: 'initial' is step {trainer.global_step}, where this run starts")
-            before = self._look(trainer, module, probe, watched, folder, trainer.current_epoch)
-            store, initial = new_store(folder.folder(self._room), self._facts(probe)), snapshot_state(before)
-            store.append(before)
-        store.tidy()
-        check_budget(self.budget_mb, store)
-        self._try(snapshot_from_state(initial))
-        self._run, self._restored = _Run(folder, probe, watched, store, initial), {}
+        return probe
 
-    def _choose(self, trainer: pl.Trainer, module: pl.LightningModule, probe: Probe) -> Activations:
-        """Run a few samples, and keep those of the layers asked for that give features."""
-        most = min(3, count_samples(probe.batches[0]))
-        few = [slice_samples(probe.batches[0], 0, count) for count in (most, max(1, most - 1))]
-        found = find_activations(module, partial(self._forward, trainer, module), few, self.reading, self.task.mask)
-        return chosen_layers(module, self.layers, found, few[0])
+    def _choose_layers(self, trainer: pl.Trainer, module: pl.LightningModule, probe: Probe) -> Activations:
+        """Run a few samples, and keep those of the requested layers that give features."""
+        count = min(3, count_samples(probe.batches[0]))
+        # Two numbers of samples: the dimension of an output that differs between them is that of the samples.
+        batches = [slice_samples(probe.batches[0], 0, n) for n in (count, max(1, count - 1))]
+        forward = partial(self._forward, trainer, module)
+        called = find_activations(module, forward, batches, self.pooling, self.task.mask)
+        return chosen_layers(module, self.layers, called, batches[0])
 
-    def _try(self, snapshot: Snapshot) -> None:
+    def _open_store(
+        self, folder: Folder, probe: Probe, step: int, earlier: dict[str, Any], initial: dict[str, Any]
+    ) -> SnapshotStore:
+        """Return the store of snapshots, with the initial one, and the history of the run that this one resumes."""
+        facts = {
+            "n": probe.n,
+            "source": probe.source,
+            "fingerprint": probe.fingerprint,
+            "ids": list(probe.ids),
+            "maps": self.pooling.maps,
+            "tokens": self.pooling.tokens,
+        }
+        earlier_folder = Folder(earlier["folder"]) if earlier else None
+        if earlier_folder is not None and not earlier_folder.exists("manifest.json"):
+            rank_zero_warn(f"{OWNER}: the snapshots before step {step} are gone from {earlier_folder.path}")
+        return SnapshotStore.resume(folder, facts, step, earlier_folder, snapshot_from_state(initial))
+
+    def _check_measures_work(self, snapshot: Snapshot) -> None:
         """Compare the narrowest layer with itself by every measure: one that fails does so before the first batch."""
-        layer = min(snapshot.layers.values(), key=lambda held: held.width)
+        layer = min(snapshot.layers.values(), key=lambda representation: representation.width)
         for name, measure in self.measures.items():
             try:
                 float(similarity(measure, layer, layer))
@@ -258,97 +287,84 @@ class RepresentationSimilarity(Callback):
         task = in_precision(trainer, self.task)
         task.outputs(module, task.inputs(to_device(batch, device_of(module))))
 
-    def _look(
+    def _snapshot(
         self,
         trainer: pl.Trainer,
         module: pl.LightningModule,
         probe: Probe,
-        watched: Activations,
+        activations: Activations,
         folder: Folder,
         epoch: int,
     ) -> Snapshot:
         forward = partial(self._forward, trainer, module)
         key = f"{folder.path}/{trainer.global_step}"
         layers = representations(
-            module, forward, probe.batches, watched, probe.n, self.form, sketch=self.sketch, key=key
+            module, forward, probe.batches, activations, probe.n, self.form, sketch=self.sketch, key=key
         )
         return Snapshot(epoch, trainer.global_step, layers)
 
-    def _look_and_tell(self, epoch: int, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _record(self, epoch: int, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Store a snapshot of this moment, and log how each layer compares with its initial state."""
         run = started_run(self._run)
-        now = self._look(trainer, module, run.probe, run.watched, run.folder, epoch)
-        self._keep(run, now)
-        with self._one_by_one(run, trainer) as failed:
-            compared = layerwise(self.measures, snapshot_from_state(run.initial), now, failed)
+        snapshot = self._snapshot(trainer, module, run.probe, run.activations, run.folder, epoch)
+        self._store(run, snapshot)
+        with self._failures_apart(run, trainer) as failed:
+            similarities = layerwise(self.measures, snapshot_from_state(run.initial), snapshot, failed)
         values = {
             f"similarity_to_initial/{name}/{layer}": value
-            for name, by_layer in compared.items()
+            for name, by_layer in similarities.items()
             for layer, value in by_layer.items()
         }
-        Loggers(trainer.loggers).scalars(values, now.step)
+        self._guard.loggers(trainer).scalars(values, snapshot.step)
 
-    @contextmanager
-    def _one_by_one(self, run: _Run, trainer: pl.Trainer) -> Iterator[Failed | None]:
-        """Give where to note a measure that fails, None where it shall raise; say which did, and raise if all did."""
-        before = set(run.failed)
-        yield None if self._shell.on_error == "raise" else run.failed
-        if len(run.failed) == len(self.measures):
-            raise next(reversed(run.failed.values()))
-        for name in run.failed.keys() - before:
-            told = f"{name} failed and is left out from now on.\n" + "".join(
-                traceback.format_exception(run.failed[name])
-            )
-            rank_zero_warn(f"{OWNER}: {told}")
-            Loggers(trainer.loggers).text(f"interp_errors/{OWNER}", f"```\n{told}\n```", trainer.global_step)
-
-    def _keep(self, run: _Run, snapshot: Snapshot) -> None:
+    def _store(self, run: SimilarityRun, snapshot: Snapshot) -> None:
         """Store a snapshot, and thin the history where it outgrows the budget."""
         run.store.append(snapshot)
-        before = run.store.thinned
-        if run.store.thin(self.budget_mb * 1e6) and not before:
+        thinned_before = run.store.thinned
+        if run.store.thin(self.budget_mb * 1e6) and not thinned_before:
             rank_zero_warn(
                 f"{OWNER}: the snapshots outgrow budget_mb={self.budget_mb:g}; from now on those between the first and"
                 " the last are thinned, evenly"
             )
 
+    @contextmanager
+    def _failures_apart(self, run: SimilarityRun, trainer: pl.Trainer) -> Iterator[Failed | None]:
+        """Yield where to note measures that fail, None where they shall raise; warn of them, or raise if all did."""
+        failed_before = set(run.failed)
+        yield None if self._guard.on_error == "raise" else run.failed
+        if len(run.failed) == len(self.measures):
+            raise next(reversed(run.failed.values()))
+        for name in run.failed.keys() - failed_before:
+            error = "".join(traceback.format_exception(run.failed[name]))
+            message = f"{name} failed and is left out from now on.\n{error}"
+            rank_zero_warn(f"{OWNER}: {message}")
+            self._guard.log_error(trainer, message)
+
     def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         run = started_run(self._run)
         if run.store.steps[-1] != trainer.global_step:
-            self._keep(run, self._look(trainer, module, run.probe, run.watched, run.folder, self._finished))
+            final = self._snapshot(trainer, module, run.probe, run.activations, run.folder, self._finished_epochs)
+            self._store(run, final)
+        with self._failures_apart(run, trainer) as failed:
+            findings = similarity_findings(self.measures, run.store, self._notes(run), progress_of(trainer), failed)
+            publish(findings, self._guard.loggers(trainer), run.folder, self._guard.room)
+
+    def _notes(self, run: SimilarityRun) -> list[str]:
+        """Return what to say first of the samples and layers."""
+        layers = ", ".join(run.store.read(run.store.steps[-1]).layers)
         notes = [
             f"Probe: {run.probe.n} samples of the {run.probe.source}, the same at every snapshot.",
-            f"Layers: {', '.join(run.store.read(run.store.steps[-1]).layers)}. {self._told()}",
+            f"Layers: {layers}. {self.pooling.description}",
         ]
         if self.sketch:
             notes.append(f"Wide layers reduced to {self.sketch:,} features by random signs: CKA is an estimate.")
         if run.store.thinned:
             notes.append(f"{run.store.thinned} snapshots between the first and the last went, to stay in the budget.")
-        if unmasked := run.watched.unmasked(run.probe.batches[0]):
+        if unmasked := run.activations.unmasked(run.probe.batches[0]):
             notes.append(f"All tokens count in {', '.join(unmasked)}: task.mask is of another length.")
-        board, progress = Loggers(trainer.loggers), progress_of(trainer)
-        with self._one_by_one(run, trainer) as failed:
-            report_similarity(self.measures, run.store, run.folder, self._room, board, notes, progress, failed)
-
-    def _told(self) -> str:
-        maps = {"flatten": "one feature per channel and position", "pool": "the mean over positions of each channel"}
-        tokens = {"mean": "the mean over tokens", "cls": "the first token", "flatten": "one per token and channel"}
-        each = "each of up to 16 positions is a row"
-        return (
-            f"Features of maps: {maps.get(self.reading.maps, each)};"
-            f" of sequences: {tokens.get(self.reading.tokens, each)}."
-        )
-
-    def _facts(self, probe: Probe) -> dict[str, Any]:
-        return {
-            "n": probe.n,
-            "source": probe.source,
-            "fingerprint": probe.fingerprint,
-            "ids": list(probe.ids),
-            "maps": self.reading.maps,
-            "tokens": self.reading.tokens,
-        }
+        return notes
 
 
-def _finished(trainer: pl.Trainer) -> int:
+def _finished_epochs(trainer: pl.Trainer) -> int:
     """Return how many epochs are over, the current one too if this was its last batch."""
     return int(trainer.current_epoch) + bool(trainer.is_last_batch)

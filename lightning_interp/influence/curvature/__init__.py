@@ -2,6 +2,7 @@
 
 from lightning_interp.influence.curvature.conjugate_gradient import ConjugateGradient
 from lightning_interp.influence.curvature.curvature import Curvature, Fitted, Inverse, Scorer, Shift, Solver
+from lightning_interp.influence.curvature.datainf import DataInf
 from lightning_interp.influence.curvature.ekfac import EKFAC
 from lightning_interp.influence.curvature.gauss_newton import GaussNewton
 from lightning_interp.influence.curvature.hessian import Hessian
@@ -15,6 +16,7 @@ __all__ = [
     "KFAC",
     "ConjugateGradient",
     "Curvature",
+    "DataInf",
     "Fitted",
     "GaussNewton",
     "Hessian",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lightning_interp.checks import check_counts
 from lightning_interp.data.samples import Samples
+from lightning_interp.influence.curvature.curvature import spread_out
 from lightning_interp.influence.curvature.ekfac import EKFAC, FittedEKFAC
 from lightning_interp.influence.curvature.iterative import FittedIterative, IterativeSolver, Solution, mean_eigenvalue
 from lightning_interp.influence.curvature.kfac import KFAC
@@ -45,6 +47,8 @@ class ConjugateGradient:
     samples: int | None = None
     seed: int = 0
 
+    solves_per_query: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         check_counts("ConjugateGradient", iterations=self.iterations, samples=self.samples)
         if not 0 < self.tolerance < 1:
@@ -55,10 +59,10 @@ class ConjugateGradient:
 
     def fit(self, reader: Reader, samples: Samples) -> FittedIterative:
         """Estimate the preconditioner alone: the systems are solved when queries come."""
-        some = samples if self.samples is None else samples.spread(self.samples)
-        operator = Operator.of(reader, some)
+        subset = spread_out(samples, self.samples)
+        operator = Operator.of(reader, subset)
         if self.preconditioner is None:
-            return FittedIterative(operator, mean_eigenvalue(reader, some, self.seed), partial(self._prepared, None))
+            return FittedIterative(operator, mean_eigenvalue(reader, subset, self.seed), partial(self._prepared, None))
         fitted = self.preconditioner.fit(reader, samples)
         return FittedIterative(operator, fitted.mean_eigenvalue, partial(self._prepared, fitted))
 
@@ -90,41 +94,41 @@ def solve(
     Raises:
         FloatingPointError: A is not positive definite.
     """
-    found, rest = torch.zeros_like(right), right.clone()
-    direction = precondition(rest)
-    inside = _dots(rest, direction)
+    solutions, residual = torch.zeros_like(right), right.clone()
+    direction = precondition(residual)
+    residual_dots = _dots(residual, direction)
     scale = right.norm(dim=1).clamp(min=torch.finfo(right.dtype).tiny)
-    taken = 0
-    while taken < iterations and len(on := (rest.norm(dim=1) > tolerance * scale).nonzero()[:, 0]):
-        along = direction[on]
-        moved = product(along)
-        curved = _dots(along, moved)
-        if not bool((curved > 0).all()):
+    iterations_done = 0
+    while iterations_done < iterations and len(unsolved := (residual.norm(dim=1) > tolerance * scale).nonzero()[:, 0]):
+        directions = direction[unsolved]
+        products = product(directions)
+        curvatures = _dots(directions, products)
+        if not bool((curvatures > 0).all()):
             raise FloatingPointError("damping: the damped curvature is not positive definite; pass a larger damping=")
-        step = (inside[on] / curved)[:, None]
-        found[on] += step * along
-        rest[on] -= step * moved
-        fresh = precondition(rest[on])
-        size = _dots(rest[on], fresh)
-        direction[on] = fresh + (size / inside[on])[:, None] * along
-        inside[on] = size
-        taken += 1
-    if taken and float((rest.norm(dim=1) / scale).min()) < torch.finfo(right.dtype).eps ** 0.5:
+        step = (residual_dots[unsolved] / curvatures)[:, None]
+        solutions[unsolved] += step * directions
+        residual[unsolved] -= step * products
+        preconditioned = precondition(residual[unsolved])
+        fresh_dots = _dots(residual[unsolved], preconditioned)
+        direction[unsolved] = preconditioned + (fresh_dots / residual_dots[unsolved])[:, None] * directions
+        residual_dots[unsolved] = fresh_dots
+        iterations_done += 1
+    if iterations_done and float((residual.norm(dim=1) / scale).min()) < torch.finfo(right.dtype).eps ** 0.5:
         # The recurrence goes on shrinking below what rounding lets the solution itself reach.
-        rest = right - product(found)
-    residuals = rest.norm(dim=1) / scale
-    return Solution(found, residuals, (_note(residuals, taken, tolerance),))
+        residual = right - product(solutions)
+    relative_residuals = residual.norm(dim=1) / scale
+    return Solution(solutions, relative_residuals, (_residual_note(relative_residuals, iterations_done, tolerance),))
 
 
-def _note(residuals: Tensor, taken: int, tolerance: float) -> str:
-    above = int((residuals > tolerance).sum())
-    said = (
+def _residual_note(residuals: Tensor, iterations: int, tolerance: float) -> str:
+    unsolved = int((residuals > tolerance).sum())
+    note = (
         f"conjugate gradient: relative residual {float(residuals.max()):.1e} (median {float(residuals.median()):.1e})"
-        f" after {taken} iterations"
+        f" after {iterations} iterations"
     )
-    if not above:
-        return said
-    return f"{said}: {above} of {len(residuals)} queries are above {tolerance:g}; raise iterations or damping"
+    if not unsolved:
+        return note
+    return f"{note}: {unsolved} of {len(residuals)} queries are above {tolerance:g}; raise iterations or damping"
 
 
 def _dots(left: Tensor, right: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,14 +12,23 @@ from torch import Tensor
 
 from lightning_interp.checks import check_counts
 from lightning_interp.data.samples import Samples
-from lightning_interp.influence.curvature.curvature import Gradients, Scorer, Shift, sum_of
+from lightning_interp.influence.curvature.curvature import (
+    Fitted,
+    Gradients,
+    Scorer,
+    Shift,
+    share_of_mean_eigenvalue,
+    spread_out,
+    sum_of,
+)
+from lightning_interp.influence.damping import Damping
 from lightning_interp.influence.gradients.factored import FactoredGradients, Lookup, elements_in_memory
 from lightning_interp.influence.gradients.reader import Reader
 
-WIDEST = 4096
-CACHED = 2**22
+WIDEST_FACTOR = 4096  # 128 MB in float64; as time grows with the cube, a wider side keeps its own coordinates
+MOST_CACHED = 2**22  # elements, 16 MB of float32: so much of the columns is kept between passes, else each reads them
 
-Pass = Callable[[str], Iterator[dict[str, FactoredGradients]]]
+ColumnPass = Callable[[str], Iterator[dict[str, FactoredGradients]]]
 
 
 @dataclass(frozen=True)
@@ -35,8 +44,8 @@ class EKFAC:
     Grosse et al., Studying Large Language Model Generalization with Influence Functions, 2023.
 
     Args:
-        columns: how many columns of the matrix it is estimated from: an unbiased sample, the large ones surely in it
-            (see `lightning_interp.influence.columns.PrioritySample`); every column of every sample when None.
+        columns: how many columns of the matrix it is estimated from: an unbiased sample, which holds
+            the large ones surely (see `PrioritySample`); every column of every sample when None.
         samples: training samples, evenly spread, that it is estimated from; all when None.
         seed: of the sample.
     """
@@ -51,15 +60,23 @@ class EKFAC:
     def check(self, parameters: int) -> None:
         """Accept any number of parameters: memory grows with the layers' widths, not with their product squared."""
 
+    def default_damping(self, fitted: Fitted) -> Damping:
+        """Return 0.1 × the mean eigenvalue: what Kronecker factors leave out takes more damping than training had."""
+        return share_of_mean_eigenvalue(fitted)
+
+    def decomposition_cost(self, shapes: Iterable[tuple[int, int, int]]) -> float:
+        """Return the cubes of the sides whose eigenvectors are found."""
+        return eigenvectors_cost(shapes)
+
     def fit(self, reader: Reader, samples: Samples) -> FittedEKFAC:
         """Estimate the blocks in two passes over the columns: factors first, then the eigenvalues in their basis."""
-        some = samples if self.samples is None else samples.spread(self.samples)
-        column_rows, n, notes = passes(reader, some, self.columns, self.seed)
-        bases = _bases(column_rows("curvature, factors"))
+        subset = spread_out(samples, self.samples)
+        column_gradients, n, notes = column_passes(reader, subset, self.columns, self.seed)
+        bases = _bases(column_gradients("curvature, factors"))
         eigenvalues: dict[str, Tensor] = {}
-        for rows in column_rows("curvature, eigenvalues"):
+        for rows in column_gradients("curvature, eigenvalues"):
             for block, row in rows.items():
-                squares = _squares(row, bases[block])
+                squares = _squares_in_basis(row, bases[block])
                 eigenvalues[block] = eigenvalues[block] + squares if block in eigenvalues else squares
         return FittedEKFAC(bases, {block: sums / n for block, sums in eigenvalues.items()}, n, notes)
 
@@ -157,77 +174,88 @@ class EKFACInverse:
         )
 
 
-def passes(reader: Reader, samples: Samples, count: int | None, seed: int) -> tuple[Pass, int, tuple[str, ...]]:
-    """Return how to go over the curvature's columns, how many samples they stand for, and what to say of them."""
+def column_passes(
+    reader: Reader, samples: Samples, count: int | None, seed: int
+) -> tuple[ColumnPass, int, tuple[str, ...]]:
+    """Return how to go over the curvature's columns, how many samples they stand for, and notes on them."""
     if count is None:
         return lambda what: reader.gradients_of_all_columns(samples, seed, what), len(samples), ()
     columns = reader.sample_columns(samples, count, seed)
-    held: list[dict[str, FactoredGradients]] = []
+    cached: list[dict[str, FactoredGradients]] = []
 
-    def again(what: str) -> Iterator[dict[str, FactoredGradients]]:
-        if held:
-            yield from held
+    def sampled_columns(what: str) -> Iterator[dict[str, FactoredGradients]]:
+        if cached:
+            yield from cached
             return
-        kept: list[dict[str, FactoredGradients]] = []
-        size = 0
+        to_cache: list[dict[str, FactoredGradients]] = []
+        stored_elements = 0
         for rows in reader.gradients_of_columns(samples, columns, what):
-            size += elements_in_memory(rows)
-            kept = [*kept, rows] if size <= CACHED else []
+            stored_elements += elements_in_memory(rows)
+            to_cache = [*to_cache, rows] if stored_elements <= MOST_CACHED else []
             yield rows
-        held.extend(kept)
+        cached.extend(to_cache)
 
-    return again, columns.n, columns.notes
+    return sampled_columns, columns.n, columns.notes
 
 
-def _bases(passed: Iterator[dict[str, FactoredGradients]]) -> dict[str, Basis]:
-    sums: dict[str, list[Tensor | None]] = {}
-    for rows in passed:
+def eigenvectors_cost(shapes: Iterable[tuple[int, int, int]]) -> float:
+    """Return the multiplications, up to a factor, that the eigenvectors of both sides of all blocks take.
+
+    Args:
+        shapes: of the blocks' gradients, `(groups, o, i)`.
+    """
+    return float(sum(groups * side**3 for groups, *sides in shapes for side in sides if 1 < side <= WIDEST_FACTOR))
+
+
+def _bases(column_gradients: Iterator[dict[str, FactoredGradients]]) -> dict[str, Basis]:
+    moments_of_blocks: dict[str, list[Tensor | None]] = {}
+    for rows in column_gradients:
         for block, row in rows.items():
-            found = _modes(row)
-            held = sums.setdefault(block, [None, None])
-            sums[block] = [
-                new if old is None or new is None else old + new for old, new in zip(held, found, strict=True)
-            ]
-    return {block: Basis(*map(_eigenvectors, pair)) for block, pair in sums.items()}
+            moments = _side_moments(row)
+            old_moments = moments_of_blocks.setdefault(block, [None, None])
+            pairs = zip(old_moments, moments, strict=True)
+            moments_of_blocks[block] = [new if old is None or new is None else old + new for old, new in pairs]
+    return {block: Basis(*map(_factor_eigenvectors, pair)) for block, pair in moments_of_blocks.items()}
 
 
-def _modes(rows: FactoredGradients) -> tuple[Tensor | None, Tensor | None]:
+def _side_moments(rows: FactoredGradients) -> tuple[Tensor | None, Tensor | None]:
     """Return Σ GGᵀ and Σ GᵀG over samples; None where that side is too wide or has one dimension."""
     _, o, i = rows.shape
-    wide_i = not 1 < i <= WIDEST
-    wide_o = not 1 < o <= WIDEST
+    decomposed_inputs = 1 < i <= WIDEST_FACTOR
+    decomposed_outputs = 1 < o <= WIDEST_FACTOR
     if rows.positions == 1 and isinstance(rows.inputs, Tensor):
         a, g = rows.inputs[:, :, 0].transpose(0, 1), rows.outputs[:, :, 0].transpose(0, 1)
-        outputs = None if wide_o else g.mT @ (g * a.square().sum(2, keepdim=True))
-        return outputs, None if wide_i else a.mT @ (a * g.square().sum(2, keepdim=True))
+        outputs = g.mT @ (g * a.square().sum(2, keepdim=True)) if decomposed_outputs else None
+        return outputs, a.mT @ (a * g.square().sum(2, keepdim=True)) if decomposed_inputs else None
     if isinstance(rows.inputs, Lookup):
-        flat = rows.outputs.flatten(0, 2)
-        return None if wide_o else (flat.mT @ flat)[None], None
+        output_rows = rows.outputs.flatten(0, 2)
+        return (output_rows.mT @ output_rows)[None] if decomposed_outputs else None, None
     outputs, inputs = None, None
-    for _, few in rows.chunks():
-        grads = few.gradients()
-        if not wide_o:
-            more = torch.einsum("ngoi,ngpi->gop", grads, grads)
-            outputs = more if outputs is None else outputs + more
-        if not wide_i:
-            more = torch.einsum("ngoi,ngoj->gij", grads, grads)
-            inputs = more if inputs is None else inputs + more
+    for _, chunk in rows.chunks():
+        gradients = chunk.gradients()
+        if decomposed_outputs:
+            moment = torch.einsum("ngoi,ngpi->gop", gradients, gradients)
+            outputs = moment if outputs is None else outputs + moment
+        if decomposed_inputs:
+            moment = torch.einsum("ngoi,ngoj->gij", gradients, gradients)
+            inputs = moment if inputs is None else inputs + moment
     return outputs, inputs
 
 
-def _eigenvectors(factor: Tensor | None) -> Tensor | None:
+def _factor_eigenvectors(factor: Tensor | None) -> Tensor | None:
+    # In float64, against the rounding of small eigenvalues, and so on the CPU: not every device has that type.
     if factor is None:
         return None
     return torch.linalg.eigh(factor.cpu().double())[1].to(factor)
 
 
-def _squares(rows: FactoredGradients, basis: Basis) -> Tensor:
+def _squares_in_basis(rows: FactoredGradients, basis: Basis) -> Tensor:
     """Return Σ_n (U_Bᵀ G_n U_A)² over samples, G_n a sample's gradient."""
     if isinstance(rows.inputs, Lookup):
         return rows.inputs.summed(_rotated_table(rows, basis).square())
     if (factors := _squared_factors(rows, basis)) is not None:
         return torch.einsum("ngo,ngi->goi", *factors)
-    return sum_of(basis.rotate(few.gradients()).square().sum(0) for _, few in rows.chunks())
+    return sum_of(basis.rotate(chunk.gradients()).square().sum(0) for _, chunk in rows.chunks())
 
 
 def _rotated_table(rows: FactoredGradients, basis: Basis) -> Float[Tensor, "n t o"]:
@@ -252,5 +280,5 @@ def _weighted_squares(rows: FactoredGradients, basis: Basis, weights: Tensor) ->
         return torch.einsum("ntd,dnt->n", _rotated_table(rows, basis).square(), weights[0][:, rows.inputs.index])
     if (factors := _squared_factors(rows, basis)) is not None:
         return torch.einsum("ngo,ngi,goi->n", *factors, weights)
-    parts = [(basis.rotate(few.gradients()).square() * weights).sum((1, 2, 3)) for _, few in rows.chunks()]
-    return torch.cat(parts)
+    sums = [(basis.rotate(chunk.gradients()).square() * weights).sum((1, 2, 3)) for _, chunk in rows.chunks()]
+    return torch.cat(sums)

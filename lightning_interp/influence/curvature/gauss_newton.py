@@ -11,13 +11,13 @@ from torch import Tensor
 
 from lightning_interp.checks import check_counts
 from lightning_interp.data.samples import Samples
-from lightning_interp.influence.curvature.curvature import Gradients, Scorer, Shift, sum_of
+from lightning_interp.influence.curvature.curvature import Gradients, Scorer, Shift, spread_out, sum_of
 from lightning_interp.influence.gradients.factored import FactoredGradients, concatenate_samples, dot_products
 from lightning_interp.influence.gradients.reader import Reader
 
-MOST_PARAMETERS = 8192
-LARGEST_WHOLE = 2**20
-MOST_SOLVED = 2**25
+MOST_PARAMETERS_FOR_MATRIX = 8192  # 512 MB in float64
+LARGEST_VECTOR = 2**20  # elements, 4 MB of float32 for each column that is kept as a whole gradient
+LARGEST_SOLUTION = 2**25  # elements, 128 MB of float32 for all solved queries
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class GaussNewton:
 
     Args:
         columns: how many columns it is computed from: an unbiased sample, the large ones surely in it (see
-            `lightning_interp.influence.columns.PrioritySample`); every column of every sample when None.
+            `PrioritySample`); every column of every sample when None.
         samples: training samples, evenly spread, that it is computed from; all when None.
         seed: of the sample.
     """
@@ -52,9 +52,9 @@ class GaussNewton:
         Raises:
             ValueError: there are more than 8,192, and all columns are asked for.
         """
-        if self.columns is None and parameters > MOST_PARAMETERS:
+        if self.columns is None and parameters > MOST_PARAMETERS_FOR_MATRIX:
             raise ValueError(
-                f"GaussNewton: expected at most {MOST_PARAMETERS} covered parameters, got {parameters};"
+                f"GaussNewton: expected at most {MOST_PARAMETERS_FOR_MATRIX} covered parameters, got {parameters};"
                 " pass GaussNewton(columns=1024)"
             )
 
@@ -64,13 +64,13 @@ class GaussNewton:
         Raises:
             ValueError: there are too many parameters.
         """
-        some = samples if self.samples is None else samples.spread(self.samples)
+        subset = spread_out(samples, self.samples)
         self.check(reader.coverage.size)
         if self.columns is None:
-            matrix = _summed(reader.gradients_of_all_columns(some, self.seed, "curvature"))
-            return FittedMatrix(matrix / len(some), reader.coverage.shapes, len(some))
-        columns = reader.sample_columns(some, self.columns, self.seed)
-        rows = gathered(reader.gradients_of_columns(some, columns, "curvature"))
+            matrix = _sum_of_outer_products(reader.gradients_of_all_columns(subset, self.seed, "curvature"))
+            return FittedMatrix(matrix / len(subset), reader.coverage.shapes, len(subset))
+        columns = reader.sample_columns(subset, self.columns, self.seed)
+        rows = gather(reader.gradients_of_columns(subset, columns, "curvature"))
         return FittedColumns(rows, columns.n, reader.coverage.size, columns.notes)
 
 
@@ -97,8 +97,8 @@ class FittedMatrix:
 
     def inverse(self, shift: Shift) -> DenseInverse:
         """Return (H + Λ)⁻¹."""
-        added = torch.cat([_spread(shift[block], shape) for block, shape in self.shapes.items()])
-        return DenseInverse(cholesky(self.matrix + added.diag()), tuple(self.shapes))
+        diagonal = torch.cat([_damping_diagonal(shift[block], shape) for block, shape in self.shapes.items()])
+        return DenseInverse(cholesky(self.matrix + diagonal.diag()), tuple(self.shapes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,9 +120,10 @@ class DenseInverse:
 
     def solve(self, rows: Gradients) -> dict[str, Tensor]:
         """Return (H + Λ)⁻¹ ∇ℓ of each sample: block → `(q, groups, o, i)`."""
-        held = {block: rows[block] for block in self.blocks}
-        parts = self._solved(rows).split([row.size for row in held.values()], dim=1)
-        return {b: part.reshape(-1, *row.shape) for (b, row), part in zip(held.items(), parts, strict=True)}
+        ordered = {block: rows[block] for block in self.blocks}
+        vectors = self._solved(rows).split([row.size for row in ordered.values()], dim=1)
+        pairs = zip(ordered.items(), vectors, strict=True)
+        return {block: vector.reshape(-1, *row.shape) for (block, row), vector in pairs}
 
     def squares(self, rows: Gradients) -> Tensor:
         """Return ∇ℓ_iᵀ (H + Λ)⁻¹ ∇ℓ_i of each sample, `(n,)`."""
@@ -160,7 +161,7 @@ class FittedColumns:
 
     def inverse(self, shift: Shift) -> ColumnsInverse:
         """Return (H + Λ)⁻¹."""
-        rows = whitened(self.rows, shift)
+        rows = whiten(self.rows, shift)
         kernel = sum_of(dot_products(row, row) for row in rows.values()).cpu().double()
         kernel.diagonal().add_(self.n)
         return ColumnsInverse(rows, shift, cholesky(kernel))
@@ -185,68 +186,74 @@ class ColumnsInverse:
         if self._vectors_are_cheaper(queries):
             vectors = self.solve(queries)
             return lambda rows: sum_of(rows[block].dot(vectors[block]) for block in vectors)
-        asked, solved = self._in_columns(queries)
+        white, solved = self._in_columns(queries)
 
         def score(rows: Gradients) -> Tensor:
-            rows = whitened(rows, self.shift)
-            parts = ((asked[b], self.rows[b], row) for b, row in rows.items())
-            return sum_of(dot_products(q, row) - solved @ dot_products(c, row) for q, c, row in parts)
+            rows = whiten(rows, self.shift)
+            triples = ((white[b], self.rows[b], row) for b, row in rows.items())
+            return sum_of(dot_products(q, row) - solved @ dot_products(c, row) for q, c, row in triples)
 
         return score
 
     def solve(self, rows: Gradients) -> dict[str, Tensor]:
         """Return (H + Λ)⁻¹ ∇ℓ of each sample: block → `(q, groups, o, i)`."""
-        asked, solved = self._in_columns(rows)
-        found = {}
-        for block, row in asked.items():
-            along = torch.stack([self.rows[block].scale(weights).sum() for weights in solved])
-            rest = row.gradients().flatten(1) - along.flatten(1)
-            shift = self.shift[block]
-            scale = shift.rsqrt().reshape(-1).to(rest) if isinstance(shift, Tensor) else shift**-0.5
-            found[block] = (rest * scale).reshape(-1, *rows[block].shape)
-        return found
+        white, solved = self._in_columns(rows)
+        vectors = {}
+        for block, row in white.items():
+            projected = torch.stack([self.rows[block].scale(weights).sum() for weights in solved])
+            remaining = row.gradients().flatten(1) - projected.flatten(1)
+            vectors[block] = (remaining * inverse_root(self.shift[block], remaining)).reshape(-1, *rows[block].shape)
+        return vectors
 
     def squares(self, rows: Gradients) -> Tensor:
         """Return ∇ℓ_iᵀ (H + Λ)⁻¹ ∇ℓ_i of each sample, `(n,)`."""
-        rows = whitened(rows, self.shift)
-        inside = sum_of(dot_products(self.rows[block], row) for block, row in rows.items())
-        half = torch.linalg.solve_triangular(self.factor, inside.cpu().double(), upper=False)
-        whole = sum_of(row.squared_norms() for row in rows.values())
-        return whole - half.square().sum(0).to(whole)
+        rows = whiten(rows, self.shift)
+        dots = sum_of(dot_products(self.rows[block], row) for block, row in rows.items())
+        half = torch.linalg.solve_triangular(self.factor, dots.cpu().double(), upper=False)
+        norms = sum_of(row.squared_norms() for row in rows.values())
+        return norms - half.square().sum(0).to(norms)
 
     def _in_columns(self, queries: Gradients) -> tuple[dict[str, FactoredGradients], Tensor]:
         """Return Λ^−½ ∇ℓ, laid out as the columns are, and (nI + DᵀD)⁻¹ Dᵀ Λ^−½ ∇ℓ, `(q, r)`."""
-        asked = whitened(queries, self.shift)
-        asked = {b: q if q.shape == self.rows[b].shape else q.as_vectors() for b, q in asked.items()}
-        inside = sum_of(dot_products(asked[block], row) for block, row in self.rows.items())
-        return asked, torch.cholesky_solve(inside.T.cpu().double(), self.factor).T.to(inside)
+        white = whiten(queries, self.shift)
+        white = {b: q if q.shape == self.rows[b].shape else q.as_vectors() for b, q in white.items()}
+        dots = sum_of(dot_products(white[block], row) for block, row in self.rows.items())
+        return white, torch.cholesky_solve(dots.T.cpu().double(), self.factor).T.to(dots)
 
     def _vectors_are_cheaper(self, queries: Gradients) -> bool:
         """Say whether a training sample's products with solved queries cost less than those with all columns."""
-        held = [(len(row) + row.positions, row, self.rows[block]) for block, row in queries.items()]
-        if sum(len(row) * row.size for _, row, _ in held) > MOST_SOLVED:
+        pairs = [(row, self.rows[block]) for block, row in queries.items()]
+        if sum(len(row) * row.size for row, _ in pairs) > LARGEST_SOLUTION:
             return False
-        by_vectors = sum(each * row.size for each, row, _ in held)
-        return by_vectors < sum((len(row) + len(columns)) * _product(row, columns) for _, row, columns in held)
+        by_vectors = sum((len(row) + row.positions) * row.size for row, _ in pairs)
+        by_columns = sum((len(row) + len(columns)) * _dot_product_cost(row, columns) for row, columns in pairs)
+        return by_vectors < by_columns
 
 
-def whitened(rows: Gradients, shift: Shift) -> dict[str, FactoredGradients]:
+def whiten(rows: Gradients, shift: Shift) -> dict[str, FactoredGradients]:
     """Return Λ^−½ g, factored where Λ is one number for a block."""
-    return {block: _whitened(row, shift[block]) for block, row in rows.items()}
+    return {block: _whiten_block(row, shift[block]) for block, row in rows.items()}
 
 
-def gathered(passed: Iterable[dict[str, FactoredGradients]]) -> dict[str, FactoredGradients]:
+def inverse_root(shift: float | Tensor, like: Tensor) -> float | Tensor:
+    """Return Λ^−½ of a block: a number, or `(elements,)` in the type of `like`."""
+    return shift.rsqrt().reshape(-1).to(like) if isinstance(shift, Tensor) else shift**-0.5
+
+
+def gather(gradients_of_batches: Iterable[dict[str, FactoredGradients]]) -> dict[str, FactoredGradients]:
     """Return all rows of a pass, each block as factors or as whole gradients, whichever is cheaper to multiply."""
-    parts: dict[str, list[FactoredGradients]] = {}
-    dense: dict[str, bool] = {}
-    for rows in passed:
+    batches_of_blocks: dict[str, list[FactoredGradients]] = {}
+    as_vectors: dict[str, bool] = {}
+    for rows in gradients_of_batches:
         for block, row in rows.items():
-            dense.setdefault(block, row.positions**2 * sum(row.shape[1:]) >= row.size and row.size <= LARGEST_WHOLE)
-            parts.setdefault(block, []).append(row.as_vectors() if dense[block] else row)
-    return {block: concatenate_samples(held) for block, held in parts.items()}
+            cheaper = row.positions**2 * sum(row.shape[1:]) >= row.size and row.size <= LARGEST_VECTOR
+            # The first batch decides for all, so that a block's rows can be stacked.
+            as_vector = as_vectors.setdefault(block, cheaper)
+            batches_of_blocks.setdefault(block, []).append(row.as_vectors() if as_vector else row)
+    return {block: concatenate_samples(batches) for block, batches in batches_of_blocks.items()}
 
 
-def _product(row: FactoredGradients, columns: FactoredGradients) -> int:
+def _dot_product_cost(row: FactoredGradients, columns: FactoredGradients) -> int:
     """Return how many multiplications one product of two gradients takes, by factors or as vectors."""
     return min(row.positions * columns.positions * sum(row.shape[1:]) * row.shape[0], row.size)
 
@@ -257,8 +264,8 @@ def cholesky(matrix: Tensor) -> Tensor:
     Raises:
         FloatingPointError: it is not positive definite.
     """
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    if int(failed) or not bool(factor.diagonal().isfinite().all()):
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) or not bool(factor.diagonal().isfinite().all()):
         raise FloatingPointError("damping: the damped curvature is not positive definite; pass a larger damping=")
     return factor
 
@@ -268,27 +275,25 @@ def flatten(rows: Gradients) -> Tensor:
     return torch.cat([row.gradients().flatten(1) for row in rows.values()], dim=1)
 
 
-def _spread(shift: float | Tensor, shape: tuple[int, int, int]) -> Tensor:
+def _damping_diagonal(shift: float | Tensor, shape: tuple[int, int, int]) -> Tensor:
     if isinstance(shift, Tensor):
         return shift.cpu().double().flatten()
     return torch.full((prod(shape),), shift, dtype=torch.float64)
 
 
-def _summed(passed: Iterable[dict[str, FactoredGradients]]) -> Tensor:
+def _sum_of_outer_products(gradients_of_batches: Iterable[dict[str, FactoredGradients]]) -> Tensor:
     matrix: Tensor | None = None
-    for rows in passed:
-        flat = flatten(rows)
-        product = (flat.T @ flat).cpu().double()
+    for rows in gradients_of_batches:
+        gradients = flatten(rows)
+        product = (gradients.T @ gradients).cpu().double()
         matrix = product if matrix is None else matrix.add_(product)
     if matrix is None:
         raise ValueError("train: expected samples to take the curvature from, got none")
     return matrix
 
 
-def _whitened(row: FactoredGradients, shift: float | Tensor) -> FactoredGradients:
-    if isinstance(shift, Tensor):
-        return FactoredGradients(
-            row.outputs.new_ones(len(row), 1, 1, 1),
-            row.as_vectors().outputs * shift.rsqrt().reshape(-1).to(row.outputs),
-        )
-    return FactoredGradients(row.inputs, row.outputs * shift**-0.5)
+def _whiten_block(row: FactoredGradients, shift: float | Tensor) -> FactoredGradients:
+    root = inverse_root(shift, row.outputs)
+    if isinstance(root, Tensor):
+        return FactoredGradients(row.outputs.new_ones(len(row), 1, 1, 1), row.as_vectors().outputs * root)
+    return FactoredGradients(row.inputs, row.outputs * root)

@@ -11,13 +11,13 @@ from torch import Tensor
 from lightning_interp.data.batch import count_samples, slice_samples
 from lightning_interp.data.samples import Samples
 from lightning_interp.influence.curvature.gauss_newton import FittedMatrix
-from lightning_interp.influence.curvature.vectors import Space, pulled, twice_differentiable
+from lightning_interp.influence.curvature.vectors import Space, twice_differentiable, vector_jacobian_products
 from lightning_interp.influence.gradients.factored import elements_in_memory
 from lightning_interp.influence.gradients.per_sample import PerSampleGradients
 from lightning_interp.influence.gradients.reader import ELEMENTS_AT_ONCE, Reader
 
-MOST_PARAMETERS = 4096
-CONVEX = 1e-6
+MOST_PARAMETERS_FOR_HESSIAN = 4096  # 128 MB in float64, and all of its eigenvalues are computed
+CONVEXITY_TOLERANCE = 1e-6  # of the largest eigenvalue: what single precision rounds a zero eigenvalue to
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Hessian:
         Raises:
             ValueError: there are more than 4,096.
         """
-        if parameters > MOST_PARAMETERS:
+        if parameters > MOST_PARAMETERS_FOR_HESSIAN:
             raise ValueError(
-                f"Hessian: expected at most {MOST_PARAMETERS} covered parameters, got {parameters};"
+                f"Hessian: expected at most {MOST_PARAMETERS_FOR_HESSIAN} covered parameters, got {parameters};"
                 " pass GaussNewton(columns=1024)"
             )
 
@@ -53,25 +53,26 @@ class Hessian:
         self.check(space.size)
         matrix = torch.zeros(space.size, space.size, dtype=torch.float64)
         for batch in reader.batches(samples, "curvature"):
-            matrix += _summed(reader, space, batch).cpu().double()
+            matrix += _hessian_of_batch(reader, space, batch).cpu().double()
         matrix = (matrix + matrix.mT) / (2 * len(samples))
-        values = torch.linalg.eigvalsh(matrix)
-        least, most = float(values[0]), float(values[-1])
-        if not least >= -CONVEX * most:
+        eigenvalues = torch.linalg.eigvalsh(matrix)
+        smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
+        if not smallest >= -CONVEXITY_TOLERANCE * largest:
             raise ValueError(
-                f"Hessian: expected a loss that is convex at its parameters, got eigenvalues from {least:.2g} to"
-                f" {most:.2g}; pass GaussNewton() or GaussNewton(columns=1024), which have none below 0"
+                f"Hessian: expected a loss that is convex at its parameters, got eigenvalues from {smallest:.2g} to"
+                f" {largest:.2g}; pass GaussNewton() or GaussNewton(columns=1024), which have none below 0"
             )
         return FittedMatrix(matrix, reader.coverage.shapes, len(samples))
 
 
-def _summed(reader: Reader, space: Space, batch: Any) -> Tensor:
+def _hessian_of_batch(reader: Reader, space: Space, batch: Any) -> Tensor:
     """Return Σ ∂²ℓ/∂θ² over a batch, some rows at a time."""
     watch, parameters = reader.coverage.watched_model, space.parameters
-    held = elements_in_memory(PerSampleGradients(watch, slice_samples(batch, 0, 1)).loss_gradients())
+    elements_per_sample = elements_in_memory(PerSampleGradients(watch, slice_samples(batch, 0, 1)).loss_gradients())
     with twice_differentiable():
         loss = watch.task.total(watch.model, batch)
     slopes = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
-    one_each = torch.eye(space.size, dtype=loss.dtype, device=loss.device)
-    rows = one_each.split(max(1, ELEMENTS_AT_ONCE // (space.size + held * count_samples(batch))))
-    return torch.cat([space.gathered(pulled(slopes, parameters, space.spread(some))) for some in rows])
+    identity = torch.eye(space.size, dtype=loss.dtype, device=loss.device)
+    rows = identity.split(max(1, ELEMENTS_AT_ONCE // (space.size + elements_per_sample * count_samples(batch))))
+    products = (vector_jacobian_products(slopes, parameters, space.spread(unit_vectors)) for unit_vectors in rows)
+    return torch.cat([space.gathered(product) for product in products])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,6 +21,9 @@ class IdentityCurvature:
 
     Reference: Charpiat et al., Input Similarity from the Neural Network Perspective, 2019.
     """
+
+    needs_outputs: ClassVar[bool] = False
+    in_loss_unit: ClassVar[bool] = False
 
     def check(self, parameters: int) -> None:
         """Accept any number of parameters."""

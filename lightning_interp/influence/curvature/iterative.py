@@ -15,7 +15,7 @@ from lightning_interp.influence.curvature.gauss_newton import flatten
 from lightning_interp.influence.curvature.operator import Operator
 from lightning_interp.influence.gradients.reader import Reader
 
-COLUMNS = 256
+COLUMNS_FOR_MEAN_EIGENVALUE = 256  # as many backwards at most: only the size matters, for damping
 
 
 class Solution(NamedTuple):
@@ -77,8 +77,8 @@ class IterativeInverse:
     def against(self, queries: Gradients) -> Solved:
         """Solve for all queries, and return a function: gradients of m samples → ∇ℓ_qᵀ (H + Λ)⁻¹ ∇ℓ_i, `(q, m)`."""
         space = self.operator.space
-        found = self.solver(flatten({name: queries[name] for name in space.coverage.blocks}))
-        return Solved(space.blocks(found.vectors), found.residuals, found.notes)
+        solution = self.solver(flatten({name: queries[name] for name in space.coverage.blocks}))
+        return Solved(space.blocks(solution.vectors), solution.residuals, solution.notes)
 
     def squares(self, rows: Gradients) -> Tensor:
         """Refuse: it would be one system for each training sample.
@@ -113,7 +113,7 @@ class Solved:
 
 def mean_eigenvalue(reader: Reader, samples: Samples, seed: int) -> float:
     """Return the mean eigenvalue of H, unbiased, from 256 of its columns."""
-    columns = reader.sample_columns(samples, COLUMNS, seed)
+    columns = reader.sample_columns(samples, COLUMNS_FOR_MEAN_EIGENVALUE, seed)
     passed = reader.gradients_of_columns(samples, columns, "curvature, mean eigenvalue")
     total = sum(float(row.squared_norms().sum()) for rows in passed for row in rows.values())
     return total / (columns.n * reader.coverage.size)

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from lightning_interp.checks import check_counts
 from lightning_interp.data.samples import Samples
-from lightning_interp.influence.curvature.ekfac import WIDEST, Basis, FittedEKFAC, passes
+from lightning_interp.influence.curvature.curvature import Fitted, share_of_mean_eigenvalue, spread_out
+from lightning_interp.influence.curvature.ekfac import (
+    WIDEST_FACTOR,
+    Basis,
+    FittedEKFAC,
+    column_passes,
+    eigenvectors_cost,
+)
+from lightning_interp.influence.damping import Damping
 from lightning_interp.influence.gradients.factored import FactoredGradients, Lookup
 from lightning_interp.influence.gradients.reader import Reader
 
@@ -29,8 +37,8 @@ class KFAC:
     convolutions Grosse & Martens, A Kronecker-factored Approximate Fisher Matrix for Convolution Layers, 2016.
 
     Args:
-        columns: how many columns of the matrix B is estimated from: an unbiased sample, the large ones surely in it
-            (see `lightning_interp.influence.columns.PrioritySample`); every column of every sample when None.
+        columns: how many columns of the matrix B is estimated from: an unbiased sample, which holds
+            the large ones surely (see `PrioritySample`); every column of every sample when None.
         samples: training samples, evenly spread, that it is estimated from; all when None.
         seed: of the sample.
     """
@@ -45,60 +53,68 @@ class KFAC:
     def check(self, parameters: int) -> None:
         """Accept any number of parameters: memory grows with the layers' widths, not with their product squared."""
 
+    def default_damping(self, fitted: Fitted) -> Damping:
+        """Return 0.1 × the mean eigenvalue: what Kronecker factors leave out takes more damping than training had."""
+        return share_of_mean_eigenvalue(fitted)
+
+    def decomposition_cost(self, shapes: Iterable[tuple[int, int, int]]) -> float:
+        """Return the cubes of the sides whose eigenvectors are found."""
+        return eigenvectors_cost(shapes)
+
     def fit(self, reader: Reader, samples: Samples) -> FittedEKFAC:
         """Estimate A in a pass over the samples, B in one over the columns."""
-        some = samples if self.samples is None else samples.spread(self.samples)
-        column_rows, n, notes = passes(reader, some, self.columns, self.seed)
-        traces = reader.per_sample_gradients(some, "curvature, inputs")
-        inputs = _summed((trace.loss_gradients() for trace in traces), _of_inputs)
-        outputs = _summed(column_rows("curvature, output gradients"), _of_outputs)
-        sides = {b: (_side(outputs[b] / n), _side(inputs[b] / len(some))) for b in inputs}
+        subset = spread_out(samples, self.samples)
+        column_gradients, n, notes = column_passes(reader, subset, self.columns, self.seed)
+        traces = reader.per_sample_gradients(subset, "curvature, inputs")
+        inputs = _sum_of_factors((trace.loss_gradients() for trace in traces), _input_factor)
+        outputs = _sum_of_factors(column_gradients("curvature, output gradients"), _output_factor)
+        sides = {b: (_decompose(outputs[b] / n), _decompose(inputs[b] / len(subset))) for b in inputs}
         bases = {name: Basis(b.vectors, a.vectors) for name, (b, a) in sides.items()}
         values = {name: b.values[:, :, None] * a.values[:, None, :] for name, (b, a) in sides.items()}
         return FittedEKFAC(bases, values, n, notes)
 
 
-class _Side(NamedTuple):
+class _DecomposedFactor(NamedTuple):
     """One factor's eigenvalues, `(groups, d)`, and eigenvectors, `(groups, d, d)`; None where it is diagonal."""
 
     values: Tensor
     vectors: Tensor | None
 
 
-def _summed(
-    passed: Iterable[dict[str, FactoredGradients]], factor: Callable[[FactoredGradients], Tensor]
+def _sum_of_factors(
+    gradients_of_batches: Iterable[dict[str, FactoredGradients]], factor: Callable[[FactoredGradients], Tensor]
 ) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
-    for rows in passed:
+    for rows in gradients_of_batches:
         for block, row in rows.items():
-            found = factor(row)
-            sums[block] = sums[block] + found if block in sums else found
+            block_factor = factor(row)
+            sums[block] = sums[block] + block_factor if block in sums else block_factor
     return sums
 
 
-def _of_inputs(rows: FactoredGradients) -> Tensor:
+def _input_factor(rows: FactoredGradients) -> Tensor:
     """Return Σ a aᵀ over samples and positions."""
-    held = rows.inputs
-    if isinstance(held, Lookup):
-        return torch.bincount(held.index.flatten(), minlength=held.count)[None].to(rows.outputs)
-    return _products(held)
+    inputs = rows.inputs
+    if isinstance(inputs, Lookup):
+        return torch.bincount(inputs.index.flatten(), minlength=inputs.count)[None].to(rows.outputs)
+    return _factor_of_rows(inputs)
 
 
-def _of_outputs(rows: FactoredGradients) -> Tensor:
+def _output_factor(rows: FactoredGradients) -> Tensor:
     """Return Σ g gᵀ over samples, the mean over positions."""
-    return _products(rows.outputs) / rows.positions
+    return _factor_of_rows(rows.outputs) / rows.positions
 
 
-def _products(side: Float[Tensor, "n groups t d"]) -> Tensor:
+def _factor_of_rows(factors: Float[Tensor, "n groups t d"]) -> Tensor:
     """Return `(groups, d, d)`; the diagonal `(groups, d)` where that is too wide or has one dimension."""
-    if not 1 < side.shape[3] <= WIDEST:
-        return side.square().sum((0, 2))
-    flat = side.transpose(0, 1).flatten(1, 2)
-    return flat.mT @ flat
+    if not 1 < factors.shape[3] <= WIDEST_FACTOR:
+        return factors.square().sum((0, 2))
+    rows = factors.transpose(0, 1).flatten(1, 2)
+    return rows.mT @ rows
 
 
-def _side(factor: Tensor) -> _Side:
+def _decompose(factor: Tensor) -> _DecomposedFactor:
     if factor.ndim == 2:
-        return _Side(factor, None)
+        return _DecomposedFactor(factor, None)
     values, vectors = torch.linalg.eigh(factor.cpu().double())
-    return _Side(values.clamp(min=0).to(factor), vectors.to(factor))
+    return _DecomposedFactor(values.clamp(min=0).to(factor), vectors.to(factor))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ from lightning_interp.influence.curvature.operator import Operator
 from lightning_interp.influence.gradients.reader import Reader
 from lightning_interp.progress import quiet
 
-TRIED = 8
-POWERS = 10
-ROUNDING = 1.01
+BATCHES_TRIED = 8  # mini-batches that the largest eigenvalue is taken over: with the iterations, 80 products
+POWER_ITERATIONS = 10  # a rough eigenvalue is enough: the series converges from half of the largest on
+BOUND_SLACK = 1.01  # on the bound that tells divergence, for rounding
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class LiSSA:
     batch_size: int = 64
     seed: int = 0
 
+    solves_per_query: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         check_counts("LiSSA", iterations=self.iterations, repeats=self.repeats, batch_size=self.batch_size)
         if self.scale is not None and not self.scale > 0:
@@ -58,8 +61,8 @@ class LiSSA:
     def fit(self, reader: Reader, samples: Samples) -> FittedIterative:
         """Estimate the mean eigenvalue alone: the series is summed when queries come."""
         operator = Operator.of(replace(reader, progress=quiet), samples)
-        prepare = partial(self._prepared, reader)
-        return FittedIterative(operator, mean_eigenvalue(reader, samples, self.seed), prepare)
+        solver_of = partial(self._prepared, reader)
+        return FittedIterative(operator, mean_eigenvalue(reader, samples, self.seed), solver_of)
 
     def _prepared(self, reader: Reader, operator: Operator) -> IterativeSolver:
         draws = torch.Generator().manual_seed(self.seed)
@@ -68,10 +71,10 @@ class LiSSA:
         def solver(queries: Tensor) -> Solution:
             draws = torch.Generator().manual_seed(self.seed)
             series = [self._summed(reader, operator, queries, scale, draws) for _ in range(self.repeats)]
-            found = torch.stack(series).mean(0)
-            rest = (queries - operator(found)).norm(dim=1)
-            residuals = rest / queries.norm(dim=1).clamp(min=torch.finfo(queries.dtype).tiny)
-            return Solution(found, residuals, (self._note(residuals, scale),))
+            solutions = torch.stack(series).mean(0)
+            residual_norms = (queries - operator(solutions)).norm(dim=1)
+            residuals = residual_norms / queries.norm(dim=1).clamp(min=torch.finfo(queries.dtype).tiny)
+            return Solution(solutions, residuals, (self._note(residuals, scale),))
 
         return solver
 
@@ -83,18 +86,18 @@ class LiSSA:
         Raises:
             FloatingPointError: it diverged: |h| is above |∇ℓ_q| s/λ, the most that it can be if no term grows.
         """
-        least = float(operator.space.diagonal(operator.shift, queries).min())
-        most = ROUNDING * scale / least * queries.norm(dim=1)
-        found = queries
-        drawn = sample_places(len(operator.samples), self.batch_size, draws)
+        smallest_damping = float(operator.space.diagonal(operator.shift, queries).min())
+        largest_norms = BOUND_SLACK * scale / smallest_damping * queries.norm(dim=1)
+        vectors = queries
+        batches = mini_batches(len(operator.samples), self.batch_size, draws)
         for step, _ in enumerate(reader.progress(range(self.iterations), self.iterations, "LiSSA"), 1):
-            found = queries + found - operator.on(next(drawn))(found) / scale
-            if not bool((found.norm(dim=1) <= most).all()):
+            vectors = queries + vectors - operator.on(next(batches))(vectors) / scale
+            if not bool((vectors.norm(dim=1) <= largest_norms).all()):
                 raise FloatingPointError(
                     f"LiSSA(scale={scale:.3g}): the series diverged at step {step}; expected a scale above half the"
                     " largest eigenvalue of every mini-batch's damped curvature; pass a larger scale= or batch_size="
                 )
-        return found / scale
+        return vectors / scale
 
     def _note(self, residuals: Tensor, scale: float) -> str:
         return (
@@ -105,18 +108,18 @@ class LiSSA:
 
 def largest_eigenvalue(operator: Operator, batch_size: int, draws: torch.Generator) -> float:
     """Return the largest eigenvalue that 10 power iterations find in each of 8 mini-batches' matrices."""
-    drawn = sample_places(len(operator.samples), batch_size, draws)
+    batches = mini_batches(len(operator.samples), batch_size, draws)
     start = torch.randn(1, operator.space.size, generator=draws).to(operator.space.parameters[0].device)
-    found = []
-    for _ in range(TRIED):
-        part, vector = operator.on(next(drawn)), start
-        for _ in range(POWERS):
-            vector = part(vector / vector.norm())
-        found.append(float(vector.norm()))
-    return max(found)
+    eigenvalues = []
+    for _ in range(BATCHES_TRIED):
+        batch_operator, vector = operator.on(next(batches)), start
+        for _ in range(POWER_ITERATIONS):
+            vector = batch_operator(vector / vector.norm())
+        eigenvalues.append(float(vector.norm()))
+    return max(eigenvalues)
 
 
-def sample_places(n: int, count: int, draws: torch.Generator) -> Iterator[list[int]]:
+def mini_batches(n: int, count: int, draws: torch.Generator) -> Iterator[list[int]]:
     """Yield mini-batches of n samples without end, each sample once before any comes again."""
     while True:
-        yield from (part.tolist() for part in torch.randperm(n, generator=draws).split(count))
+        yield from (batch.tolist() for batch in torch.randperm(n, generator=draws).split(count))

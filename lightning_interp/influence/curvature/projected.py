@@ -12,13 +12,13 @@ from torch import Tensor
 
 from lightning_interp.checks import check_counts
 from lightning_interp.data.samples import Samples
-from lightning_interp.influence.curvature.curvature import Gradients, Scorer, Shift
-from lightning_interp.influence.curvature.ekfac import Pass, passes
-from lightning_interp.influence.curvature.gauss_newton import cholesky, whitened
+from lightning_interp.influence.curvature.curvature import Gradients, Scorer, Shift, spread_out
+from lightning_interp.influence.curvature.ekfac import ColumnPass, column_passes
+from lightning_interp.influence.curvature.gauss_newton import cholesky, whiten
 from lightning_interp.influence.gradients.projection import Projection
 from lightning_interp.influence.gradients.reader import Reader
 
-ROWS_AT_ONCE = 2048
+PILED_ROWS = 2048  # so many projected gradients are multiplied at once, 4 MB of float32 for 512 numbers each
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ProjectedGaussNewton:
     Args:
         dim: numbers per gradient, even.
         columns: how many columns of the matrix it is estimated from (see
-            `lightning_interp.influence.columns.PrioritySample`); every column of every sample when None.
+            `PrioritySample`); every column of every sample when None.
         samples: training samples, evenly spread, that it is estimated from; all when None.
         seed: of the projection and the sample.
     """
@@ -55,11 +55,11 @@ class ProjectedGaussNewton:
 
     def fit(self, reader: Reader, samples: Samples) -> FittedProjected:
         """Sum the projected columns' outer products, in one pass over them."""
-        some = samples if self.samples is None else samples.spread(self.samples)
-        again, n, notes = passes(reader, some, self.columns, self.seed)
+        subset = spread_out(samples, self.samples)
+        column_gradients, n, notes = column_passes(reader, subset, self.columns, self.seed)
         projection = Projection(self.dim, self.seed)
-        matrix = second_moment(map(projection, again("curvature"))) / n
-        return FittedProjected(projection, matrix, again, n, reader.coverage.size, notes)
+        matrix = second_moment(map(projection, column_gradients("curvature"))) / n
+        return FittedProjected(projection, matrix, column_gradients, n, reader.coverage.size, notes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ class FittedProjected:
     Args:
         projection: of the gradients.
         matrix: P H Pᵀ, `(k, k)`, float64.
-        again: goes over the columns another time.
+        column_gradients: a pass over the columns.
         n: number of samples used.
         elements: number of parameters' elements.
         notes: how many columns it was estimated from.
@@ -77,7 +77,7 @@ class FittedProjected:
 
     projection: Projection
     matrix: Float[Tensor, "k k"]
-    again: Pass
+    column_gradients: ColumnPass
     n: int
     elements: int
     notes: tuple[str, ...] = ()
@@ -92,7 +92,7 @@ class FittedProjected:
         numbers = {value for value in shift.values() if not isinstance(value, Tensor)}
         if len(numbers) == 1 and not any(isinstance(value, Tensor) for value in shift.values()):
             return ProjectedInverse(self.projection, self.matrix, numbers.pop())
-        columns = (self.projection(whitened(rows, shift)) for rows in self.again("curvature, whitened"))
+        columns = (self.projection(whiten(rows, shift)) for rows in self.column_gradients("curvature, whitened"))
         return ProjectedInverse(self.projection, second_moment(columns) / self.n, 1.0, shift)
 
 
@@ -114,29 +114,29 @@ class ProjectedInverse:
 
     def against(self, queries: Gradients) -> Scorer:
         """Return a function: gradients of m samples → ∇ℓ_qᵀ (H + Λ)⁻¹ ∇ℓ_i, `(q, m)`."""
-        asked = self.seen(queries)
-        solved = self.solve(asked).to(asked)
-        return lambda rows: solved @ self.seen(rows).T
+        projected = self.project(queries)
+        solved = self.solve(projected).to(projected)
+        return lambda rows: solved @ self.project(rows).T
 
     def squares(self, rows: Gradients) -> Float[Tensor, " n"]:
         """Return ∇ℓ_iᵀ (H + Λ)⁻¹ ∇ℓ_i of each sample, `(n,)`."""
-        seen = self.seen(rows)
-        return (seen * self.solve(seen).to(seen)).sum(1)
+        projected = self.project(rows)
+        return (projected * self.solve(projected).to(projected)).sum(1)
 
-    def seen(self, rows: Gradients) -> Float[Tensor, "n k"]:
+    def project(self, rows: Gradients) -> Float[Tensor, "n k"]:
         """Return each sample's projected gradient."""
-        return self.projection(rows if self.shift is None else whitened(rows, self.shift))
+        return self.projection(rows if self.shift is None else whiten(rows, self.shift))
 
-    def solve(self, seen: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    def solve(self, projected: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """Return (M + λ)⁻¹ φ of each projected gradient, on the CPU in float64."""
-        return torch.cholesky_solve(seen.cpu().double().T, self._factor).T
+        return torch.cholesky_solve(projected.cpu().double().T, self._factor).T
 
     @property
     def halves(self) -> tuple[ProjectedInverse, ProjectedInverse]:
-        """The same from two projections to half as many numbers: how far they agree says how far to trust one."""
+        """Two inverses, each from a projection to half as many numbers: how far they agree is how far to trust one."""
         first, second = (
-            replace(self, projection=part, matrix=part.folded(part.folded(self.matrix).T))
-            for part in self.projection.halves
+            replace(self, projection=half, matrix=half.folded(half.folded(self.matrix).T))
+            for half in self.projection.halves
         )
         return first, second
 
@@ -152,9 +152,9 @@ def damped_factor(matrix: Float[Tensor, "k k"], added: float) -> Float[Tensor, "
     return cholesky(damped)
 
 
-def second_moment(parts: Iterable[Tensor]) -> Float[Tensor, "k k"]:
-    """Return Σ φφᵀ in float64."""
-    products = ((rows.T @ rows).cpu().double() for rows in _piled(parts))
+def second_moment(batches: Iterable[Tensor]) -> Float[Tensor, "k k"]:
+    """Return Σ φφᵀ over all rows of all batches, in float64."""
+    products = ((rows.T @ rows).cpu().double() for rows in _pile(batches))
     total = next(products, None)
     if total is None:
         raise ValueError("train: expected samples to take the curvature from, got none")
@@ -163,13 +163,13 @@ def second_moment(parts: Iterable[Tensor]) -> Float[Tensor, "k k"]:
     return total
 
 
-def _piled(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+def _pile(batches: Iterable[Tensor]) -> Iterator[Tensor]:
     """Yield many rows at a time: the product of one batch's costs less than adding it up in float64."""
-    held: list[Tensor] = []
-    for part in parts:
-        held.append(part)
-        if sum(map(len, held)) >= ROWS_AT_ONCE:
-            yield torch.cat(held)
-            held = []
-    if held:
-        yield torch.cat(held)
+    pile: list[Tensor] = []
+    for batch in batches:
+        pile.append(batch)
+        if sum(map(len, pile)) >= PILED_ROWS:
+            yield torch.cat(pile)
+            pile = []
+    if pile:
+        yield torch.cat(pile)

@@ -34,14 +34,14 @@ class Space:
     @property
     def parameters(self) -> list[Tensor]:
         """The parameters themselves."""
-        held = dict(self.coverage.model.named_parameters())
-        return [held[name] for block in self.coverage.blocks.values() for name in block.parameters]
+        parameters = dict(self.coverage.model.named_parameters())
+        return [parameters[name] for block in self.coverage.blocks.values() for name in block.parameters]
 
     def blocks(self, vectors: Float[Tensor, "q p"]) -> dict[str, Tensor]:
         """Return vectors by blocks, `(q, groups, o, i)`."""
         shapes = self.coverage.shapes
-        parts = vectors.split([prod(shape) for shape in shapes.values()], dim=1)
-        return {name: part.reshape(-1, *shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+        flat = vectors.split([prod(shape) for shape in shapes.values()], dim=1)
+        return {name: vector.reshape(-1, *shapes[name]) for name, vector in zip(shapes, flat, strict=True)}
 
     def joined(self, blocks: Mapping[str, Tensor]) -> Float[Tensor, "q p"]:
         """Return blocks `(q, groups, o, i)` as vectors."""
@@ -49,11 +49,11 @@ class Space:
 
     def spread(self, vectors: Float[Tensor, "q p"]) -> list[Tensor]:
         """Return vectors by parameters, `(q, *shape)`, in the parameters' types."""
-        parts = self.blocks(vectors)
+        by_block = self.blocks(vectors)
         values: dict[str, Tensor] = {}
         for name, block in self.coverage.blocks.items():
-            values |= block.unpack(parts[name])
-        return [value.to(held) for value, held in zip(values.values(), self.parameters, strict=True)]
+            values |= block.unpack(by_block[name])
+        return [value.to(parameter) for value, parameter in zip(values.values(), self.parameters, strict=True)]
 
     def gathered(self, values: Sequence[Tensor]) -> Float[Tensor, "q p"]:
         """Return values by parameters, `(q, *shape)`, as vectors."""
@@ -63,11 +63,11 @@ class Space:
     def diagonal(self, shift: Shift, like: Tensor) -> Float[Tensor, " p"]:
         """Return Λ's diagonal, in the type of `like`."""
         shapes = self.coverage.shapes
-        parts = [torch.as_tensor(shift[name]).to(like).expand(shape).flatten() for name, shape in shapes.items()]
-        return torch.cat(parts)
+        diagonals = [torch.as_tensor(shift[name]).to(like).expand(shape).flatten() for name, shape in shapes.items()]
+        return torch.cat(diagonals)
 
 
-def pulled(of: Sequence[Tensor], at: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
+def vector_jacobian_products(of: Sequence[Tensor], at: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
     """Return Jᵀv for many vectors v, J the Jacobian of `of` by `at`; the graph is kept.
 
     Vectorised over the vectors, or one by one where an operation cannot be.
@@ -80,14 +80,14 @@ def pulled(of: Sequence[Tensor], at: Sequence[Tensor], vectors: Sequence[Tensor]
     Returns:
         `(q, *shape of each at)`.
     """
-    some = [place for place, tensor in enumerate(of) if tensor.requires_grad]
-    if not some:
+    differentiable = [index for index, tensor in enumerate(of) if tensor.requires_grad]
+    if not differentiable:
         return [tensor.new_zeros(len(vectors[0]), *tensor.shape) for tensor in at]
-    of, vectors = [of[place] for place in some], [vectors[place] for place in some]
+    of, vectors = [of[index] for index in differentiable], [vectors[index] for index in differentiable]
     with contextlib.suppress(RuntimeError):
         return list(_grad(of, at, vectors, batched=True))
     single = [_grad(of, at, [vector[row] for vector in vectors]) for row in range(len(vectors[0]))]
-    return [torch.stack(parts) for parts in zip(*single, strict=True)]
+    return [torch.stack(rows) for rows in zip(*single, strict=True)]
 
 
 def _grad(

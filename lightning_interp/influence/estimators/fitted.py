@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_interp.data.samples import Samples
 from lightning_interp.data.task import probabilities
-from lightning_interp.influence.curvature import Curvature, Fitted, IdentityCurvature, Inverse
-from lightning_interp.influence.curvature.curvature import Gradients, Scorer
+from lightning_interp.influence.curvature import Curvature, Fitted, Inverse
+from lightning_interp.influence.curvature.curvature import Gradients, Scorer, in_loss_unit
 from lightning_interp.influence.damping import Damping
 from lightning_interp.influence.gradients.coverage import Coverage
 from lightning_interp.influence.gradients.distributed import share_of_rank
@@ -57,7 +57,7 @@ class FittedInfluence:
     @property
     def measured(self) -> bool:
         """Whether scores are in the loss's unit, and damping means something."""
-        return not isinstance(self.curvature, IdentityCurvature)
+        return in_loss_unit(self.curvature)
 
     @property
     def coverage(self) -> Coverage:

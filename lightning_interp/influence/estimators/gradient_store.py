@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_interp.atomic import atomic_write
 from lightning_interp.data.samples import Samples
 from lightning_interp.data.task import Task
 from lightning_interp.influence.curvature import IdentityCurvature, Shift
@@ -34,8 +34,8 @@ from lightning_interp.network.undisturbed import differentiable
 from lightning_interp.progress import Progress, quiet
 
 HEAD = "gradients.safetensors"
-FORMAT = 1
-ROWS_AT_ONCE = 4096
+STORE_FORMAT = 1  # another number is refused
+ROWS_READ_AT_ONCE = 4096  # 8 MB of float32 for 512 numbers each
 NOTE = "training gradients were read from a store, in half precision"
 
 
@@ -72,8 +72,8 @@ class GradientStore:
         with safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {}).get("facts", "{}"))
             held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        if facts.get("format") != FORMAT:
-            raise ValueError(f"folder: expected a gradient store of format {FORMAT}, got {facts.get('format')}")
+        if facts.get("format") != STORE_FORMAT:
+            raise ValueError(f"folder: expected a gradient store of format {STORE_FORMAT}, got {facts.get('format')}")
         return cls(Path(folder), facts, held)
 
     def __len__(self) -> int:
@@ -128,7 +128,7 @@ class GradientStore:
         keeper = TopScores(top_k, asked.targets) if top_k is not None else AllScores(len(asked.seen), len(places))
         solved = self.inverse.solve(asked.seen).float() / len(self)
         total = torch.zeros(len(solved))
-        for some in places.split(ROWS_AT_ONCE):
+        for some in places.split(ROWS_READ_AT_ONCE):
             scores = check_finite(solved @ self.rows(some).T, "scores")
             keeper.add(scores, self.held["targets"][some])
             total += scores.sum(1)
@@ -136,7 +136,7 @@ class GradientStore:
 
     def self_influence(self) -> Float[Tensor, " n"]:
         """Return ∇ℓ_iᵀ (H + Λ)⁻¹ ∇ℓ_i / n of every training sample; no sample is read."""
-        parts = (self.rows(some) for some in torch.arange(len(self)).split(ROWS_AT_ONCE))
+        parts = (self.rows(some) for some in torch.arange(len(self)).split(ROWS_READ_AT_ONCE))
         return torch.cat([(rows * self.inverse.solve(rows).float()).sum(1) / len(self) for rows in parts])
 
     def rows(self, places: Tensor) -> Float[Tensor, "m k"]:
@@ -169,7 +169,7 @@ class GradientStore:
         if not len(query):
             raise ValueError("query: expected samples, got none")
         task = dataclasses.replace(task, kind=task.kind or self.facts["kind"])
-        reader = InfluenceFunction(IdentityCurvature(), 1.0).fit(model, query, task, progress).reader
+        reader = InfluenceFunction(IdentityCurvature(), 1.0).prepare(model, query, task, progress).reader
         blocks = self.facts["blocks"]
         if missing := set(blocks) - set(reader.coverage.blocks):
             raise ValueError(f"query: expected gradients of {', '.join(sorted(missing))}, got none")
@@ -177,7 +177,7 @@ class GradientStore:
         with differentiable(model):
             for trace in reader.per_sample_gradients(query, "queries"):
                 rows = trace.loss_gradients()
-                found = self.inverse.seen({block: rows[block] for block in blocks})
+                found = self.inverse.project({block: rows[block] for block in blocks})
                 seen.append(check_finite(found, "query gradients").cpu())
                 targets.append(trace.targets.detach().cpu())
                 losses.append(trace.losses.detach().cpu())
@@ -215,12 +215,12 @@ def stored(fitted: FittedInfluence, folder: str | os.PathLike[str]) -> GradientS
         if there.facts["key"] == key:
             return there
     home.mkdir(parents=True, exist_ok=True)
-    with _whole(home / _file(key)) as path:
+    with atomic_write(home / _file(key)) as path:
         held, norm = _written(fitted, inverse, path)
     spread = {block: lam for block, lam in (inverse.shift or {}).items() if isinstance(lam, Tensor)}
     held |= {f"shift/{block}": lam.cpu().contiguous() for block, lam in spread.items()}
     facts = _facts(fitted, inverse, norm) | {"key": key, "weights": weights}
-    with _whole(home / HEAD) as path:
+    with atomic_write(home / HEAD) as path:
         save_file(held, path, {"facts": json.dumps(facts)})
     for old in home.glob("gradients-*.npy"):
         if old.name != _file(key):
@@ -259,7 +259,7 @@ def _facts(fitted: FittedInfluence, inverse: ProjectedInverse, gradient_norm: fl
     numbers = None if shift is None else {b: None if isinstance(lam, Tensor) else lam for b, lam in shift.items()}
     origin = () if fitted.damping.origin == "given" else (f"damping: {fitted.damping.origin}",)
     return {
-        "format": FORMAT,
+        "format": STORE_FORMAT,
         "n": len(fitted.train),
         "dim": inverse.projection.dim,
         "seed": inverse.projection.seed,
@@ -289,7 +289,7 @@ def _written(fitted: FittedInfluence, inverse: ProjectedInverse, path: Path) -> 
     with differentiable(fitted.coverage.model):
         for trace in fitted.reader.per_sample_gradients(fitted.train, "storing training gradients"):
             rows = trace.loss_gradients()
-            seen = check_finite(inverse.seen(rows).cpu().float(), "training gradients")
+            seen = check_finite(inverse.project(rows).cpu().float(), "training gradients")
             scale = seen.abs().amax(1).clamp(min=torch.finfo(seen.dtype).tiny)
             file[start : start + len(seen)] = (seen / scale[:, None]).half().numpy()
             start += len(seen)
@@ -301,19 +301,6 @@ def _written(fitted: FittedInfluence, inverse: ProjectedInverse, path: Path) -> 
     held = {"matrix": inverse.matrix, "scales": torch.cat(scales), "targets": torch.cat(targets).contiguous()}
     norm = sum(float((sums / n).double().square().sum()) for sums in total.values()) ** 0.5
     return held | {"ids": torch.tensor(fitted.train.ids)}, norm
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which takes the place of the file only when all is written."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        with partial.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _file(key: str) -> str:

@@ -7,20 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_interp.data.batch import device_of, to_device
 from lightning_interp.data.samples import Samples, train_and_query_samples
-from lightning_interp.data.task import SAMPLES_TO_SETTLE, Task, loss_per_sample, settle_kind
-from lightning_interp.influence.curvature import EKFAC, KFAC, Curvature, IdentityCurvature
+from lightning_interp.data.task import SAMPLES_TO_SETTLE, Task, settle_kind
+from lightning_interp.influence.curvature import Curvature
 from lightning_interp.influence.damping import Damping
 from lightning_interp.influence.estimators.default_curvature import default_curvature
 from lightning_interp.influence.estimators.fitted import FittedInfluence
+from lightning_interp.influence.estimators.prepared import PreparedInfluence
 from lightning_interp.influence.estimators.training_step_check import check_training_step
 from lightning_interp.influence.gradients.coverage import Coverage, find_coverage
 from lightning_interp.influence.gradients.distributed import Ranks
-from lightning_interp.influence.gradients.ggn_columns import MIXTURES, has_random_root
 from lightning_interp.influence.gradients.reader import SINGLE_PROCESS, Reader
 from lightning_interp.influence.results import Influence
 from lightning_interp.influence.trajectory import Trajectory
@@ -28,7 +27,7 @@ from lightning_interp.network.layers import match_layers
 from lightning_interp.network.undisturbed import differentiable
 from lightning_interp.progress import Progress, quiet
 
-DAMPING_SHARE = 0.1
+SAMPLES_TO_SEARCH = 3  # as many as `find_coverage` uses
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,11 @@ class InfluenceFunction:
     −I_up,loss / n there).
 
     Args:
-        curvature: `EKFAC()`, `GaussNewton()`, ...; by the size of the network when None (see `choose`).
-        damping: total λ, weight decay included; a `Damping`, which may differ by parameter; a recorded `Trajectory`,
-            from which the damping of an exact curvature follows; 0.1 × the mean eigenvalue of the curvature when None,
-            and for Kronecker factors, which a trajectory's damping serves worse.
+        curvature: `EKFAC()`, `GaussNewton()`, ...; by the size of the network when None (see `default_curvature`).
+        damping: total λ, weight decay included; a `Damping`, which may differ by parameter; or a recorded `Trajectory`,
+            from which the damping of an exact curvature follows. A curvature that has a damping of its own, as
+            Kronecker factors do, takes that when damping is None or a trajectory. All others take 0.1 × the mean
+            eigenvalue when it is None.
         layers: names or glob patterns of the layers whose parameters enter; all that are covered when None.
         leverage: take the curvature of a sample away with it, an exact Newton step of leaving it out: for convex models
             and last layers, where it makes the sizes of the scores right; a backward more for each class.
@@ -73,28 +73,49 @@ class InfluenceFunction:
         """Find out on a few training samples whether this model can be scored.
 
         Raises:
-            ValueError: no parameter is covered, a pattern names none, or the curvature has too many parameters.
+            ValueError: as `fit` would before its first pass over the training samples.
             FloatingPointError: losses are not finite.
         """
-        with differentiable(model):
-            samples = Samples.of(train)
-            _, coverage = _covered(model, samples, task, self.layers, self.curvature)
-            if self.curvature is not None:
-                self.curvature.check(coverage.size)
+        self.prepare(model, train, task)
 
-    def chosen(self, model: nn.Module, train: Any, task: Task = Task()) -> tuple[Curvature, str]:
-        """Return the curvature that `fit` would take, and why; empty where it was given.
+    def prepare(
+        self,
+        model: nn.Module,
+        train: Any,
+        task: Task = Task(),
+        progress: Progress = quiet,
+        ranks: Ranks = SINGLE_PROCESS,
+    ) -> PreparedInfluence:
+        """Find out, on a few training samples, all that can be known before a pass over them; arguments as for `fit`.
 
-        Args:
-            model: any module.
-            train: training dataset.
-            task: how to read batches, call the model, and its loss per sample.
+        Raises:
+            ValueError: the dataset is empty, no parameter is covered, a pattern names none, or the curvature has too
+                many parameters; of a task by training steps, the step is no mean over samples, or the curvature's loss
+                is not the step's.
+            FloatingPointError: losses are not finite.
         """
-        if self.curvature is not None:
-            return self.curvature, ""
+        samples = Samples.of(train)
+        if not len(samples):
+            raise ValueError("train: expected samples, got none")
         with differentiable(model):
-            few, coverage = _covered(model, Samples.of(train), task, self.layers, self.curvature)
-            return default_curvature(coverage, few, self.known_damping())
+            first, coverage = self._first_and_coverage(model, samples, task)
+            reader = Reader.of(coverage, samples, progress, ranks)
+            damping, reason = self.known_damping(), ""
+            curvature = self.curvature
+            if curvature is None:
+                curvature, reason = default_curvature(coverage, first, damping)
+            curvature.check(coverage.size)
+        recorded = isinstance(self.damping, Trajectory)
+        return PreparedInfluence(
+            reader,
+            reader.rebatch(samples),
+            first,
+            curvature,
+            reason,
+            given_damping=None if recorded else damping,
+            recorded_damping=damping if recorded else None,
+            leverage=self.leverage,
+        )
 
     def fit(
         self,
@@ -118,25 +139,7 @@ class InfluenceFunction:
                 steps, the step is no mean over samples, or the curvature's loss is not the step's.
             FloatingPointError: losses are not finite, or the damped curvature is not positive definite.
         """
-        samples = Samples.of(train)
-        if not len(samples):
-            raise ValueError("train: expected samples, got none")
-        with differentiable(model):
-            few, coverage = _covered(model, samples, task, self.layers, self.curvature)
-            reader = Reader.of(coverage, samples, progress, ranks)
-            samples = reader.rebatch(samples)
-            damping = self.known_damping()
-            curvature, why = (
-                (self.curvature, "") if self.curvature is not None else default_curvature(coverage, few, damping)
-            )
-            curvature.check(coverage.size)
-            fitted = curvature.fit(reader, samples)
-            if isinstance(curvature, EKFAC | KFAC) and isinstance(self.damping, Trajectory):
-                damping = None
-            damping = damping or _share(fitted.mean_eigenvalue)
-            inverse = fitted.inverse(damping.shift(coverage))
-            notes = tuple(filter(None, (why, *fitted.notes, *_said(coverage, few, curvature))))
-        return FittedInfluence(reader, samples, curvature, fitted, inverse, damping, notes, self.leverage)
+        return self.prepare(model, train, task, progress, ranks).fit()
 
     def __call__(
         self,
@@ -167,46 +170,20 @@ class InfluenceFunction:
         samples, asked = train_and_query_samples(train, query)
         return self.fit(model, samples, task, progress)(asked, candidates, top_k)
 
-
-def _covered(
-    model: nn.Module, train: Samples, task: Task, patterns: Sequence[str] | None, curvature: Curvature | None
-) -> tuple[Any, Coverage]:
-    """Return a few samples on the model's device, and what is covered."""
-    layers = None if patterns is None else match_layers(model, patterns, "InfluenceFunction(layers=...)")
-    here = dataclasses.replace(train, workers=0)
-    few = to_device(next(iter(here.at(range(min(3, len(train)))))), device_of(model))
-    if task.step is None:
-        task = settle_kind(task, model, few, train.spread(SAMPLES_TO_SETTLE))
-    else:
-        task = check_training_step(task, model, here, curvature)
-    coverage = find_coverage(model, task, few, layers)
-    if not coverage.blocks:
-        trained = [name for name, p in model.named_parameters() if p.requires_grad]
-        raise ValueError(
-            f"model: expected trained parameters whose gradient reaches the loss, {type(model).__name__} has none among"
-            f" {', '.join(trained[:8]) or 'no trained parameters at all'}"
-        )
-    return few, coverage
-
-
-def _said(coverage: Coverage, few: Any, curvature: Curvature) -> list[str]:
-    """Return what to say of how gradients and curvature come about."""
-    task, said = coverage.task, []
-    if not isinstance(curvature, IdentityCurvature) and task.loss is loss_per_sample:
-        with torch.no_grad():
-            outputs = task.outputs(coverage.model, task.inputs(few))
-        if has_random_root(outputs, task.targets(few), task):
-            said.append(
-                f"classes at many positions: the curvature is that of {MIXTURES} random mixtures of them per sample"
+    def _first_and_coverage(self, model: nn.Module, train: Samples, task: Task) -> tuple[Any, Coverage]:
+        """Return the first samples on the model's device, and what is covered."""
+        layers = None if self.layers is None else match_layers(model, self.layers, "InfluenceFunction(layers=...)")
+        here = dataclasses.replace(train, workers=0)
+        first = to_device(next(iter(here.at(range(min(SAMPLES_TO_SEARCH, len(train)))))), device_of(model))
+        if task.step is None:
+            task = settle_kind(task, model, first, train.spread(SAMPLES_TO_SETTLE))
+        else:
+            task = check_training_step(task, model, here, self.curvature)
+        coverage = find_coverage(model, task, first, layers)
+        if not coverage.blocks:
+            trained = [name for name, p in model.named_parameters() if p.requires_grad]
+            raise ValueError(
+                f"model: expected trained parameters whose gradient reaches the loss, {type(model).__name__} has none"
+                f" among {', '.join(trained[:8]) or 'no trained parameters at all'}"
             )
-    if coverage.fallback is not None and not coverage.fallback.vectorised:
-        names = ", ".join(block.name for block in coverage.fallback.blocks)
-        said.append(f"{names}: torch.func cannot follow, so each sample has a backward of its own, which is slow")
-    return said
-
-
-def _share(mean_eigenvalue: float) -> Damping:
-    found = DAMPING_SHARE * mean_eigenvalue
-    if not found > 0:
-        raise ValueError("damping: the curvature to take it from is zero (is the softmax saturated?); pass damping=")
-    return Damping(found, f"{DAMPING_SHARE} × the mean eigenvalue of the curvature")
+        return first, coverage

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from lightning_interp.data.batch import device_of, to_device
 from lightning_interp.data.samples import Samples
 from lightning_interp.data.task import SAMPLES_TO_SETTLE, Task, settle_kind
-from lightning_interp.influence.curvature import Curvature, IdentityCurvature
+from lightning_interp.influence.curvature import Curvature
+from lightning_interp.influence.curvature.curvature import needs_outputs
 
 COMPARED = 8
 RELATIVE = 1e-4
@@ -28,18 +29,17 @@ def check_training_step(task: Task, model: nn.Module, train: Samples, curvature:
         task: with a `step`.
         model: in eval mode.
         train: training samples.
-        curvature: what is asked of the task; `IdentityCurvature` asks for gradients alone.
+        curvature: whether it needs the outputs and their loss, as any does that is chosen by default (None).
 
     Raises:
-        ValueError: the step is no mean over samples; or a curvature is asked for, and the loss of the outputs is not
-            the step's.
+        ValueError: the step is no mean over samples; or the curvature needs outputs, and their loss is not the step's.
     """
     some = _of_different_targets(task, train)
     few = to_device(next(iter(some)), device_of(model))
     with torch.no_grad():
         alone = task.one_by_one(model, few)
         _check_mean(task.total(model, few) / len(alone), alone.mean(), len(alone))
-    gradients_alone = isinstance(curvature, IdentityCurvature)
+    gradients_alone = curvature is not None and not needs_outputs(curvature)
     plain = dataclasses.replace(task, step=None)
     try:
         kind = settle_kind(plain, model, few, train.spread(SAMPLES_TO_SETTLE)).kind

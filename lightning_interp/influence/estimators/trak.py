@@ -136,7 +136,9 @@ class TRAK:
         train, query = data
         projection = Projection(self.dim, self.seed + place)
         with using_checkpoint(model, weights):
-            reader = InfluenceFunction(IdentityCurvature(), 1.0, self.layers).fit(model, train, task, progress).reader
+            reader = (
+                InfluenceFunction(IdentityCurvature(), 1.0, self.layers).prepare(model, train, task, progress).reader
+            )
             queries = list(_margins(reader, query, projection, "queries"))
             seen = (part.seen for part in _margins(reader, train, projection, "training gradients"))
             factor = damped_factor(second_moment(seen) / len(train), self.damping)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import scipy.stats
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
@@ -30,6 +29,7 @@ from lightning_interp.attribution import (
 )
 from lightning_interp.attribution.metrics.rank_correlation import rank_positions
 from tests.models import Net
+from tests.ranks import run_on_two_ranks
 
 
 class Reader(nn.Module):
@@ -314,13 +314,11 @@ def updated(rows: slice) -> dict[str, Any]:
 
 def rank(number: int, folder: str) -> None:
     """Be one of two processes, with a part of the samples."""
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=number, world_size=2)
     torch.save(updated((slice(0, 3), slice(3, 5))[number]), f"{folder}/{number}.pt")
-    dist.destroy_process_group()
 
 
 def test_two_ranks_say_what_one_says(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(rank, (str(tmp_path),), nprocs=2)
+    run_on_two_ranks(rank, tmp_path)
     whole = updated(slice(0, 5))
     for number in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{number}.pt"), whole)

@@ -6,9 +6,10 @@ import csv
 import math
 import re
 import statistics
-import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_interp import DataInfluence, Display, Task
 from lightning_interp.callbacks.influence.budget import afford_curvature, afford_scores
-from lightning_interp.callbacks.influence.report import strangeness
+from lightning_interp.callbacks.influence.queries import strangeness
 from lightning_interp.data.samples import Samples
 from lightning_interp.influence import (
     EKFAC,
@@ -35,7 +36,11 @@ from lightning_interp.influence import (
     LiSSA,
 )
 from lightning_interp.influence.curvature import Curvature
+from lightning_interp.influence.curvature.ekfac import FittedEKFAC
 from lightning_interp.influence.estimators.fitted import FittedInfluence
+from lightning_interp.influence.estimators.influence_function import find_coverage
+from lightning_interp.influence.estimators.prepared import PreparedInfluence
+from lightning_interp.influence.gradients.reader import Reader
 from tests.models import Net, Shapes, loaders, trainer
 
 
@@ -311,14 +316,64 @@ def test_the_budget_cuts_evenly_and_says_so(tmp_path: Path) -> None:
 
 
 def test_the_budget_leaves_small_work_alone() -> None:
-    module, data = Net().eval(), Shapes(96)
-    estimator = InfluenceFunction(EKFAC())
+    train, estimator = Samples(Shapes(96)), InfluenceFunction(EKFAC())
     for seconds in (math.inf, 1e6):
-        assert afford_curvature(estimator, module, Samples(data), Task(), seconds) == (estimator, "", "")
-        assert afford_scores(len, Samples(data), seconds) is None
+        prepared, message = afford_curvature(estimator, partial(prepare, Net(), train), seconds)
+        assert (prepared.curvature, len(prepared.train), message) == (estimator.curvature, 96, "")
+        assert prepared.coverage.left_out == {}
+        assert afford_scores(len, train, seconds) is None
 
 
-def test_scores_are_cut_to_what_fits() -> None:
+@dataclass(frozen=True)
+class CountedEKFAC(EKFAC):
+    sizes: list[int] = field(default_factory=list)
+
+    def fit(self, reader: Reader, samples: Samples) -> FittedEKFAC:
+        self.sizes.append(len(samples))
+        return super().fit(reader, samples)
+
+
+@pytest.mark.parametrize(("seconds", "sizes"), [(300.0, [40, 96]), (math.inf, [96])])
+def test_coverage_is_searched_once_after_training_and_the_curvature_fitted_once_after_its_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, sizes: list[int]
+) -> None:
+    searched, curvature = [], CountedEKFAC()
+
+    def counted(*args: Any) -> Any:
+        searched.append(args)
+        return find_coverage(*args)
+
+    monkeypatch.setattr("lightning_interp.influence.estimators.influence_function.find_coverage", counted)
+    callback = DataInfluence(estimator=InfluenceFunction(curvature), budget_seconds=seconds, on_error="raise")
+    fit = trainer(tmp_path, max_epochs=1, callbacks=[callback])
+    fit.fit(Net(), *loaders(n=96))
+    assert (len(searched), curvature.sizes) == (2, sizes)  # once before training, to refuse what cannot work
+
+
+def prepare(module: Net, train: Samples, estimator: InfluenceFunction) -> PreparedInfluence:
+    return estimator.prepare(module, train)
+
+
+class Clock:
+    """Goes a millisecond further at each look, and by what a test says, however busy the machine is."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def perf_counter(self) -> float:
+        self.seconds += 1e-3
+        return self.seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in ("budget", "scoring"):
+        monkeypatch.setattr(f"lightning_interp.callbacks.influence.{module}.time", clock)
+    return clock
+
+
+def test_scores_are_cut_to_what_fits(clock: Clock) -> None:
     data = Samples(range(2000))
     places = afford_scores(lambda some: 0.3 + 0.01 * len(some), data, 2.0)
     assert places is not None
@@ -328,12 +383,12 @@ def test_scores_are_cut_to_what_fits() -> None:
 
 
 def test_what_does_not_grow_with_the_samples_is_no_cost_of_theirs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     scored, timed = FittedInfluence.__call__, []
 
     def slow(self: FittedInfluence, *args: Any, **options: Any) -> Any:
-        time.sleep(3.0)
+        clock.seconds += 3.0
         return scored(self, *args, **options)
 
     def tried(score: Any, *_: Any) -> None:
@@ -408,19 +463,18 @@ def test_binary_floats_with_names_are_not_called_wrong(tmp_path: Path) -> None:
 
 def test_a_decomposition_that_takes_too_long_leaves_the_last_layer() -> None:
     module, train, query = Net().eval(), Samples(Shapes(96)), Samples(Shapes(2))
-    plan = afford_curvature(InfluenceFunction(), module, train, Task(), 1e-7)
-    assert isinstance(plan.estimator, InfluenceFunction)
-    assert plan.estimator.layers == ["head"]
-    assert "only the parameters of head" in plan.message
-    columns = afford_curvature(InfluenceFunction(damping=0.1), module, train, Task(), 1e-7)
-    assert columns.message == ""  # columns were chosen, which decompose no layer
+    prepared, message = afford_curvature(InfluenceFunction(), partial(prepare, module, train), 1e-7)
+    assert list(prepared.coverage.parameter_sizes) == ["head.weight", "head.bias"]
+    assert "only the parameters of head" in message
+    _, message = afford_curvature(InfluenceFunction(damping=0.1), partial(prepare, module, train), 1e-7)
+    assert message == ""  # columns were chosen, which decompose no layer
     assert InfluenceFunction(layers=["head"])(module, train, query).covered == ("head.weight", "head.bias")
 
 
 def test_an_estimator_that_cannot_work_is_named_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_interp.influence.curvature.gauss_newton.MOST_PARAMETERS", 50)
+    monkeypatch.setattr("lightning_interp.influence.curvature.gauss_newton.MOST_PARAMETERS_FOR_MATRIX", 50)
     for estimator, says in (
         (InfluenceFunction(layers=["nope"]), "'nope' names no layer"),
         (InfluenceFunction(GaussNewton()), "at most 50 covered"),

@@ -15,10 +15,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from lightning_interp import Display, Task
-from lightning_interp.callbacks.influence.report import InfluenceReport, describe_influence
+from lightning_interp.callbacks.influence.report import (
+    InfluenceReport,
+    describe_influence,
+    draw_card,
+    draw_suspects,
+    influence_findings,
+    summary,
+)
 from lightning_interp.data.samples import Samples
 from lightning_interp.influence.results import Influence, SelfInfluence, SpotCheck
-from lightning_interp.views import report
+from lightning_interp.views.report import render_section
 from lightning_interp.views.sample import NEGATIVE
 
 CLASSES = Task(kind="classes")
@@ -48,6 +55,18 @@ def suspected(train: Samples, targets: Tensor, suggested: Tensor | None) -> Self
     scores = torch.linspace(1, 2, n).roll(n // 3)
     chance = torch.full((n,), torch.nan) if suggested is None else torch.linspace(0, 1, n)
     return SelfInfluence(scores, torch.tensor(train.ids), targets, torch.linspace(0.1, 0.9, n), suggested, chance)
+
+
+def section_of(told: InfluenceReport) -> str:
+    return render_section(influence_findings(told, 1).section)
+
+
+def file_of(told: InfluenceReport, name: str) -> str:
+    return str(influence_findings(told, 1).files[name])
+
+
+def gallery_of(told: InfluenceReport, query: str) -> Any:
+    return draw_card(next(card for card in told.cards if card.view.id == query), told.display)
 
 
 class Fixed(nn.Module):
@@ -103,7 +122,7 @@ def test_columns_find_their_samples_in_the_whole_training_set() -> None:
     assert [held.view.id for held in harmful.samples] == ["29", "14"]
     for held in (*helpful.samples, *harmful.samples):
         assert torch.equal(held.view.value, whole.dataset[int(held.view.id)][0])
-    assert "<td>25</td>" in told.section
+    assert "<td>25</td>" in section_of(told)
     outside = scored(torch.ones(1, 4), whole.at([0, 1, 2, 7]), y[[0, 1, 2, 7]], y[:1])
     with pytest.raises(ValueError, match="expected indices of the training set, got 0, 1, 2"):
         describe_influence(Fixed(), CLASSES, outside, subset, whole.at([0]), 4, Display())
@@ -112,7 +131,7 @@ def test_columns_find_their_samples_in_the_whole_training_set() -> None:
 def test_the_samples_to_look_at_first() -> None:
     told, train = told_of_images(Display(class_names=["cat", "dog", "elk"], sample_id=lambda i: f"img-{i}"))
     held = suspected(train, torch.arange(30) % 3, None).scores
-    rows = list(csv.DictReader(io.StringIO(report.self_influence_csv(told.suspect_rows))))
+    rows = list(csv.DictReader(io.StringIO(file_of(told, "self_influence.csv"))))
     order = held.argsort(descending=True).tolist()
     assert [int(row["train_index"]) for row in rows] == order
     assert [int(row["rank"]) for row in rows] == list(range(1, 31))
@@ -124,14 +143,14 @@ def test_the_samples_to_look_at_first() -> None:
         assert (row["label"] != row["suggested_label"]) == (index == 3)
         assert float(row["label_probability"]) == pytest.approx(index / 29, abs=1e-5)
         assert float(row["loss"]) == pytest.approx(0.1 + 0.8 * index / 29, abs=1e-5)
-    figures = told.section.split('class="train suspect')[1:]
+    figures = section_of(told).split('class="train suspect')[1:]
     assert [int(re.findall(r"#img-(\d+)<", part)[0]) for part in figures] == order[:24]
     reds = [
         int(re.findall(r"#img-(\d+)<", part)[0]) for part in figures if 'class="wrong"' in part.split("</figure>")[0]
     ]
     assert reds == [3]
-    assert "**Look first**" in told.summary
-    assert f"#img-{order[0]}, #img-{order[1]}" in told.summary
+    assert "**Look first**" in summary(told)
+    assert f"#img-{order[0]}, #img-{order[1]}" in summary(told)
 
 
 def red(pixels: np.ndarray) -> int:
@@ -140,16 +159,14 @@ def red(pixels: np.ndarray) -> int:
 
 def test_what_the_network_calls_otherwise_is_in_red() -> None:
     told, _ = told_of_images(Display(class_names=["cat", "dog", "elk"]))
-    assert told.suspects_picture is not None
-    assert red(told.suspects_picture) > 0
+    assert red(draw_suspects(told)) > 0
     right, y = images(wrong=[])
     found = scored(torch.randn(1, 30), right, y, y[:1])
     agreed = describe_influence(Fixed(), CLASSES, found, right, right.at([0]), 2, Display(), suspected(right, y, y))
-    assert agreed.suspects_picture is not None
-    assert red(agreed.suspects_picture) == 0
-    assert red(agreed.galleries["0"]) == 0
-    assert 'class="wrong"' not in agreed.section
-    assert red(told.galleries["1"]) > red(told.galleries["0"])
+    assert red(draw_suspects(agreed)) == 0
+    assert red(gallery_of(agreed, "0")) == 0
+    assert 'class="wrong"' not in section_of(agreed)
+    assert red(gallery_of(told, "1")) > red(gallery_of(told, "0"))
 
 
 def test_without_self_influence_there_are_no_suspects() -> None:
@@ -157,32 +174,34 @@ def test_without_self_influence_there_are_no_suspects() -> None:
     told = describe_influence(
         Fixed(), CLASSES, scored(torch.randn(1, 30), train, y, y[:1]), train, train.at([0]), 2, Display()
     )
-    assert (told.suspects_picture, told.suspect_rows, told.spot_picture) == (None, [], None)
-    assert "Look at these training samples first" not in told.section
+    assert (told.suspects, told.suspect_rows) == ([], [])
+    assert [picture.file for picture in influence_findings(told, 1).pictures] == ["query-0"]
+    assert "self_influence.csv" not in influence_findings(told, 1).files
+    assert "Look at these training samples first" not in section_of(told)
 
 
 def test_duplicates_and_spot_checks_are_said() -> None:
     checks = [SpotCheck(0, place, 0.1 * place, 0.2 * place) for place in range(5)]
     told, _ = told_of_images(Display(sample_id=lambda i: f"s{i}"), duplicates={1: [7]}, spot_checks=checks)
-    assert "query #s1 is training sample #7: its own score is" in told.section
-    assert "query #s1 is training sample #7: its own score is" in told.summary
-    assert "Checked by retraining" in told.section
-    assert "<td>#s0</td><td>#s4</td><td>+4.00e-01</td><td>+8.00e-01</td>" in told.section
-    assert told.spot_picture is not None
+    assert "query #s1 is training sample #7: its own score is" in section_of(told)
+    assert "query #s1 is training sample #7: its own score is" in summary(told)
+    assert "Checked by retraining" in section_of(told)
+    assert "<td>#s0</td><td>#s4</td><td>+4.00e-01</td><td>+8.00e-01</td>" in section_of(told)
+    assert influence_findings(told, 1).pictures[-1].tag == "influence/spot_check"
     train, y = images()
     found = scored(torch.randn(1, 30), train, y, y[5:6], duplicates={0: (8, 9)})
-    named = describe_influence(Fixed(), CLASSES, found, train, train.at([5]), 2, Display()).summary
+    named = summary(describe_influence(Fixed(), CLASSES, found, train, train.at([5]), 2, Display()))
     assert f"query #5 is training sample #8: its own score is {float(found.scores[0, 8]):+.2e}" in named
     assert f"query #5 is training sample #9, under another label: its own score is {found.scores[0, 9]:+.2e}" in named
-    assert "correlate by 1.00 in 5 checks" in told.section
-    assert f"How far to trust it: {told.trust.level}" in told.section
+    assert "correlate by 1.00 in 5 checks" in section_of(told)
+    assert f"How far to trust it: {told.trust.level}" in section_of(told)
 
 
 def test_scores_without_a_unit_are_said_to_have_none() -> None:
     train, y = images()
     found = scored(torch.randn(1, 30), train, y, y[:1], unit="none")
     told = describe_influence(Fixed(), CLASSES, found, train, train.at([0]), 2, Display())
-    for text in (told.section, told.summary):
+    for text in (section_of(told), summary(told)):
         assert "units of the" not in text
         assert "only their order" in text
 
@@ -209,9 +228,9 @@ def test_a_tables_row_is_its_names_and_values() -> None:
     value = told.cards[0].view.value
     assert [name for name, _ in cells] == ["age", "in<come", "debt", "x3"]
     assert [float(number) for _, number in cells] == pytest.approx(value.tolist(), rel=1e-2)
-    assert ">in&lt;come</td>" in told.section
-    assert "in<come" not in told.section
-    assert "data:image" not in told.section
+    assert ">in&lt;come</td>" in section_of(told)
+    assert "in<come" not in section_of(told)
+    assert "data:image" not in section_of(told)
     wide = told_of_a_table(Display(), columns=30).cards[0]
     assert wide.html.cells[-1] == ("… 20 more", "")
     names = [name for name, _ in wide.html.cells]
@@ -244,10 +263,10 @@ def test_text_is_its_words_escaped_cut_and_without_padding() -> None:
     card = told.cards[0]
     assert card.html.text == "<w1>& " * 60 + "…"
     assert [held.html.text for held in card.lists[0].samples if held.view.id == "5"] == ["<w6>& " * 4 + "<w6>&"]
-    assert "PAD" not in told.section
-    assert "<w" not in told.section
-    assert "&lt;w6&gt;&amp; &lt;w6" in told.section
-    assert "data:image" not in told.section
+    assert "PAD" not in section_of(told)
+    assert "<w" not in section_of(told)
+    assert "&lt;w6&gt;&amp; &lt;w6" in section_of(told)
+    assert "data:image" not in section_of(told)
 
 
 class Sizes(Dataset):
@@ -279,9 +298,9 @@ def test_private_inputs_are_not_in_what_is_told(kind: str) -> None:
         told = describe_influence(Reader(), CLASSES, found, train, train.at([0]), 2, display, suspected(train, y, y))
     else:
         told = told_of_a_table(display) if kind == "table" else told_of_images(display)[0]
-    assert "secret" not in told.section
-    assert "data:image" not in told.section
-    assert told.section.count("not shown (show_inputs=False)") > 5
+    assert "secret" not in section_of(told)
+    assert "data:image" not in section_of(told)
+    assert section_of(told).count("not shown (show_inputs=False)") > 5
     assert all(not held.html.cells for ranking in told.cards[0].lists for held in ranking.samples)
 
 
@@ -300,9 +319,9 @@ def test_regression_shows_values_and_no_probability() -> None:
     )
     assert [ranking.heading for ranking in told.cards[0].lists] == ["Helpful", "Harmful"]
     assert (told.cards[0].view.label, told.cards[0].view.prediction) == ("0.6136", "0.3636")
-    assert "p(label)" not in told.section
-    assert "network: 0.3636" in told.section
-    rows = list(csv.DictReader(io.StringIO(report.self_influence_csv(told.suspect_rows))))
+    assert "p(label)" not in section_of(told)
+    assert "network: 0.3636" in section_of(told)
+    rows = list(csv.DictReader(io.StringIO(file_of(told, "self_influence.csv"))))
     assert {row["suggested_label"] for row in rows} | {row["label_probability"] for row in rows} == {""}
     assert {row["label"] for row in rows} == {f"{float(value):.4g}" for value in y}
 
@@ -326,7 +345,7 @@ def test_several_labels_are_named() -> None:
         ("sun, rain", "sun, rain", False),
         ("sun, wind", "sun, wind", False),
     ]
-    assert {row[5].label for row in told.rows} == {"rain", "sun, rain", "sun, wind"}
+    assert {row.train_label for row in told.rows} == {"rain", "sun, rain", "sun, wind"}
 
 
 def test_binary_floats_get_their_names_in_both_tables() -> None:
@@ -337,15 +356,15 @@ def test_binary_floats_get_their_names_in_both_tables() -> None:
     told = describe_influence(
         Identity(), Task(kind="binary"), found, train, train.at([0]), 2, display, suspected(train, y, y[:, 0].long())
     )
-    assert {row[5].label for row in told.rows} == {"off", "on"}
+    assert {row.train_label for row in told.rows} == {"off", "on"}
     assert {row.label for row in told.suspect_rows} == {"off", "on"}
 
 
 def test_the_columns_of_the_tables_stay() -> None:
     told, _ = told_of_images()
-    assert report.influence_csv(told.rows).splitlines()[0] == (
+    assert file_of(told, "influence.csv").splitlines()[0] == (
         "query_id,query_label,query_prediction,query_loss,list,rank,train_index,train_id,train_label,score"
     )
-    assert report.self_influence_csv(told.suspect_rows).splitlines()[0] == (
+    assert file_of(told, "self_influence.csv").splitlines()[0] == (
         "rank,train_index,train_id,label,suggested_label,label_probability,self_influence,loss"
     )

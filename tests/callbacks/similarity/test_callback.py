@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from lightning_interp.similarity import CCA, CKA, PWCCA, SVCCA, Procrustes, RBFK
 from lightning_interp.storage.folder import Folder
 from lightning_interp.storage.snapshots import open_store
 from tests.models import Net, Shapes, loaders, trainer
+
+undrawn = pytest.mark.usefixtures("blank_heat_maps")
 
 
 def store_of(fit: L.Trainer) -> Any:
@@ -54,6 +57,7 @@ class Keeps(L.Callback):
         self.taken[trainer.global_step] = features(pl_module)
 
 
+@undrawn
 def test_the_curves_are_those_of_the_live_network(tmp_path: Path) -> None:
     keeps = Keeps()
     fit = trainer(tmp_path, max_epochs=3, callbacks=[keeps, RepresentationSimilarity(["conv2"], [CKA()])])
@@ -79,6 +83,7 @@ def test_default_layers_are_the_weighted_ones_in_call_order(tmp_path: Path) -> N
     assert list(store_of(fit).read(0).layers) == ["conv1", "conv2", "head"]
 
 
+@undrawn
 def test_training_that_ends_inside_an_epoch_ends_with_its_last_state(tmp_path: Path) -> None:
     fit = trainer(tmp_path, max_epochs=-1, max_steps=5, callbacks=[RepresentationSimilarity(["head"])])
     fit.fit(Net(), *loaders())
@@ -91,6 +96,7 @@ class Killed(L.Callback):
             raise RuntimeError("power cut")
 
 
+@undrawn
 def test_a_killed_run_resumes_with_its_history(tmp_path: Path) -> None:
     def options(epochs: int) -> dict[str, Any]:
         keep = ModelCheckpoint(tmp_path / "kept", save_top_k=-1, every_n_epochs=1, filename="{epoch}")
@@ -121,6 +127,7 @@ def test_a_killed_run_resumes_with_its_history(tmp_path: Path) -> None:
     assert last == pytest.approx(float(CKA().between(initial, now)), abs=1e-6)
 
 
+@undrawn
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_resumed_run_on_other_samples_declines(tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path / "kept", filename="last")
@@ -132,6 +139,7 @@ def test_a_resumed_run_on_other_samples_declines(tmp_path: Path) -> None:
         )
 
 
+@undrawn
 def test_a_second_fit_goes_on(tmp_path: Path) -> None:
     fit = trainer(tmp_path, max_epochs=1, callbacks=[RepresentationSimilarity(["conv2"])])
     module = Net()
@@ -141,6 +149,7 @@ def test_a_second_fit_goes_on(tmp_path: Path) -> None:
     assert store_of(fit).steps == [0, 3, 6]
 
 
+@undrawn
 def test_the_same_callback_in_a_new_trainer_starts_anew(tmp_path: Path) -> None:
     callback = RepresentationSimilarity(["conv2"])
     for _ in range(2):
@@ -179,6 +188,7 @@ def events(fit: L.Trainer) -> EventAccumulator:
     return EventAccumulator(fit.log_dir, size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
 
 
+@undrawn
 def test_snapshots_every_so_many_steps_or_epochs(tmp_path: Path) -> None:
     by_steps = trainer(tmp_path, max_epochs=3, callbacks=[RepresentationSimilarity(["head"], every_n_steps=2)])
     by_steps.fit(Net(), *loaders())
@@ -189,6 +199,7 @@ def test_snapshots_every_so_many_steps_or_epochs(tmp_path: Path) -> None:
     assert store_of(by_epochs).steps == [0, 6, 12, 15]
 
 
+@undrawn
 def test_steps_under_accumulation_are_counted_once(tmp_path: Path) -> None:
     callback = RepresentationSimilarity(["head"], every_n_steps=1)
     fit = trainer(tmp_path, max_epochs=1, accumulate_grad_batches=3, callbacks=[callback])
@@ -215,6 +226,7 @@ def test_normalised_curves_maps_and_doubts(tmp_path: Path) -> None:
     assert 0 < float(row[3]) < 1
 
 
+@undrawn
 def test_storage_is_as_small_as_the_measures_allow(tmp_path: Path) -> None:
     def forms(**options: Any) -> dict[str, str]:
         fit = trainer(tmp_path, max_epochs=1, callbacks=[RepresentationSimilarity(**options)])
@@ -227,6 +239,7 @@ def test_storage_is_as_small_as_the_measures_allow(tmp_path: Path) -> None:
     assert forms(measures=[CKA()], store="activations") == everything
 
 
+@undrawn
 def test_stored_activations_are_those_of_the_network(tmp_path: Path) -> None:
     module = Net()
     fit = trainer(tmp_path, max_epochs=1, callbacks=[RepresentationSimilarity(["conv2"], store="activations")])
@@ -265,20 +278,28 @@ def test_pooled_maps_are_named(tmp_path: Path) -> None:
     assert dict(curve(fit, "similarity_to_final/CKA_maps_positions/conv1"))[3] == pytest.approx(1, abs=1e-5)
 
 
-def test_two_in_one_trainer_keep_apart(tmp_path: Path) -> None:
-    both = [RepresentationSimilarity(["conv2"], [CKA()], maps=maps) for maps in ("flatten", "pool")]
-    fit = trainer(tmp_path, max_epochs=1, callbacks=both)
+def test_any_number_in_one_trainer_keep_apart(tmp_path: Path) -> None:
+    kinds = [("conv2", "flatten"), ("conv2", "pool"), ("conv1", "flatten"), ("head", "flatten")]
+    callbacks = [RepresentationSimilarity([layer], [CKA()], maps=maps) for layer, maps in kinds]
+    fit = trainer(tmp_path, max_epochs=1, callbacks=callbacks)
     fit.fit(Net(), *loaders())
-    folder = Path(fit.log_dir) / "interp"
-    widths = [
-        open_store(Folder(str(folder / room))).read(3).layers["conv2"].width for room in ("similarity", "similarity-2")
+    folder, rooms = Path(fit.log_dir) / "interp", ["similarity", *(f"similarity-{n}" for n in (2, 3, 4))]
+    widths = [layer.width for room in rooms for layer in open_store(Folder(str(folder / room))).read(3).layers.values()]
+    assert widths == [54, 6, 256, 3]
+    page = (folder / "report.html").read_text()
+    assert re.findall("<h2>(.*?)</h2>", page) == [
+        "How the layers changed",
+        *(f"How the layers changed ({room})" for room in rooms[1:]),
     ]
-    assert widths == [54, 6]
-    assert (folder / "report.html").read_text().count("How the layers changed") == 2
-    for tag in ("similarity_notes/probe", "similarity_notes/probe-2"):
-        assert events(fit).Tensors(f"{tag}/text_summary")
+    log = events(fit)
+    for room in rooms:
+        name = "CKA_maps_pool" if room == "similarity-2" else "CKA"
+        assert log.Tensors(f"{room}_notes/probe/text_summary")
+        assert len(log.Images(f"{room}_maps/{name}/layer_by_layer")) == 1
+        assert len(log.Scalars(f"interp_seconds/RepresentationSimilarity{room.removeprefix('similarity')}")) == 2
 
 
+@undrawn
 def test_the_history_is_thinned_within_its_budget(tmp_path: Path) -> None:
     one = trainer(tmp_path, max_epochs=1, callbacks=[RepresentationSimilarity(["conv2"])])
     one.fit(Net(), *loaders())

@@ -20,7 +20,7 @@ from lightning_interp.influence import EKFAC, KFAC, ConjugateGradient, Damping, 
 from lightning_interp.influence.curvature.conjugate_gradient import solve
 from lightning_interp.influence.curvature.lissa import largest_eigenvalue
 from lightning_interp.influence.curvature.operator import Operator
-from lightning_interp.influence.curvature.vectors import pulled
+from lightning_interp.influence.curvature.vectors import vector_jacobian_products
 from lightning_interp.influence.gradients.coverage import find_coverage
 from lightning_interp.influence.gradients.reader import Reader
 from lightning_interp.network.undisturbed import differentiable
@@ -151,7 +151,7 @@ def test_what_cannot_be_vectorised_is_done_one_by_one() -> None:
     vectors, x = doubles(6, 5, 3), doubles(5, 4)
     with pytest.raises(RuntimeError, match="is_nonzero"):
         torch.autograd.grad(Choosy.apply(x @ weight), weight, vectors, is_grads_batched=True)
-    by_weight, by_other = pulled([Choosy.apply(x @ weight)], [weight, other], [vectors])
+    by_weight, by_other = vector_jacobian_products([Choosy.apply(x @ weight)], [weight, other], [vectors])
     assert torch.allclose(by_weight, torch.einsum("ni,qno->qio", x, vectors))
     assert by_other.shape == (6, 2)
     assert not by_other.any()
@@ -159,7 +159,7 @@ def test_what_cannot_be_vectorised_is_done_one_by_one() -> None:
 
 def test_what_depends_on_nothing_gives_zeros() -> None:
     weight = doubles(3).requires_grad_()
-    (found,) = pulled([torch.ones(2)], [weight], [torch.ones(4, 2)])
+    (found,) = vector_jacobian_products([torch.ones(2)], [weight], [torch.ones(4, 2)])
     assert found.shape == (4, 3)
     assert not found.any()
 

@@ -110,7 +110,7 @@ def test_a_table_equals_the_formula() -> None:
 def test_a_side_that_is_too_wide_keeps_its_diagonal(
     small: tuple[nn.Module, TensorDataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_interp.influence.curvature.kfac.WIDEST", 16)
+    monkeypatch.setattr("lightning_interp.influence.curvature.kfac.WIDEST_FACTOR", 16)
     net, train = small
     _, found = fitted(net, train, KFAC(None))
     inputs = torch.cat([net[:4](train.tensors[0]).detach(), torch.ones(14, 1).double()], dim=1)

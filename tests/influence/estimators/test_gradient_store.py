@@ -86,7 +86,7 @@ def test_candidates_the_top_and_one_query_alone(
     store = stored(ESTIMATOR.fit(net, Subset(train, range(59, -1, -1))), tmp_path)
     whole = store(net, query)
     assert whole.train_ids.tolist() == list(range(59, -1, -1))
-    monkeypatch.setattr(sys.modules[GradientStore.__module__], "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(sys.modules[GradientStore.__module__], "ROWS_READ_AT_ONCE", 7)
     some = store(net, query, candidates=[12, 3])
     assert torch.allclose(some.scores, whole.scores[:, [12, 3]])
     assert some.train_ids.tolist() == [47, 56]
@@ -167,7 +167,7 @@ def test_gradients_are_half_precision_and_keep_their_scale(tmp_path: Path) -> No
     assert np.load(file).dtype == np.float16
     rows = store.rows(torch.arange(20))
     (trace,) = fitted.reader.per_sample_gradients(fitted.train, "")
-    expected = store.inverse.seen(trace.loss_gradients())
+    expected = store.inverse.project(trace.loss_gradients())
     assert float(expected.abs().amax(1).max()) > 70_000
     assert 0 < float(expected.abs().amax(1).min()) < 1e-8
     assert float(((rows - expected).abs().amax(1) / expected.abs().amax(1)).max()) < 1e-3

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from lightning_interp import Task
 from lightning_interp.data.samples import Samples
 from lightning_interp.influence import EKFAC, Damping, GaussNewton, IdentityCurvature, InfluenceFunction
+from lightning_interp.influence.curvature import Curvature
 from lightning_interp.influence.estimators.fitted import FittedInfluence
 from lightning_interp.influence.gradients.coverage import find_coverage
 from lightning_interp.influence.gradients.factored import FactoredGradients, dot_products
@@ -260,7 +261,7 @@ def test_errors_are_named(small: tuple[nn.Module, TensorDataset, TensorDataset])
 def test_columns_give_the_whole_matrix_where_all_are_kept(
     small: tuple[nn.Module, TensorDataset, TensorDataset], most_solved: int, own: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_interp.influence.curvature.gauss_newton.MOST_SOLVED", most_solved)
+    monkeypatch.setattr("lightning_interp.influence.curvature.gauss_newton.LARGEST_SOLUTION", most_solved)
     net, train, query = small
     each = {name: torch.rand_like(p) * 0.01 + 0.01 for name, p in net.named_parameters()}
     damping = Damping(each, "test") if own else 0.01
@@ -353,15 +354,19 @@ def test_the_choice_goes_by_what_columns_hold(monkeypatch: pytest.MonkeyPatch) -
     net = nn.Sequential(nn.Linear(32, 20), nn.ReLU(), nn.Linear(20, 3))  # factors 33 + 20 + 21 + 3, gradients 660 + 63
     train = TensorDataset(torch.randn(14, 32), torch.arange(14) % 3)
     each = Damping({name: torch.rand_like(p) + 0.1 for name, p in net.named_parameters()}, "test")
-    whole, why = InfluenceFunction(damping=each).chosen(net, train)
-    assert whole == GaussNewton()
-    assert "723 parameters is small" in why
+
+    def default(damping: float | Damping | None) -> Curvature:
+        return InfluenceFunction(damping=damping).prepare(net, train).curvature
+
+    prepared = InfluenceFunction(damping=each).prepare(net, train)
+    assert prepared.curvature == GaussNewton()
+    assert "723 parameters is small" in prepared.reason
     monkeypatch.setattr("lightning_interp.influence.estimators.default_curvature.SMALL", 722)
     monkeypatch.setattr("lightning_interp.influence.estimators.default_curvature.STORED", 77 * 600)
-    alike = InfluenceFunction(damping=0.1).chosen(net, train)
-    assert alike[0] == GaussNewton(columns=600)
-    assert isinstance(InfluenceFunction(damping=each).chosen(net, train)[0], EKFAC)
+    assert default(0.1) == GaussNewton(columns=600)
+    assert isinstance(default(each), EKFAC)
     monkeypatch.setattr("lightning_interp.influence.estimators.default_curvature.STORED", 723 * 1024)
-    assert InfluenceFunction(damping=each).chosen(net, train)[0] == GaussNewton(columns=1024)
-    assert isinstance(InfluenceFunction().chosen(net, train)[0], EKFAC)
-    assert InfluenceFunction(GaussNewton(7)).chosen(net, train) == (GaussNewton(7), "")
+    assert default(each) == GaussNewton(columns=1024)
+    assert isinstance(default(None), EKFAC)
+    given = InfluenceFunction(GaussNewton(7)).prepare(net, train)
+    assert (given.curvature, given.reason) == (GaussNewton(7), "")

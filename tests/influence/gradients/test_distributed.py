@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_interp.influence import EKFAC, KFAC, ConjugateGradient, GaussNewton, InfluenceFunction, LiSSA
 from lightning_interp.influence.gradients.distributed import Distributed, OtherRankError, Ranks, SingleProcess
+from tests.ranks import run_on_two_ranks
 
 
 def answers(ranks: Ranks) -> dict[str, torch.Tensor]:
@@ -40,8 +39,6 @@ def answers(ranks: Ranks) -> dict[str, torch.Tensor]:
 
 
 def one_of_two(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     ranks = Distributed()
     torch.save(answers(ranks), f"{folder}/{rank}.pt")
     if rank == 0:
@@ -50,12 +47,11 @@ def one_of_two(rank: int, folder: str) -> None:
         with pytest.raises(OtherRankError, match="rank 0 failed: it is ill"):
             ranks.gather(1)
     assert ranks.gather(rank) == [0, 1]
-    dist.destroy_process_group()
 
 
 def test_two_ranks_say_what_one_says(tmp_path: Path) -> None:
     expected = answers(SingleProcess())
-    mp.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    run_on_two_ranks(one_of_two, tmp_path)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert found.keys() == expected.keys()

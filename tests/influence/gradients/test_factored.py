@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_interp.influence import EKFAC, IdentityCurvature, InfluenceFunction
-from lightning_interp.influence.curvature.ekfac import Basis, _modes, _squares, _weighted_squares
+from lightning_interp.influence.curvature.ekfac import Basis, _side_moments, _squares_in_basis, _weighted_squares
 from lightning_interp.influence.gradients.factored import FactoredGradients, Lookup, merge_repeated_rows
 
 
@@ -31,7 +31,7 @@ def test_sums_and_norms(sides: tuple[FactoredGradients, FactoredGradients]) -> N
 
 def test_squares_in_a_basis(sides: tuple[FactoredGradients, FactoredGradients]) -> None:
     table, dense = sides
-    outputs, inputs = _modes(table)
+    outputs, inputs = _side_moments(table)
     grads = dense.gradients()
     assert inputs is None
     assert outputs is not None
@@ -41,7 +41,7 @@ def test_squares_in_a_basis(sides: tuple[FactoredGradients, FactoredGradients]) 
     rotated = basis.rotate(grads).square()
     for some in (basis, Basis(None, None)):
         rotated = some.rotate(grads).square()
-        assert torch.allclose(_squares(table, some), rotated.sum(0))
+        assert torch.allclose(_squares_in_basis(table, some), rotated.sum(0))
         assert torch.allclose(_weighted_squares(table, some, weights), (rotated * weights).sum((1, 2, 3)))
 
 

@@ -200,7 +200,7 @@ def test_both_halves_are_compared_with_the_whole(small: tuple[nn.Module, TensorD
 
 
 def test_large_sums_are_the_sum_of_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[second_moment.__module__], "ROWS_AT_ONCE", 10)
+    monkeypatch.setattr(sys.modules[second_moment.__module__], "PILED_ROWS", 10)
     parts = [torch.randn(7, 4, dtype=torch.float64) for _ in range(5)]
     rows = torch.cat(parts)
     assert torch.allclose(second_moment(parts), rows.T @ rows)

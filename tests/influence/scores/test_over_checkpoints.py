@@ -82,7 +82,7 @@ def test_the_top_of_chunks_is_the_top_of_all_scores(estimator: Estimator, candid
 def test_no_tensor_grows_with_the_training_samples_but_all_scores_do(
     estimator: Estimator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(projected, "ROWS_AT_ONCE", 10)
+    monkeypatch.setattr(projected, "PILED_ROWS", 10)
     queries, lists, chunk = 20, 3, 12
     bound = queries * (queries * lists + chunk)
     assert largest(estimator, 200, 1) <= bound
