@@ -14,7 +14,7 @@ from lightning_interp.similarity.representation import Representation, prepare, 
 from lightning_interp.similarity.results import Caution
 from lightning_interp.similarity.significance import FEWEST_FOR_JACKKNIFE, jackknife_standard_error
 
-DISTANCE_ROUNDING = 32  # eps · (|x_i|² + |x_j|²) that |x_i − x_j|² may be off: measured up to 19, 20,000 features wide
+DISTANCE_ROUNDING = 32  # eps · (|x_i|² + |x_j|²) that |x_i − x_j|² may be off: measured up to 19, in float32
 MANY_TIES = 1.1  # neighbours per sample over k from which the caution applies: a tenth more than k
 
 
