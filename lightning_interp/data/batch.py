@@ -15,17 +15,17 @@ class Ragged(list[Tensor]):
     """Samples of different sizes, `(C, H, W)` each: a list that is one model input, not several."""
 
 
-def is_ragged(part: Any) -> bool:
+def is_ragged(value: Any) -> bool:
     """Say whether a list holds samples of different sizes, not several inputs: images with as many channels.
 
     >>> is_ragged([torch.zeros(3, 8, 8), torch.zeros(3, 9, 7)]), is_ragged([torch.zeros(4, 3), torch.zeros(4)])
     (True, False)
     """
-    if isinstance(part, Ragged):
+    if isinstance(value, Ragged):
         return True
-    if type(part) is not list or len(part) < 2 or not all(isinstance(p, Tensor) and p.ndim == 3 for p in part):
+    if type(value) is not list or len(value) < 2 or not all(isinstance(v, Tensor) and v.ndim == 3 for v in value):
         return False
-    return len({p.shape[0] for p in part}) == 1 and len({p.shape for p in part}) > 1
+    return len({image.shape[0] for image in value}) == 1 and len({image.shape for image in value}) > 1
 
 
 def tensors(batch: Any) -> Iterator[Tensor]:
@@ -40,8 +40,8 @@ def tensors(batch: Any) -> Iterator[Tensor]:
         for key in batch:
             yield from tensors(batch[key])
     elif isinstance(batch, (tuple, list)):
-        for part in batch:
-            yield from tensors(part)
+        for value in batch:
+            yield from tensors(value)
     elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         for field in dataclasses.fields(batch):
             yield from tensors(getattr(batch, field.name))
@@ -55,7 +55,7 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
     """
     if isinstance(batch, Tensor):
         return function(batch)
-    return _rebuild(batch, lambda part: map_tensors(function, part))
+    return _rebuild(batch, lambda value: map_tensors(function, value))
 
 
 def count_samples(batch: Any) -> int:
@@ -72,33 +72,33 @@ def count_samples(batch: Any) -> int:
         and batch[0].ndim
     ):
         return batch[0].shape[0]  # the usual batch, without a walk
-    for rows in _leading_dimensions(_mark_ragged(batch)):
-        return rows
+    for length in _leading_dimensions(_mark_ragged(batch)):
+        return length
     raise ValueError(
         f"batch: expected at least one tensor with a leading sample dimension, got {type(batch).__name__} without any"
     )
 
 
-def _leading_dimensions(part: Any) -> Iterator[int]:
+def _leading_dimensions(value: Any) -> Iterator[int]:
     """Yield the leading dimension of each tensor, and the length of each ragged list."""
-    if is_ragged(part):
-        yield len(part)
-    elif isinstance(part, Tensor):
-        if part.ndim:
-            yield part.shape[0]
-    elif isinstance(part, Mapping):
-        for value in part.values():
-            yield from _leading_dimensions(value)
-    elif isinstance(part, (tuple, list)):
-        for inner in part:
-            yield from _leading_dimensions(inner)
-    elif dataclasses.is_dataclass(part) and not isinstance(part, type):
-        for field in dataclasses.fields(part):
-            yield from _leading_dimensions(getattr(part, field.name))
+    if is_ragged(value):
+        yield len(value)
+    elif isinstance(value, Tensor):
+        if value.ndim:
+            yield value.shape[0]
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _leading_dimensions(entry)
+    elif isinstance(value, (tuple, list)):
+        for entry in value:
+            yield from _leading_dimensions(entry)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _leading_dimensions(getattr(value, field.name))
 
 
 def slice_samples(batch: Any, start: int, stop: int) -> Any:
-    """Return samples `start` to `stop` of a batch; what is not one row per sample stays whole.
+    """Return samples `start` to `stop` of a batch; whatever has not one row per sample is passed on as it is.
 
     >>> slice_samples((torch.arange(5), "name"), 1, 3)
     (tensor([1, 2]), 'name')
@@ -113,33 +113,33 @@ def _mark_ragged(batch: Any) -> Any:
         return batch
     labels = batch[-1]
     n = labels.shape[0] if isinstance(labels, Tensor) and labels.ndim else 0
-    if not any(_one_image_each(part, n) for part in batch[:-1]):
+    if not any(_one_image_each(value, n) for value in batch[:-1]):
         return batch
-    return tuple(Ragged(part) if _one_image_each(part, n) else part for part in batch)
+    return tuple(Ragged(value) if _one_image_each(value, n) else value for value in batch)
 
 
-def _one_image_each(part: Any, n: int) -> bool:
-    return type(part) is list and len(part) == n and all(isinstance(p, Tensor) and p.ndim == 3 for p in part)
+def _one_image_each(value: Any, n: int) -> bool:
+    return type(value) is list and len(value) == n and all(isinstance(v, Tensor) and v.ndim == 3 for v in value)
 
 
-def _slice_value(part: Any, n: int, start: int, stop: int) -> Any:
-    if isinstance(part, Tensor):
-        return part[start:stop] if part.ndim and part.shape[0] == n else part
-    if is_ragged(part):
-        return Ragged(part[start:stop])
-    if isinstance(part, list) and len(part) == n and not any(isinstance(p, Tensor) for p in part):
-        return part[start:stop]
-    return _rebuild(part, lambda inner: _slice_value(inner, n, start, stop))
+def _slice_value(value: Any, n: int, start: int, stop: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[start:stop] if value.ndim and value.shape[0] == n else value
+    if is_ragged(value):
+        return Ragged(value[start:stop])
+    if isinstance(value, list) and len(value) == n and not any(isinstance(v, Tensor) for v in value):
+        return value[start:stop]
+    return _rebuild(value, lambda entry: _slice_value(entry, n, start, stop))
 
 
 def select_samples(batch: Any, rows: Int[Tensor, " m"], old: Tensor | None = None, new: Tensor | None = None) -> Any:
-    """Return a copy of the given samples of a batch, in that order; one tensor may be replaced by another.
+    """Return a copy of some samples of a batch, in the order of `rows`; one tensor may be replaced by another.
 
     Args:
         batch: of n samples.
-        rows: which of them, with repetition.
+        rows: indices of the samples, repeated where a sample is to be.
         old: a tensor of the batch.
-        new: what stands in its place.
+        new: its replacement, with the rows of the result.
 
     >>> select_samples({"x": torch.arange(3), "name": ["a", "b", "c"]}, torch.tensor([2, 2]))
     {'x': tensor([2, 2]), 'name': ['c', 'c']}
@@ -147,34 +147,36 @@ def select_samples(batch: Any, rows: Int[Tensor, " m"], old: Tensor | None = Non
     batch = _mark_ragged(batch)
     n = count_samples(batch)
 
-    def pick(part: Any) -> Any:
-        if isinstance(part, Tensor):
-            if part is old:
+    def select(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if value is old:
                 return new
-            return part.index_select(0, rows.to(part.device)) if part.ndim and part.shape[0] == n else part.clone()
-        if is_ragged(part):
-            stands = new is not None and old is not None and old.data_ptr() == part[0].data_ptr()
-            return Ragged(new.unbind() if stands and new is not None else [part[row].clone() for row in rows.tolist()])
-        if isinstance(part, list) and len(part) == n and not any(isinstance(p, Tensor) for p in part):
-            return [part[row] for row in rows.tolist()]
-        return _rebuild(part, pick)
+            return value.index_select(0, rows.to(value.device)) if value.ndim and value.shape[0] == n else value.clone()
+        if is_ragged(value):
+            # The tensor that stands for a list of one image is a view of that image.
+            if new is not None and old is not None and old.data_ptr() == value[0].data_ptr():
+                return Ragged(new.unbind())
+            return Ragged([value[row].clone() for row in rows.tolist()])
+        if isinstance(value, list) and len(value) == n and not any(isinstance(v, Tensor) for v in value):
+            return [value[row] for row in rows.tolist()]
+        return _rebuild(value, select)
 
-    return pick(batch)
+    return select(batch)
 
 
-def _rebuild(part: Any, change: Callable[[Any], Any]) -> Any:
-    """Return a container of the same type with each of its parts changed; anything else as it is."""
-    if isinstance(part, Mapping):
-        items = {key: change(value) for key, value in part.items()}
-        return items if type(part) is dict else type(part)(items)  # type: ignore[call-arg]
-    if isinstance(part, tuple) and hasattr(part, "_fields"):
-        return type(part)(*map(change, part))
-    if isinstance(part, (tuple, list)):
-        return type(part)(map(change, part))
-    if dataclasses.is_dataclass(part) and not isinstance(part, type):
-        names = [field.name for field in dataclasses.fields(part) if field.init]
-        return dataclasses.replace(part, **{name: change(getattr(part, name)) for name in names})
-    return part
+def _rebuild(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a container of the same type with each of its entries changed; anything else as it is."""
+    if isinstance(value, Mapping):
+        items = {key: change(entry) for key, entry in value.items()}
+        return items if type(value) is dict else type(value)(items)  # type: ignore[call-arg]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple takes its fields one by one
+        return type(value)(*map(change, value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(change, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value) if field.init]
+        return dataclasses.replace(value, **{name: change(getattr(value, name)) for name in names})
+    return value
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -190,23 +192,23 @@ def device_of(module: torch.nn.Module) -> torch.device:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Return half precision as float32, anything else as it is."""
+    """Return a tensor in half precision as float32, any other as it is."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def single_sample(batch: Any, place: int) -> Any:
+def single_sample(batch: Any, index: int) -> Any:
     """Return one sample of a batch, without its leading dimension.
 
     >>> single_sample({"x": torch.arange(3), "scale": torch.tensor(2.0)}, 1)
     {'x': tensor(1), 'scale': tensor(2.)}
     """
 
-    def first(part: Any) -> Any:
-        if isinstance(part, Tensor):
-            return part[0] if part.ndim else part
-        return part[0] if is_ragged(part) else _rebuild(part, first)
+    def first(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[0] if value.ndim else value
+        return value[0] if is_ragged(value) else _rebuild(value, first)
 
-    return first(slice_samples(batch, place, place + 1))
+    return first(slice_samples(batch, index, index + 1))
 
 
 def main_tensor(value: Any, lead: int = 0) -> Tensor:
@@ -223,19 +225,19 @@ def main_tensor(value: Any, lead: int = 0) -> Tensor:
     """
     if isinstance(value, Ragged) and len(value) == 1 and lead:
         return value[0][None]
-    held = list(_named_tensors(value, ""))
-    if not held:
+    candidates = list(_named_tensors(value, ""))
+    if not candidates:
         raise ValueError(f"inputs: expected at least one tensor, got {type(value).__name__}")
-    wanted = [tensor for name, tensor in held if tensor.ndim > lead and "mask" not in name.lower()]
-    candidates = wanted or [tensor for _, tensor in held]
-    floats = [tensor for tensor in candidates if tensor.is_floating_point()]
-    return max(floats or candidates, key=Tensor.numel)
+    inputs = [tensor for name, tensor in candidates if tensor.ndim > lead and "mask" not in name.lower()]
+    inputs = inputs or [tensor for _, tensor in candidates]
+    floats = [tensor for tensor in inputs if tensor.is_floating_point()]
+    return max(floats or inputs, key=Tensor.numel)
 
 
 def _named_tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _named_tensors(part, str(key))
+        for key, entry in value.items():
+            yield from _named_tensors(entry, str(key))
     else:
         yield from ((name, tensor) for tensor in tensors(value))
 

@@ -1,4 +1,4 @@
-"""Random generators that a dataset carries itself, put back after it was read."""
+"""Random generators that a dataset carries itself, restored after it was read."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-DEEPEST_ATTRIBUTE = 6
-MOST_ITEMS = 100
+DEEPEST_ATTRIBUTE = 6  # Subset → dataset → transforms → Compose → list → transform → generator
+MOST_ITEMS = 100  # a longer list or dict holds samples, not transforms, and would take long to walk
 
 
 @contextlib.contextmanager
@@ -21,12 +21,12 @@ def preserve_dataset_rng(owner: Any) -> Iterator[None]:
     Generators of torch, NumPy (both kinds) and Python are found in attributes, lists and dicts, a few levels deep:
     a dataset, its transforms, the dataset inside a `Subset`.
     """
-    restore = [_restorer(found) for found in _generators(owner, DEEPEST_ATTRIBUTE, set())]
+    restorers = [_restorer(generator) for generator in _generators(owner, DEEPEST_ATTRIBUTE, set())]
     try:
         yield
     finally:
-        for put_back in restore:
-            put_back()
+        for restore in restorers:
+            restore()
 
 
 def _restorer(generator: Any) -> Callable[[], object]:
@@ -35,8 +35,8 @@ def _restorer(generator: Any) -> Callable[[], object]:
         return lambda: generator.set_state(state)
     if isinstance(generator, np.random.Generator):
         bits = generator.bit_generator
-        kept = bits.state
-        return lambda: setattr(bits, "state", kept)
+        bits_state = bits.state
+        return lambda: setattr(bits, "state", bits_state)
     if isinstance(generator, np.random.RandomState):
         legacy = generator.get_state()
         return lambda: generator.set_state(legacy)
@@ -44,15 +44,15 @@ def _restorer(generator: Any) -> Callable[[], object]:
     return lambda: generator.setstate(python)
 
 
-def _generators(thing: Any, depth: int, seen: set[int]) -> Iterator[Any]:
-    if id(thing) in seen or depth < 0:
+def _generators(thing: Any, depth: int, visited: set[int]) -> Iterator[Any]:
+    if id(thing) in visited or depth < 0:
         return
-    seen.add(id(thing))
+    visited.add(id(thing))
     if isinstance(thing, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
         yield thing
         return
-    for part in _children(thing):
-        yield from _generators(part, depth - 1, seen)
+    for child in _children(thing):
+        yield from _generators(child, depth - 1, visited)
 
 
 def _children(thing: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The mean and standard deviation that a data pipeline took off images, found or guessed."""
+"""The mean and standard deviation that a data pipeline normalised images by, read from it or guessed."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ COMMON_CONSTANTS: tuple[Constants, ...] = (
     ([0.2860], [0.3530]),  # Fashion-MNIST
     ([0.5], [0.5]),
 )
-HIGHEST_LEVEL, LEVEL_TOLERANCE = 255, 0.02
-DEEPEST_TRANSFORM = 4
+HIGHEST_LEVEL = 255  # of an 8-bit pixel
+LEVEL_TOLERANCE = 0.02  # by chance a value is so near to a whole level in 4% of cases, an image never
+DEEPEST_TRANSFORM = 4  # VisionDataset.transforms → StandardTransform.transform → Compose.transforms → Normalize
 
 
 def normalization_of(dataset: Any, images: Float[Tensor, "n c h w"]) -> Constants | None:
-    """Return the mean and standard deviation that images were normalised by; None where nothing tells.
+    """Return the mean and standard deviation that images were normalised by; None where neither works.
 
     They are read from the dataset's transforms where one has a `mean` and a `std`. Else those in wide use are tried:
-    they are it where undoing them gives 8-bit pixels, multiples of 1/255 in [0, 1].
+    they are right where undoing them gives 8-bit pixels, multiples of 1/255 in [0, 1].
 
     Args:
         dataset: through any `Subset`.
@@ -43,15 +44,15 @@ def normalization_of(dataset: Any, images: Float[Tensor, "n c h w"]) -> Constant
             return mean, std
     if images.min() >= 0:
         return None
-    usual = ((mean, std) for mean, std in COMMON_CONSTANTS if len(mean) in (1, channels))
-    return next(((mean, std) for mean, std in usual if _gives_pixels(images, mean, std)), None)
+    candidates = ((mean, std) for mean, std in COMMON_CONSTANTS if len(mean) in (1, channels))
+    return next(((mean, std) for mean, std in candidates if _gives_pixels(images, mean, std)), None)
 
 
 def _normalizing_transforms(owner: Any, depth: int) -> Iterator[Any]:
-    """Yield what has a mean and a standard deviation among an object's transforms."""
+    """Yield the transforms of an object that have a mean and a standard deviation, however nested."""
     for name in ("transform", "transforms"):
-        found = getattr(owner, name, None)
-        for step in found if isinstance(found, (list, tuple)) else [found]:
+        transforms = getattr(owner, name, None)
+        for step in transforms if isinstance(transforms, (list, tuple)) else [transforms]:
             if step is None:
                 continue
             if hasattr(step, "mean") and hasattr(step, "std") and not isinstance(step, Tensor):
@@ -60,12 +61,12 @@ def _normalizing_transforms(owner: Any, depth: int) -> Iterator[Any]:
                 yield from _normalizing_transforms(step, depth - 1)
 
 
-def _as_floats(given: Any) -> list[float]:
-    """Return numbers as a list; empty where they are none, e.g. methods."""
-    if callable(given):
+def _as_floats(values: Any) -> list[float]:
+    """Return numbers as a list; an empty one for anything else, such as a method `mean`."""
+    if callable(values):
         return []
     try:
-        return [float(value) for value in torch.as_tensor(given, dtype=torch.float64).flatten()]
+        return [float(value) for value in torch.as_tensor(values, dtype=torch.float64).flatten()]
     except (TypeError, ValueError, RuntimeError):
         return []
 

@@ -1,4 +1,4 @@
-"""Probe: fixed samples that a network is shown again and again, their ids and a fingerprint."""
+"""Probe: the fixed samples on which a network is compared over training, their ids and a fingerprint."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lightning_interp.data.task import Task
 
 @dataclass(frozen=True)
 class Probe:
-    """Samples read once and kept on the CPU, so that every look at the network shows it the same.
+    """Samples read once and kept on the CPU, so that every snapshot of the network is of the same ones.
 
     Args:
         batches: as the loader collated them.
-        ids: index of each sample in the original dataset, or its place in the stream.
+        ids: index of each sample in the original dataset, or its position in the stream.
         source: where they come from, in words.
         fingerprint: SHA-256 over the inputs' values, types and shapes; targets do not enter.
     """
@@ -46,15 +46,15 @@ def take_probe(source: Samples | Iterable[Any], count: int, name: str, task: Tas
         source: a dataset read in order, or any iterable of collated batches.
         count: how many samples; fewer if the source has fewer.
         name: the source in words, for messages and captions.
-        task: tells the inputs, of which the fingerprint is taken.
+        task: separates the inputs, of which the fingerprint is computed, from the targets.
 
     Raises:
         ArgumentError: the source has no sample.
     """
     if isinstance(source, Samples):
-        chosen = source.spread(count)
-        batches = _split_into_batches(chosen) if len(chosen) else []
-        ids = chosen.ids
+        samples = source.spread(count)
+        batches = _split_into_batches(samples) if len(samples) else []
+        ids = samples.ids
     else:
         batches = list(_first_batches(source, count))
         ids = list(range(sum(map(count_samples, batches))))
@@ -63,16 +63,16 @@ def take_probe(source: Samples | Iterable[Any], count: int, name: str, task: Tas
     return Probe(tuple(batches), tuple(ids), name, fingerprint([task.inputs(b) for b in batches]))
 
 
-def subset_of_probe(probe: Probe, places: Sequence[int]) -> Probe:
-    """Return the samples at some places of a probe, each as a batch of its own."""
+def subset_of_probe(probe: Probe, indices: Sequence[int]) -> Probe:
+    """Return some samples of a probe, by their indices in it, each as a batch of its own."""
     starts = [0]
     for batch in probe.batches:
         starts.append(starts[-1] + count_samples(batch))
-    held = []
-    for place in places:
-        number = max(i for i, start in enumerate(starts) if start <= place)
-        held.append(slice_samples(probe.batches[number], place - starts[number], place - starts[number] + 1))
-    return Probe(tuple(held), tuple(probe.ids[place] for place in places), probe.source, probe.fingerprint)
+    batches = []
+    for index in indices:
+        number = max(i for i, start in enumerate(starts) if start <= index)
+        batches.append(slice_samples(probe.batches[number], index - starts[number], index - starts[number] + 1))
+    return Probe(tuple(batches), tuple(probe.ids[index] for index in indices), probe.source, probe.fingerprint)
 
 
 def split_ragged(probe: Probe, task: Task) -> Probe:
@@ -99,15 +99,15 @@ def _split_into_batches(samples: Samples) -> list[Any]:
 
 
 def _copy_to_cpu(tensor: Tensor) -> Tensor:
-    """Copy a tensor: some datasets hand out views of a buffer that they write again."""
+    """Copy a tensor: some datasets hand out views of a buffer that they overwrite later."""
     return tensor.detach().cpu().clone()
 
 
 def _first_batches(stream: Iterable[Any], count: int) -> Iterator[Any]:
     missing = count
     for batch in stream:
-        kept = map_tensors(_copy_to_cpu, slice_samples(batch, 0, min(missing, count_samples(batch))))
-        missing -= count_samples(kept)
-        yield kept
+        copy = map_tensors(_copy_to_cpu, slice_samples(batch, 0, min(missing, count_samples(batch))))
+        missing -= count_samples(copy)
+        yield copy
         if missing <= 0:
             return

@@ -22,7 +22,7 @@ def identity(batch: Any) -> Any:
 
 @dataclass(frozen=True)
 class Samples:
-    """A map-style dataset, read in index order as often as wanted.
+    """A map-style dataset, read in index order, as often as needed.
 
     Args:
         dataset: with `__len__` and `__getitem__`.
@@ -78,26 +78,25 @@ class Samples:
         return len(self.dataset) if self.indices is None else len(self.indices)
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield batches. Reading draws from no global generator, and those that the dataset carries are put back."""
-        if self.collate is default_collate and (found := self._rows_of_tensors()) is not None:
-            yield from map(self.move, found)
+        """Yield batches. Reading draws from no global generator; those that the dataset carries are restored."""
+        if self.collate is default_collate and (batches := self._batches_of_tensors()) is not None:
+            yield from map(self.move, batches)
             return
-        chosen = self.dataset if self.indices is None else Subset(self.dataset, self.indices)
         loader: DataLoader[Any] = DataLoader(
-            chosen,
+            self.dataset if self.indices is None else Subset(self.dataset, self.indices),
             batch_size=self.batch_size,
             collate_fn=self.collate,
             num_workers=self.workers,
             worker_init_fn=self.worker_init,
             multiprocessing_context=self.context if self.workers else None,
-            generator=torch.Generator(),
+            generator=torch.Generator(),  # else the loader draws a seed for its workers from the global one
         )
         with preserve_dataset_rng(self.dataset):
             for batch in loader:
                 yield self.move(batch)
 
-    def _rows_of_tensors(self) -> Iterator[list[Tensor]] | None:
-        """Return what the loader would of tensors in memory, 50 times faster: not by single samples; else None."""
+    def _batches_of_tensors(self) -> Iterator[list[Tensor]] | None:
+        """Return the loader's batches of a dataset of tensors, 50 times faster as whole slices; None for others."""
         dataset: Any = self.dataset
         rows = torch.arange(len(dataset)) if self.indices is None else torch.tensor(self.indices, dtype=torch.long)
         while type(dataset) is Subset:
@@ -106,14 +105,15 @@ class Samples:
         if type(dataset) is not TensorDataset:
             return None
         rows = torch.where(rows < 0, rows + len(dataset), rows)
-        parts = rows.split(self.batch_size) if len(rows) else ()
-        return ([held.index_select(0, part.to(held.device)) for held in dataset.tensors] for part in parts)
+        batches = rows.split(self.batch_size) if len(rows) else ()
+        return ([tensor.index_select(0, batch.to(tensor.device)) for tensor in dataset.tensors] for batch in batches)
 
     @property
     def resizable(self) -> bool:
-        """Whether batches of another size hold the same samples alike.
+        """Whether the batch size can be changed without changing the samples themselves.
 
-        The default collate only stacks them; but where each is a batch of its own, they may be of different sizes.
+        The default collate only stacks them, but samples that are each a batch of their own may differ in size; another
+        collate may pad them to the longest of a batch.
         """
         return self.collate is default_collate and self.batch_size > 1
 
@@ -128,13 +128,13 @@ class Samples:
         return self if count >= len(self) else self.at(self.spread_indices(count))
 
     def spread_indices(self, count: int) -> list[int]:
-        """Return `count` places at even distances, the first and the last among them."""
-        return [int(place) for place in np.linspace(0, len(self) - 1, count).round()]
+        """Return `count` positions at even distances, the first and the last among them."""
+        return [int(position) for position in np.linspace(0, len(self) - 1, count).round()]
 
-    def at(self, places: Sequence[int]) -> Samples:
-        """Return the samples at these places of this reading."""
-        chosen = tuple(places) if self.indices is None else tuple(self.indices[p] for p in places)
-        return dataclasses.replace(self, indices=chosen)
+    def at(self, positions: Sequence[int]) -> Samples:
+        """Return the samples at these positions among these samples."""
+        indices = tuple(positions) if self.indices is None else tuple(self.indices[p] for p in positions)
+        return dataclasses.replace(self, indices=indices)
 
 
 def train_and_query_samples(train: Any, query: Any) -> tuple[Samples, Samples]:
@@ -143,10 +143,10 @@ def train_and_query_samples(train: Any, query: Any) -> tuple[Samples, Samples]:
     Raises:
         ValueError: there are none of either.
     """
-    samples, asked = Samples.of(train), Samples.of(query)
-    if not len(samples) or not len(asked):
-        raise ValueError(f"train, query: expected samples in both, got {len(samples)} and {len(asked)}")
-    return samples, asked
+    samples, queries = Samples.of(train), Samples.of(query)
+    if not len(samples) or not len(queries):
+        raise ValueError(f"train, query: expected samples in both, got {len(samples)} and {len(queries)}")
+    return samples, queries
 
 
 def original_indices(dataset: Dataset[Any], indices: Sequence[int]) -> list[int]:
@@ -156,11 +156,11 @@ def original_indices(dataset: Dataset[Any], indices: Sequence[int]) -> list[int]
     >>> original_indices(Subset(inner, [2, 0]), [0, 1])
     [7, 5]
     """
-    found = [int(i) for i in indices]
+    originals = [int(i) for i in indices]
     while isinstance(dataset, Subset):
-        found = [int(dataset.indices[i]) for i in found]
+        originals = [int(dataset.indices[i]) for i in originals]
         dataset = dataset.dataset
-    return found
+    return originals
 
 
 def class_names(dataset: Any) -> tuple[str, ...] | None:

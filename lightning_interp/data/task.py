@@ -1,4 +1,4 @@
-"""Task: how to read a batch and how to call the model, in functions that a user may replace."""
+"""Task: how to read a batch and how to call the model, by functions that a user may replace."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_interp.data.batch import count_samples, is_zeros_and_ones, main_t
 from lightning_interp.data.training_step import loss_of_training_step
 
 LABEL_KEYS = ("labels", "label", "target", "targets", "y")
-SAMPLES_TO_SETTLE = 256
+SAMPLES_TO_SETTLE = 256  # so many targets of a regression are hardly all 0 or 1
 Problem = Literal["classes", "binary", "multilabel", "regression"]
 
 
@@ -43,14 +43,14 @@ def read_targets(batch: Any) -> Tensor:
     Raises:
         ValueError: the batch has no target that this function can recognise.
     """
-    found: Any = None
+    targets: Any = None
     if isinstance(batch, Mapping):
         label = _label_key(batch)
-        found = batch[label] if label is not None else None
+        targets = batch[label] if label is not None else None
     elif isinstance(batch, (tuple, list)) and len(batch) > 1:
-        found = batch[-1]
-    if isinstance(found, Tensor):
-        return found
+        targets = batch[-1]
+    if isinstance(targets, Tensor):
+        return targets
     raise ValueError(
         f"task: expected a batch (x, y) or a mapping with one of {', '.join(LABEL_KEYS)} holding a tensor,"
         f" got {_shape_of(batch)}; pass task=Task(targets=...)"
@@ -63,8 +63,8 @@ def read_mask(batch: Any) -> Tensor | None:
     >>> read_mask({"input_ids": 1, "attention_mask": torch.tensor([[1, 1, 0]])})
     tensor([[ True,  True, False]])
     """
-    found = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return found.bool() if isinstance(found, Tensor) and found.ndim == 2 else None
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def explained_input(inputs: Any) -> Tensor:
@@ -78,8 +78,8 @@ def explained_input(inputs: Any) -> Tensor:
 def call_model(module: nn.Module, inputs: Any) -> Tensor:
     """Call the module and return its outputs: logits `(n, classes)`, or whatever tensor it gives.
 
-    A mapping is passed as keywords (those that `forward` names; a single entry of another name goes in
-    first place), a tuple as positional arguments. Of an output object `.logits` is taken, else `["logits"]`,
+    A mapping is passed as keywords (those that `forward` names; a single entry of another name as the
+    first argument), a tuple as positional arguments. Of an output object `.logits` is taken, else `["logits"]`,
     else the first tensor of a tuple.
 
     Raises:
@@ -95,7 +95,7 @@ def call_model(module: nn.Module, inputs: Any) -> Tensor:
 
 
 def loss_per_sample(outputs: Tensor, targets: Tensor, kind: Problem | None = None) -> Float[Tensor, " n"]:
-    """Return one loss per sample, of the given kind or the one that the shapes say (see `infer_problem`).
+    """Return one loss per sample, for the given kind of problem or the one that `infer_problem` finds.
 
     Cross entropy for classes, binary cross entropy for binary and multi-label outputs, squared error for
     regression; means over whatever dimensions follow the first (and the classes).
@@ -112,7 +112,7 @@ def loss_per_sample(outputs: Tensor, targets: Tensor, kind: Problem | None = Non
 
 
 def infer_problem(outputs: Tensor, targets: Tensor) -> Problem:
-    """Say which problem the shapes and types of outputs and targets describe.
+    """Return which problem the shapes and types of outputs and targets describe.
 
     >>> infer_problem(torch.zeros(4, 10), torch.tensor([1, 2, 3, 9]))
     'classes'
@@ -182,7 +182,7 @@ class Task:
         """Return a Task whose loss is the module's own `training_step`, which must be a mean over samples.
 
         Influence then takes its gradients from that step, whatever it computes. Curvature needs outputs and `loss` too,
-        and they must agree with the step; where they do not, estimators that need gradients alone are left.
+        and they must agree with the step; where they do not, only estimators that need gradients alone can be used.
 
         Args:
             functions: the Task's other arguments.
@@ -239,7 +239,7 @@ class Task:
         return loss
 
     def problem(self, outputs: Tensor, targets: Tensor | None) -> Problem | None:
-        """Return which problem it is: as given, else as the shapes say; None where they say nothing."""
+        """Return the kind of problem: as given, else by `infer_problem`; None where that cannot tell."""
         if self.kind is not None or targets is None:
             return self.kind
         try:
@@ -248,15 +248,15 @@ class Task:
             return None
 
 
-def settle_kind(task: Task, module: nn.Module, batch: Any, more: Iterable[Any]) -> Task:
-    """Return the task with its kind decided once, so that no small batch can look like another problem.
+def settle_kind(task: Task, module: nn.Module, batch: Any, further: Iterable[Any]) -> Task:
+    """Return the task with its kind decided once, so that a small batch is never taken for another kind of problem.
 
     Args:
-        task: returned as it is if it has a kind, or if the shapes say none.
+        task: returned as it is if it has a kind, or if `infer_problem` cannot tell.
         module: the network, in eval mode.
         batch: a few samples.
-        more: batches of about `SETTLED_BY` samples, read only where the first targets are all 0 or 1: other values
-            among them mean regression.
+        further: batches of about `SAMPLES_TO_SETTLE` samples, read only where the first targets are all 0 or 1: other
+            values among them mean regression.
     """
     try:
         with torch.no_grad():
@@ -265,7 +265,7 @@ def settle_kind(task: Task, module: nn.Module, batch: Any, more: Iterable[Any]) 
     except ValueError:
         return task
     unsure = task.kind is None and kind in ("binary", "multilabel") and targets.dtype is not torch.bool
-    if unsure and not all(is_zeros_and_ones(task.targets(others)) for others in more):
+    if unsure and not all(is_zeros_and_ones(task.targets(later)) for later in further):
         kind = "regression"
     return replace(task, kind=kind)
 
@@ -274,23 +274,23 @@ def predict_classes(outputs: Tensor, kind: Problem | None) -> tuple[Tensor, Tens
     """Return the predicted class and its probability, `(n,)` each.
 
     For a one-logit binary output the class is 0 or 1; for multi-label and regression outputs it is the
-    largest output. Of a regression with one output it is 1: the output itself, not its negative. The probability
-    is NaN where there is none.
+    largest output. For a regression with one output it is 1, which means that output itself, not its negative. The
+    probability is NaN for regression.
     """
     n = len(outputs)
     logits = outputs.reshape(n, -1) if outputs.ndim < 3 else outputs.flatten(2).mean(2)
     logits = logits.detach().float()
     unknown = logits.new_full((n,), torch.nan)
     if logits.shape[1] == 1:
-        chance = logits[:, 0].sigmoid()
+        positive = logits[:, 0].sigmoid()
         if kind == "regression":
-            return torch.ones_like(chance, dtype=torch.long), unknown
-        return (logits[:, 0] > 0).long(), torch.maximum(chance, 1 - chance)
-    chosen = logits.argmax(1)
+            return torch.ones_like(positive, dtype=torch.long), unknown
+        return (logits[:, 0] > 0).long(), torch.maximum(positive, 1 - positive)
+    classes = logits.argmax(1)
     if kind == "regression":
-        return chosen, unknown
-    chances = logits.sigmoid() if kind == "multilabel" else logits.softmax(1)
-    return chosen, chances.gather(1, chosen[:, None])[:, 0]
+        return classes, unknown
+    by_class = logits.sigmoid() if kind == "multilabel" else logits.softmax(1)
+    return classes, by_class.gather(1, classes[:, None])[:, 0]
 
 
 def probabilities(outputs: Tensor, kind: Problem | None) -> Float[Tensor, "n classes"]:
@@ -300,8 +300,8 @@ def probabilities(outputs: Tensor, kind: Problem | None) -> Float[Tensor, "n cla
     """
     logits = (outputs.reshape(len(outputs), -1) if outputs.ndim < 3 else outputs.flatten(2).mean(2)).detach().float()
     if logits.shape[1] == 1:
-        one = logits.sigmoid()
-        return torch.cat([1 - one, one], dim=1)
+        positive = logits.sigmoid()
+        return torch.cat([1 - positive, positive], dim=1)
     return logits.sigmoid() if kind == "multilabel" else logits.softmax(1)
 
 
@@ -313,12 +313,12 @@ def _call_with_keywords(module: nn.Module, inputs: Mapping[Any, Any]) -> Any:
     parameters = inspect.signature(module.forward).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return module(**inputs)
-    known = {key: value for key, value in inputs.items() if key in parameters}
-    if known or not inputs:
-        return module(**known)
-    held = [value for value in inputs.values() if isinstance(value, Tensor)]
-    if len(held) == 1:
-        return module(held[0])
+    keywords = {key: value for key, value in inputs.items() if key in parameters}
+    if keywords or not inputs:
+        return module(**keywords)
+    input_tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
+    if len(input_tensors) == 1:
+        return module(input_tensors[0])
     raise ValueError(
         f"task: expected batch keys among forward's arguments ({', '.join(parameters)}), got"
         f" {', '.join(map(str, inputs))}; pass task=Task(outputs=...)"
@@ -328,13 +328,13 @@ def _call_with_keywords(module: nn.Module, inputs: Mapping[Any, Any]) -> Any:
 def _logits(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
-    found = getattr(output, "logits", None)
-    if found is None and isinstance(output, Mapping):
-        found = output.get("logits")
-    if found is None and isinstance(output, (tuple, list)):
-        found = next((part for part in output if isinstance(part, Tensor)), None)
-    if isinstance(found, Tensor):
-        return found
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, Mapping):
+        logits = output.get("logits")
+    if logits is None and isinstance(output, (tuple, list)):
+        logits = next((value for value in output if isinstance(value, Tensor)), None)
+    if isinstance(logits, Tensor):
+        return logits
     raise ValueError(
         f"task: expected the model to return a tensor or something with `.logits`, got {_shape_of(output)};"
         " pass task=Task(outputs=...)"
@@ -356,5 +356,5 @@ def _shape_of(thing: Any) -> str:
     if isinstance(thing, Mapping):
         return f"a mapping with keys {', '.join(map(str, thing))}"
     if isinstance(thing, (tuple, list)):
-        return f"a {type(thing).__name__} of {', '.join(type(part).__name__ for part in thing)}"
+        return f"a {type(thing).__name__} of {', '.join(type(value).__name__ for value in thing)}"
     return f"a {type(thing).__name__}"

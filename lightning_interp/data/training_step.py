@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 MUTED_METHODS = ("log", "log_dict")
-MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))  # torch's own, such as the dict of parameters
 
 
 def loss_of_training_step(module: nn.Module, batch: Any) -> Tensor:
     """Return the loss that `module.training_step(batch, 0)` gives.
 
-    `self.log` and `self.log_dict` do nothing meanwhile. What the step keeps in the module's attributes (lists,
-    dictionaries, counters, states of torchmetrics) is as it was afterwards; what it writes elsewhere is not undone.
+    `self.log` and `self.log_dict` do nothing meanwhile. The module's attributes (lists, dictionaries, counters, states
+    of torchmetrics) are restored afterwards; what the step writes elsewhere is not undone.
 
     Args:
         module: a LightningModule, in the mode that the caller chose.
@@ -48,22 +48,28 @@ def loss_of_training_step(module: nn.Module, batch: Any) -> Tensor:
 
 @contextlib.contextmanager
 def _attributes_restored(module: nn.Module) -> Iterator[None]:
-    """Put back every attribute of the module and its metrics; nothing is logged meanwhile."""
-    held = [(part, dict(vars(part))) for part in module.modules() if part is module or _has_state(part)]
+    """Restore every attribute of the module and its metrics afterwards; nothing is logged meanwhile."""
+    stateful = [
+        (submodule, dict(vars(submodule)))
+        for submodule in module.modules()
+        if submodule is module or _has_state(submodule)
+    ]
     try:
-        for part, attributes in held:
-            own = attributes.items()
-            vars(part).update({name: _copy(value) for name, value in own if name not in MODULE_ATTRIBUTES})
-            vars(part).update({name: _nothing for name in MUTED_METHODS if hasattr(part, name)})
+        for submodule, attributes in stateful:
+            # The step works on copies, as it may change lists and tensors in place.
+            copies = {name: _copy(value) for name, value in attributes.items() if name not in MODULE_ATTRIBUTES}
+            vars(submodule).update(copies)
+            vars(submodule).update({name: _nothing for name in MUTED_METHODS if hasattr(submodule, name)})
         yield
     finally:
-        for part, attributes in held:
-            vars(part).clear()
-            vars(part).update(attributes)
+        for submodule, attributes in stateful:
+            vars(submodule).clear()
+            vars(submodule).update(attributes)
 
 
-def _has_state(part: nn.Module) -> bool:
-    return isinstance(part, (Metric, MetricCollection)) or all(hasattr(part, name) for name in MUTED_METHODS)
+def _has_state(module: nn.Module) -> bool:
+    """Say whether a module is a metric or a LightningModule, whose attributes a step may change."""
+    return isinstance(module, (Metric, MetricCollection)) or all(hasattr(module, name) for name in MUTED_METHODS)
 
 
 def _copy(value: Any) -> Any:
@@ -78,7 +84,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 def _takes_index(step: Callable[..., Any]) -> bool:
     kinds = [parameter.kind for parameter in inspect.signature(step).parameters.values()]
-    places = [
+    positional = [
         kind for kind in kinds if kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     ]
-    return len(places) > 1 or inspect.Parameter.VAR_POSITIONAL in kinds
+    return len(positional) > 1 or inspect.Parameter.VAR_POSITIONAL in kinds

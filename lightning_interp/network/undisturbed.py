@@ -1,4 +1,4 @@
-"""Watch a network without touching it: hooks in a context, and everything put back on every way out."""
+"""Run a network without disturbing it: hooks in a context, and its state restored on every way out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_interp.data.batch import tensors
 
 @contextlib.contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode, and back as it was afterwards.
+    """Put a module into eval mode, and restore it afterwards.
 
     Not restored: what a forward keeps in plain attributes, such as counters or the states of metrics.
 
@@ -25,16 +25,16 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     NumPy, Python), each submodule's `training` flag, each parameter's `requires_grad` and `.grad`, and each
     buffer's values. Forwards inside run eagerly, since hooks never fire in code compiled before them.
     """
-    modes = [(part, part.training) for part in module.modules()]
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in module.parameters()]
     with _random_state_restored(), _buffers_restored(module), _eager(), _plain_attention():
         try:
-            for part, _ in modes:
-                part.training = False
+            for submodule, _ in modes:
+                submodule.training = False
             yield
         finally:
-            for part, training in modes:
-                part.training = training
+            for submodule, training in modes:
+                submodule.training = training
             for parameter, requires_grad, grad in parameters:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = grad
@@ -42,12 +42,12 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def differentiable(module: nn.Module) -> Iterator[None]:
-    """Open `undisturbed` with gradients on, wherever the caller stands: under `no_grad` or inference mode.
+    """Open `undisturbed` with gradients on, even where the caller is under `no_grad` or in inference mode.
 
     Tensors made in inference mode must be cloned inside. Recurrent layers run without cuDNN, which refuses a
     backward in eval mode.
     """
-    recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
+    recurrent = any(isinstance(submodule, nn.RNNBase) for submodule in module.modules())
     cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
     with undisturbed(module), torch.inference_mode(False), torch.enable_grad(), cudnn:
         yield
@@ -71,8 +71,8 @@ def hooked(module: nn.Module, layers: Sequence[str], hook: Callable[[str, nn.Mod
     handles = []
     try:
         for layer in layers:
-            part = module.get_submodule(layer)
-            handles.append(part.register_forward_hook(_with_name(hook, layer)))
+            submodule = module.get_submodule(layer)
+            handles.append(submodule.register_forward_hook(_with_name(hook, layer)))
         yield
     finally:
         for handle in handles:
@@ -81,30 +81,30 @@ def hooked(module: nn.Module, layers: Sequence[str], hook: Callable[[str, nn.Mod
 
 @contextlib.contextmanager
 def capture(
-    module: nn.Module, layers: Sequence[str], keep: Callable[[str, int, Tensor], Any]
+    module: nn.Module, layers: Sequence[str], extract: Callable[[str, int, Tensor], Any]
 ) -> Iterator[dict[str, list[Any]]]:
-    """Collect `keep(layer, call, output)` of each call of each named layer during one forward.
+    """Collect `extract(layer, call, output)` of each call of each named layer during one forward.
 
-    The first tensor of a tuple or dict output is taken; a layer that gives none collects nothing. `keep`
+    The first tensor of a tuple or dict output is taken; a layer that gives none collects nothing. `extract`
     must copy what it returns: a later in-place operation may overwrite the output.
 
     Yields:
         layer → list with one entry per call; layers in the order of their first call, uncalled ones absent.
     """
-    seen: dict[str, list[Any]] = {}
+    by_layer: dict[str, list[Any]] = {}
 
     def hook(layer: str, _: nn.Module, __: Any, output: Any) -> None:
         tensor = next(tensors(output), None)
         if tensor is not None:
-            calls = seen.setdefault(layer, [])
-            calls.append(keep(layer, len(calls), tensor.detach()))
+            calls = by_layer.setdefault(layer, [])
+            calls.append(extract(layer, len(calls), tensor.detach()))
 
     with hooked(module, layers, hook):
-        yield seen
+        yield by_layer
 
 
 def _with_name(hook: Callable[[str, nn.Module, Any, Any], Any], layer: str) -> Callable[[nn.Module, Any, Any], Any]:
-    return lambda part, inputs, output: hook(layer, part, inputs, output)
+    return lambda module, inputs, output: hook(layer, module, inputs, output)
 
 
 @contextlib.contextmanager
@@ -126,21 +126,22 @@ def _random_state_restored() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _buffers_restored(module: nn.Module) -> Iterator[None]:
-    """Keep each buffer's object and values, also where a forward assigns a new tensor to its name."""
-    kept = [
-        (part, name, buffer, buffer.detach().clone())
-        for part in module.modules()
-        for name, buffer in part._buffers.items()
+    """Restore each buffer's object and values, also where a forward assigns a new tensor to its name."""
+    buffers = [
+        (submodule, name, buffer, buffer.detach().clone())
+        for submodule in module.modules()
+        for name, buffer in submodule._buffers.items()
         if buffer is not None
     ]
     try:
         yield
     finally:
         with torch.no_grad():
-            for part, name, buffer, values in kept:
+            for submodule, name, buffer, values in buffers:
+                # Only where it changed: any write raises the buffer's version, which fails a backward still to come.
                 if not _values_equal(buffer, values):
                     buffer.copy_(values)
-                part._buffers[name] = buffer
+                submodule._buffers[name] = buffer
 
 
 def _values_equal(a: Tensor, b: Tensor) -> bool:

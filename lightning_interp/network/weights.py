@@ -1,4 +1,4 @@
-"""Other weights in the same network, for a while."""
+"""A checkpoint's weights in the same network, for the duration of a context."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Checkpoint = Mapping[str, Tensor] | str | os.PathLike[str]
 
 @contextlib.contextmanager
 def loaded(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
-    """Give a network a checkpoint's weights and buffers; its own are put back, bit by bit, on every way out.
+    """Give a network a checkpoint's weights and buffers; its own are restored bit by bit on every way out.
 
     Args:
         model: its parameters stay the same objects.
@@ -27,14 +27,14 @@ def loaded(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
         FileNotFoundError: there is no such file.
         ValueError: the file holds other things, or its weights do not fit the model.
     """
-    kept = [(held, held.detach().clone()) for held in (*model.parameters(), *model.buffers())]
+    originals = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
     try:
         _load_into(model, checkpoint)
         yield
     finally:
         with torch.no_grad():
-            for held, values in kept:
-                held.copy_(values)
+            for tensor, values in originals:
+                tensor.copy_(values)
 
 
 def check_checkpoints(owner: str, checkpoints: Sequence[Checkpoint]) -> None:

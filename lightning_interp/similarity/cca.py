@@ -72,7 +72,7 @@ class CCA:
         return _summarise(self.summary, canonical_correlations(x, y, x.rank, y.rank))
 
     def directions(self, x: Float[Tensor, "n d1"], y: Float[Tensor, "n d2"]) -> CanonicalDirections:
-        """Return the canonical directions of two sets of features; with rank ≥ n − 1 they say nothing."""
+        """Return the canonical directions of two sets of features; with rank ≥ n − 1 they mean nothing."""
         a, b = prepare(x), prepare(y)
         return _directions(x, y, a, b, a.rank, b.rank)
 

@@ -1,4 +1,4 @@
-"""Gram matrices of features too wide to keep."""
+"""Gram matrices of features too wide to store."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from lightning_interp.similarity.results import Caution, Reliability, Similarity
 from lightning_interp.similarity.significance import chance, chance_in_closed_form, standard_error
 
 MOST_LAYERS_LISTED = 6  # in a longer list the reason is hard to find; the number of layers stands in its place
-LEAST_CHANGE = 0.01  # a similarity's last digit that is shown; a share of less would divide by noise
+LEAST_CHANGE = 0.01  # a smaller change in the denominator would show noise as progress
 Failed = dict[str, Exception]
 
 

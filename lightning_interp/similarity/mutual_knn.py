@@ -14,8 +14,8 @@ from lightning_interp.similarity.representation import Representation, prepare, 
 from lightning_interp.similarity.results import Caution
 from lightning_interp.similarity.significance import FEWEST_FOR_JACKKNIFE, jackknife_standard_error
 
-DISTANCE_ROUNDING = 32  # eps · (|x_i|² + |x_j|²) that |x_i − x_j|² may be off: measured up to 19, 20,000 features wide
-MANY_TIES = 1.1  # neighbours per sample over k: a tenth more, and the measure looks at a wider circle than its k says
+DISTANCE_ROUNDING = 32  # eps · (|x_i|² + |x_j|²) that |x_i − x_j|² may be off: measured up to 19, in float32
+MANY_TIES = 1.1  # neighbours per sample over k from which the caution applies: a tenth more than k
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class Neighbours:
     Args:
         nearest: those no further away than the k-th nearest, itself left out.
         one_more: those no further away than the next one, k + 1.
-        determined: whether distances differ at all; else nobody is nearer than anybody else.
+        determined: whether distances differ at all; else no sample is nearer than another.
     """
 
     nearest: Bool[Tensor, "n n"]
@@ -38,10 +38,10 @@ class MutualKNN:
     """Mutual k-nearest-neighbour overlap: the share of each sample's neighbours that two layers have in common.
 
     1/n Σ_i |N_x(i) ∩ N_y(i)| / max(|N_x(i)|, |N_y(i)|), N(i) the k samples at the least Euclidean distance from sample
-    i, itself left out. In [0, 1], 1 meaning the same neighbours, k / (n − 1) by chance. It sees the local structure
-    alone: which samples are near, not how near, nor how groups lie to each other. Invariant to rotations, shifts and a
-    scale for each layer; not to general linear maps. A larger k looks at a wider circle; values compare only at the
-    same n and k.
+    i, itself left out. In [0, 1], 1 meaning the same neighbours, k / (n − 1) by chance. It depends on the local
+    structure alone: which samples are near, not how near, nor how groups lie to each other; more global with larger k.
+    Invariant to rotations, shifts and a scale for each layer; not to general linear maps. Values of different n or k
+    do not compare.
 
     Ties: all samples as far away as the k-th nearest are neighbours, so that the order of the samples never matters, a
     layer is equal to itself, and one whose samples fall into groups of duplicates is compared by its groups. Then there
@@ -119,7 +119,7 @@ class MutualKNN:
         count = float(self.neighbours(x).nearest.sum(1).double().mean())
         if count < MANY_TIES * self.k:
             return None
-        return Caution("many samples equally far away, the circle is wider than k", f"{count:.0f} neighbours")
+        return Caution("many samples equally far away, more neighbours than k", f"{count:.0f} neighbours")
 
     def neighbours(self, x: Representation) -> Neighbours:
         """Return each sample's neighbours in a layer, worked out once.
@@ -132,7 +132,7 @@ class MutualKNN:
         if not x.factorable:
             raise ValueError(
                 "MutualKNN: expected layers in full precision, got a Gram matrix in half precision or of a sketch,"
-                " which does not tell who is nearest"
+                " in which rounding decides which samples are nearest"
             )
         return x.derived((self, "neighbours"), self._nearest)
 

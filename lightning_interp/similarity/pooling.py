@@ -15,7 +15,7 @@ from lightning_interp.network.layout import Layout, LayoutKind, unpack
 Maps = Literal["flatten", "pool", "positions"]
 Tokens = Literal["mean", "cls", "positions", "flatten"]
 POSITIONS_PER_SAMPLE = 16  # one sample's rows depend on each other: more of them cost memory and add little
-MOST_EXTRA_TOKENS = 8  # a class token and a few registers; a mask that is shorter still belongs to another sequence
+MOST_TOKENS_IN_FRONT = 8  # a class token and a few registers; a mask that is shorter still belongs to another sequence
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def fit_mask(mask: Tensor, tokens: int) -> Tensor | None:
     Up to 8 tokens more than the mask has are taken for those that the network puts in front (a class token), and count.
     """
     extra = tokens - mask.shape[1] if mask.ndim == 2 else -1
-    return torch.cat([mask.new_ones(len(mask), extra), mask], dim=1) if 0 <= extra <= MOST_EXTRA_TOKENS else None
+    return torch.cat([mask.new_ones(len(mask), extra), mask], dim=1) if 0 <= extra <= MOST_TOKENS_IN_FRONT else None
 
 
 def _pool_tokens(tokens: Tensor, choice: str, mask: Tensor) -> Tensor:

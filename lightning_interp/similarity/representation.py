@@ -160,7 +160,7 @@ def from_gram(gram: Float[Tensor, "n n"], width: int) -> Representation:
 def centre(features: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """Subtract each column's mean, in the features' own precision (half goes to float32).
 
-    The first row is taken off before the mean, so that a large common offset costs no digits.
+    The first row is subtracted before the mean, so that a large common offset costs no digits.
     """
     if features.dtype in (torch.float16, torch.bfloat16):
         features = features.float()
@@ -171,8 +171,8 @@ def centre(features: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
 def gram(centred: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
     """Return X Xᵀ: in float64 where d ≤ n, and on CUDA, whose float32 products may be of TensorFloat-32.
 
-    Wider layers keep their own precision: from float32 exact to 1e-9 for CKA and 1e-7 for SVCCA, unless single samples
-    are hundreds of times longer than the rest.
+    Wider layers stay in their own precision: float32 is exact to 1e-9 for CKA and 1e-7 for SVCCA, unless single samples
+    are hundreds of times longer than the others.
     """
     exact = centred.shape[1] <= centred.shape[0] or centred.device.type == "cuda"
     return symmetric_product(double(centred) if exact else centred)
@@ -190,7 +190,7 @@ def double(tensor: Tensor) -> Tensor:
 
 
 def check_features(features: Tensor, name: str = "features", fewest: int = 2) -> None:
-    """Raise a ValueError that says what a measure needs, if these are not features."""
+    """Raise a ValueError unless these are features that a measure can compare."""
     if features.ndim != 2 or features.shape[0] < fewest or features.shape[1] < 1:
         raise ValueError(f"{name}: expected (n, d) with n ≥ {fewest} and d ≥ 1, got shape {tuple(features.shape)}")
     if not features.is_floating_point():

@@ -117,7 +117,7 @@ def test_duplicates_are_compared_as_groups() -> None:
     assert float(MutualKNN(4)(x, y)) == 1
     said = MutualKNN(4).caution(prepare(x))
     assert said is not None
-    assert said == ("many samples equally far away, the circle is wider than k", "9 neighbours")
+    assert said == ("many samples equally far away, more neighbours than k", "9 neighbours")
 
 
 @pytest.mark.parametrize("features", [torch.full((20, 3), 3.3), torch.eye(20)], ids=["constant", "one-hot"])
