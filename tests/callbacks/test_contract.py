@@ -142,7 +142,7 @@ def test_a_failure_switches_the_callback_off_and_training_goes_on(
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("broken on purpose")
 
-    work = {RepresentationSimilarity: "_look_and_tell", InputAttribution: "_look", DataInfluence: "_end"}[kind]
+    work = {RepresentationSimilarity: "_record", InputAttribution: "_evaluate", DataInfluence: "_end"}[kind]
     monkeypatch.setattr(kind, work, fail)
     fit = trainer(tmp_path, callbacks=[make(kind, on_error="warn")])
     with pytest.warns(UserWarning, match=rf"(?s){kind.__name__} is off.*broken on purpose") as caught:
@@ -222,7 +222,7 @@ def test_a_model_that_the_default_task_cannot_read(kind: type, tmp_path: Path) -
         def forward(self, x: Tensor) -> Any:
             return super(Bare, self).forward(x) if self.training else {"nothing": 0}
 
-    with pytest.warns(UserWarning, match=rf"{kind.__name__} is off.*by its defaults.*pass task=") as caught:
+    with pytest.warns(UserWarning, match=rf"{kind.__name__} is off.*its defaults do not fit.*pass task=") as caught:
         trainer(tmp_path, max_epochs=1, callbacks=[kind()]).fit(Trains(), *loaders())
     assert len([w for w in caught if "is off" in str(w.message)]) == 1
     for options in ({"on_error": "raise"}, {"task": Task(inputs=lambda batch: batch[0])}):

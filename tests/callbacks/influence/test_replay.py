@@ -178,7 +178,7 @@ def test_a_checkpoint_without_the_callback_says_so(
     callbacks = [DataInfluence()] if weights else []
     run, checkpoint = trained(tmp_path, Net(), weights=weights, callbacks=callbacks, max_epochs=1)
     assert asked(checkpoint, "--module", "tests.models:Net", "--data", "tests.models:loaders") == 0
-    assert "note: the checkpoint does not tell the learning rates that led to it" in capsys.readouterr().out
+    assert "note: the checkpoint does not hold the learning rates that led to it" in capsys.readouterr().out
     report = (run / "interp" / "influence" / "report.html").read_text()
     assert "no step of an optimizer was recorded" in report
     assert "0.1 × the mean eigenvalue" in report
