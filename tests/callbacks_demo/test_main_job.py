@@ -45,7 +45,7 @@ def test_the_wheel_installs_and_imports_alone(tmp_path: Path) -> None:
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0].split("-")[0] for n in names} == {"lightning_interp"}
-    for needed in ("lightning_interp/py.typed", "lightning_interp/views/templates/page.html.jinja"):
+    for needed in ("lightning_interp/py.typed", "lightning_interp/views/templates/report.html.jinja"):
         assert needed in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     # Dependencies come from this environment through a path file; the package comes from the wheel alone.
