@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -129,6 +130,70 @@ def test_files_and_functions_stay_small() -> None:
                 body = node.body[1:] if ast.get_docstring(node) else node.body
                 lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
                 assert lines <= 50, f"{file}:{node.name}"
+
+
+def test_names_are_defined_once() -> None:
+    modules_by_name: dict[str, set[str]] = defaultdict(set)
+    for file in FILES:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                modules_by_name[node.name].add(file.relative_to(PACKAGE).as_posix())
+    assert {name: modules for name, modules in modules_by_name.items() if len(modules) > 1} == {}
+
+
+# Words that say nothing of what a variable holds; a few are arguments that users know, or the field's own.
+BARE_WORDS = frozenset(
+    [
+        "held",
+        "found",
+        "told",
+        "said",
+        "asked",
+        "chosen",
+        "given",
+        "made",
+        "kept",
+        "shown",
+        "seen",
+        "drawn",
+        "wanted",
+        "named",
+        "known",
+        "moved",
+        "read",
+        "taken",
+        "some",
+        "few",
+        "one",
+        "other",
+        "others",
+        "rest",
+        "more",
+        "most",
+        "place",
+        "places",
+        "where",
+        "again",
+        "same",
+        "both",
+        "part",
+        "parts",
+    ]
+)
+
+
+def bound_names(source: str) -> Iterator[str]:
+    """Yield every name that a file's functions bind: arguments and assigned names."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.arg) and node.arg not in ("self", "cls"):
+            yield node.arg
+
+
+def test_names_say_what_they_hold() -> None:
+    names = [name for file in FILES for name in bound_names(file.read_text())]
+    assert sum(name in BARE_WORDS for name in names) / len(names) < 0.01
 
 
 def test_folders_stay_small() -> None:

@@ -18,10 +18,9 @@ from lightning_interp.attribution.engine.forward_backward import (
     forward_backward,
     known_target,
 )
-from lightning_interp.attribution.engine.goal import OfTarget
 from lightning_interp.attribution.engine.last_map import at_inputs_size
 from lightning_interp.attribution.engine.single_pass import SinglePass
-from lightning_interp.attribution.engine.target import Score, Target, logit, per_class
+from lightning_interp.attribution.engine.target import OfTarget, Score, Target, logit, per_class
 from lightning_interp.attribution.saliency import suffix
 from lightning_interp.data.batch import at_least_float32
 from lightning_interp.data.task import Task

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from lightning_interp.attribution.cam import check_layer
 from lightning_interp.attribution.engine.forward_backward import INPUT, PassResult, check_layers
-from lightning_interp.attribution.engine.goal import Goal, OfTarget
 from lightning_interp.attribution.engine.last_map import positions_of
 from lightning_interp.attribution.engine.relu_rules import DECONVNET, GUIDED, ReluRule
 from lightning_interp.attribution.engine.single_pass import SinglePass
-from lightning_interp.attribution.engine.target import Target
+from lightning_interp.attribution.engine.target import Goal, OfTarget, Target
 from lightning_interp.attribution.results import Ranking
 from lightning_interp.attribution.saliency import of_input
 from lightning_interp.data.batch import count_samples, tensors

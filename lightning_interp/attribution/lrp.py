@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_interp.attribution.engine.forward_backward import INPUT, PassResult
-from lightning_interp.attribution.engine.goal import OfTarget
 from lightning_interp.attribution.engine.relu_rules import rectifier_ceiling
 from lightning_interp.attribution.engine.single_pass import SinglePass
-from lightning_interp.attribution.engine.target import select
+from lightning_interp.attribution.engine.target import OfTarget, select
 from lightning_interp.attribution.saliency import of_input
 from lightning_interp.data.batch import at_least_float32
 

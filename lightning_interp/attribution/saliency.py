@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_interp.attribution.engine.forward_backward import INPUT, PassResult
-from lightning_interp.attribution.engine.goal import OfTarget
 from lightning_interp.attribution.engine.single_pass import SinglePass
-from lightning_interp.attribution.engine.target import Score, logit
+from lightning_interp.attribution.engine.target import OfTarget, Score, logit
 from lightning_interp.attribution.results import Ranking
 
 

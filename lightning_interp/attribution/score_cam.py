@@ -11,10 +11,9 @@ from torch import Tensor
 from lightning_interp.attribution.cam import check_layer, tagged, weighted_sum, with_positions
 from lightning_interp.attribution.engine.batching import batches_of_variants, of_rows
 from lightning_interp.attribution.engine.forward_backward import LAST_MAP, PassResult
-from lightning_interp.attribution.engine.goal import OfTarget
 from lightning_interp.attribution.engine.last_map import at_inputs_size
 from lightning_interp.attribution.engine.single_pass import SinglePass
-from lightning_interp.attribution.engine.target import Score, probability, select
+from lightning_interp.attribution.engine.target import OfTarget, Score, probability, select
 from lightning_interp.attribution.saliency import suffix
 from lightning_interp.checks import check_count
 from lightning_interp.data.batch import at_least_float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Sequence
 from functools import cache
@@ -134,3 +135,8 @@ def png(pixels: Pixels) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def inline(picture: bytes) -> str:
+    """Return a PNG as a `data:` address, which holds all of it."""
+    return "data:image/png;base64," + base64.b64encode(picture).decode()

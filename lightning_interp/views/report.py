@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jinja2
 
 from lightning_interp.influence.trust import Trust
-from lightning_interp.views.canvas import Pixels, png
-from lightning_interp.views.sample_html import QueryCard, SuspectSample, inline
+from lightning_interp.views.canvas import Pixels, inline, png
+from lightning_interp.views.sample_html import QueryCard, SuspectSample
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("lightning_interp.views"),

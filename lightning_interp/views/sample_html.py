@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from lightning_interp.data.batch import main_tensor
-from lightning_interp.views.canvas import Pixels, png
+from lightning_interp.views.canvas import Pixels, inline, png
 from lightning_interp.views.display import Display, SampleView, kind_of
 from lightning_interp.views.sample import columns_of, picture
 
@@ -109,11 +108,6 @@ def sample_html(value: Any, display: Display, columns: Sequence[int] | None = No
     if kind == "table":
         return SampleHTML(cells=_table_cells(tensor.flatten(), columns or columns_of(value) or (), display))
     return SampleHTML(text=f"tensor of shape {tuple(tensor.shape)}, mean {tensor.float().mean():.3g}")
-
-
-def inline(picture: bytes) -> str:
-    """Return a PNG as a `data:` address, which holds all of it."""
-    return "data:image/png;base64," + base64.b64encode(picture).decode()
 
 
 def _shortened_text(words: Sequence[str]) -> str:

@@ -31,7 +31,7 @@ from lightning_interp.attribution import (
     explain_outputs,
     importance,
 )
-from lightning_interp.attribution.engine.goal import OfTarget
+from lightning_interp.attribution.engine.target import OfTarget
 from lightning_interp.attribution.results import Explanation
 from lightning_interp.data.task import Task
 from tests.attribution.nets import Pooled, ViT

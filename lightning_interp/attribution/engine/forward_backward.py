@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from lightning_interp.attribution.engine.backward_rule import BackwardRule
 from lightning_interp.attribution.engine.explained_input import ExplainedInput, gradients
-from lightning_interp.attribution.engine.goal import Goal
 from lightning_interp.attribution.engine.last_map import Candidate, LastMapFinder, positions_of
 from lightning_interp.attribution.engine.sites import layer_of, watch_sites
-from lightning_interp.attribution.engine.target import Target
+from lightning_interp.attribution.engine.target import Goal, Target
 
 INPUT, LAST_MAP = "input", "last map"
 

@@ -21,8 +21,7 @@ from lightning_interp.attribution.engine.forward_backward import (
     forward_backward,
     known_target,
 )
-from lightning_interp.attribution.engine.goal import Goal
-from lightning_interp.attribution.engine.target import Target, recorded
+from lightning_interp.attribution.engine.target import Goal, Target, recorded
 from lightning_interp.attribution.results import Explanation, Ranking
 from lightning_interp.data.batch import at_least_float32
 from lightning_interp.data.task import Task

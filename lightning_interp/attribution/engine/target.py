@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -75,3 +77,40 @@ def per_class(outputs: Tensor) -> Float[Tensor, "n classes"]:
 def recorded(target: Target, n: int) -> Int[Tensor, " n"]:
     """Return the target classes for the record; −1 where a callable chose."""
     return torch.full((n,), -1) if callable(target) else target.detach().cpu().long()
+
+
+class Goal(ABC):
+    """What is differentiated: one number per sample, of the outputs or of what layers give.
+
+    Goals are hashable: methods of equal goals share a backward.
+
+    Args:
+        layers: names of the layers whose outputs it reads.
+    """
+
+    layers: tuple[str, ...]
+
+    @abstractmethod
+    def __call__(
+        self, outputs: Tensor, activations: Mapping[str, Float[Tensor, "n c *positions"]], target: Target
+    ) -> Float[Tensor, " n"]:
+        """Return the number to differentiate."""
+
+
+@dataclass(frozen=True)
+class OfTarget(Goal):
+    """The target's score.
+
+    Args:
+        score: `logit`, `probability`, `log_probability`, or a function like them.
+        layers: none.
+    """
+
+    score: Score = logit
+    layers: tuple[str, ...] = ()
+
+    def __call__(
+        self, outputs: Tensor, activations: Mapping[str, Float[Tensor, "n c *positions"]], target: Target
+    ) -> Float[Tensor, " n"]:
+        """Return the score of each sample."""
+        return select(outputs, target, self.score)

@@ -104,7 +104,7 @@ def last_weights(model: nn.Module, inputs: Any, task: Task = Task()) -> str:
         first_sample = select_samples(inputs, explained.everything[:1])
         with hooked(model, layer_names, lambda name, *_: called.append(name)):
             task.outputs(model, first_sample)
-    inner = [name for name in called if not any(_is_inside(inner_name, name) for inner_name in called)]
+    inner = [name for name in called if not any(_is_within(inner_name, name) for inner_name in called)]
     if not inner:
         raise ValueError("model: expected a module with parameters in its forward, found none")
     return inner[-1]
@@ -141,5 +141,5 @@ def _has_parameters(module: nn.Module) -> bool:
     return any(True for _ in module.parameters(recurse=False))
 
 
-def _is_inside(name: str, outer: str) -> bool:
+def _is_within(name: str, outer: str) -> bool:
     return name != outer and (not outer or name.startswith(outer + "."))

@@ -60,7 +60,7 @@ def checked_by_retraining(
     """
     if not isinstance(retrain, str):
         retrain_at = partial(_retrain_at, retrain, question.train.ids)
-        return spot_checks(question, influence, retrain_at, partial(_query_losses, question), seconds)
+        return spot_checks(question, influence, retrain_at, partial(_losses_of_queries, question), seconds)
     last_layer = LastLayer.of(question.model, question.train, question.query, question.task, damping, question.progress)
     checks = spot_checks(question, influence, last_layer.retrain, last_layer.losses, seconds)
     return tuple(check._replace(whole=False) for check in checks)
@@ -114,7 +114,7 @@ def _retrain_at(
     return retrain([ids[position] for position in positions])
 
 
-def _query_losses(question: InfluenceQuestion, model: nn.Module) -> Tensor:
+def _losses_of_queries(question: InfluenceQuestion, model: nn.Module) -> Tensor:
     """Return the queries' losses by another network of the same kind."""
     device = next(question.model.parameters()).device
     model = model.to(device)
