@@ -1,11 +1,13 @@
-"""The canvas: lines of text and images laid out on white sheets, and matplotlib figures, as pixels."""
+"""The canvas: text and images laid out on white sheets, and matplotlib figures, as pixels."""
 
 from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from collections.abc import Sequence
 from functools import cache
+from math import ceil
 from pathlib import Path
 
 import matplotlib
@@ -70,6 +72,29 @@ def with_caption(lines: Sequence[str], body: Image.Image) -> Image.Image:
         pen.text((2, LINE * index), line, INK, typeface(CAPTION_TYPE))
     sheet.paste(body, (0, LINE * len(lines) + 4))
     return sheet
+
+
+def paragraph(
+    text: str, size: int, width: float, ink: tuple[int, int, int] = INK, centred: bool = False
+) -> Image.Image:
+    """Return text broken into lines of about `width` pixels, in type of `size` pixels."""
+    font = typeface(size)
+    lines = textwrap.wrap(text, max(1, int(width / font.getlength("n")))) or [""]
+    height = round(1.3 * size)
+    sheet = Image.new("RGB", (max(1, *(ceil(font.getlength(line)) for line in lines)), height * len(lines)), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for index, line in enumerate(lines):
+        x = sheet.width / 2 if centred else 0
+        pen.text((x, height * index), line, ink, font, anchor="ma" if centred else "la")
+    return sheet
+
+
+def text_mask(line: str, size: int, degrees: int = 0) -> Image.Image:
+    """Return a line turned anticlockwise, white on black: the mask with which to paste its colour on a picture."""
+    font = typeface(size)
+    sheet = Image.new("L", (ceil(font.getlength(line)) + 1, round(1.3 * size)))
+    ImageDraw.Draw(sheet).text((0, sheet.height / 2), line, 255, font, anchor="lm")
+    return sheet.rotate(degrees, Image.Resampling.BICUBIC, expand=True) if degrees else sheet
 
 
 def side_by_side(images: Sequence[Image.Image], gap: int = GAP) -> Image.Image:

@@ -1,28 +1,26 @@
-"""Similarity maps drawn as heat maps."""
+"""Similarity maps drawn as heat maps, with Pillow: a run writes dozens of them."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Callable
-
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageOps
 
 from lightning_interp.similarity.results import SimilarityMap
-from lightning_interp.views.canvas import Pixels, render
+from lightning_interp.views.canvas import GAP, INK, PAPER, Pixels, paragraph, side_by_side, stacked, text_mask, typeface
+from lightning_interp.views.colour_scale import TICK, ColourScale
 
 # Numbers in more cells than 10 × 10 are too small to read in a report.
 MOST_CELLS_WITH_NUMBERS = 100
-# More names at an axis would overlap: the figure stops growing at 24 cells.
-MOST_TICKS_PER_AXIS = 30
+# More names at an axis would overlap: the map stops growing at 24 cells.
+MOST_TICKS_PER_AXIS, MOST_CELLS_IN_FULL_SIZE = 30, 24
 # Characters of a layer's name: longer ones would take more room than the map.
 LONGEST_LAYER_NAME = 32
-# The size of the numbers in cells, in points.
-NUMBER_POINTS = 7.5
-# Of the note below a map: characters per inch of the figure's width, and the height of a line.
-CHARACTERS_PER_INCH, NOTE_LINE_INCHES = 14, 0.17
+# The size of a cell in pixels, with room for a number such as -0.12, and of the smallest map, with room for its legend.
+CELL_WIDTH, CELL_HEIGHT = 46, 38
+NARROWEST_MAP, LOWEST_MAP = 320, 220
+# The sizes of type, in pixels: of names and titles, and of the numbers in cells and the note below.
+TITLE_TYPE, NUMBER_TYPE = 16, 12
+GREY, HATCH_PAPER, HATCH_INK = (77, 77, 77), (230, 230, 230), (179, 179, 179)
 
 
 def heat_map(table: SimilarityMap) -> Pixels:
@@ -34,38 +32,14 @@ def heat_map(table: SimilarityMap) -> Pixels:
     Returns:
         `(height, width, 3)`, 0 to 255.
     """
-    width, height = _inches(table)
-    note = textwrap.wrap(f"n = {table.n} probe samples. {table.note}", int(width * CHARACTERS_PER_INCH))
-    note_height = NOTE_LINE_INCHES * len(note)
-    figure = Figure(figsize=(width, height + note_height), dpi=110)
-    axes = figure.add_subplot()
-    axes.patch.set(hatch="///", edgecolor="0.7", facecolor="0.9")  # shows through where a cell has no value
-    values = np.ma.masked_invalid(table.values.detach().cpu().numpy())
-    low, top = _colour_range(table, values)
-    colours = colormaps["viridis_r" if table.distance else "viridis"].with_extremes(under="black")
-    image = axes.imshow(values, vmin=low, vmax=top, cmap=colours, aspect="auto", interpolation="nearest")
-    _set_ticks(axes, table)
-    outside = (bool((values < low).any()), bool((values > top).any()))
-    extend = {(True, True): "both", (True, False): "min", (False, True): "max"}.get(outside, "neither")
-    figure.colorbar(image, ax=axes, label=table.legend or _meaning_of_the_scale(table), extend=extend)
-    axes.set_title(textwrap.fill(f"{table.measure}: {table.title}", int(width * 10)), fontsize=10)
-    figure.text(0.01, 0.01, "\n".join(note), fontsize=7.5, color="0.3", va="bottom")
-    figure.tight_layout(rect=(0, (note_height + 0.05) / figure.get_figheight(), 1, 1))
-    if values.size <= MOST_CELLS_WITH_NUMBERS:
-        split = low + 0.6 * (top - low)
-        _write_numbers(axes, values, light=lambda v: low <= v < split if table.distance else v >= split)
-    return render(figure)
-
-
-def _inches(table: SimilarityMap) -> tuple[float, float]:
-    """Return the width and height of the figure without its note: room for cells and for the names at both axes."""
-    rows, columns = table.values.shape
-    row_name, column_name = (
-        max((min(len(name), LONGEST_LAYER_NAME) for name in names), default=0) for names in (table.rows, table.columns)
-    )
-    slanted = column_name > 3  # short names, such as epochs, stay level
-    width = 2.6 + 0.38 * max(5, min(columns, 24)) + 0.075 * row_name
-    return width, 1.7 + 0.34 * max(4, min(rows, 24)) + 0.055 * column_name * slanted
+    values = np.ma.masked_invalid(table.values.detach().cpu().double().numpy())
+    scale = ColourScale(*_colour_range(table, values), reverse=table.distance)
+    cells = _cells(values, scale)
+    bar = scale.bar(cells.height, values, table.legend or _meaning_of_the_scale(table))
+    body = side_by_side([_with_axes(cells, table), bar], gap=2 * GAP)
+    title = paragraph(f"{table.measure}: {table.title}", TITLE_TYPE, body.width)
+    note = paragraph(f"n = {table.n} probe samples. {table.note}", NUMBER_TYPE, body.width, GREY)
+    return np.asarray(ImageOps.expand(stacked([title, body, note]), GAP, PAPER))
 
 
 def _meaning_of_the_scale(table: SimilarityMap) -> str:
@@ -86,30 +60,88 @@ def _colour_range(table: SimilarityMap, values: np.ma.MaskedArray) -> tuple[floa
     return -0.005, 1 + 1e-6  # values that read 0.00 or 1.00 are inside the scale
 
 
+def _cells(values: np.ma.MaskedArray, scale: ColourScale) -> Image.Image:
+    """Draw the cells in a frame; a cell without a value shows the hatched ground."""
+    rows, columns = (min(count, MOST_CELLS_IN_FULL_SIZE) for count in values.shape)
+    size = (max(NARROWEST_MAP, CELL_WIDTH * columns), max(LOWEST_MAP, CELL_HEIGHT * rows))
+    sheet = _hatched(size)
+    mask = Image.fromarray(~np.ma.getmaskarray(values)).convert("L")
+    colours = Image.fromarray(scale.colours(values))
+    nearest = Image.Resampling.NEAREST
+    sheet.paste(colours.resize(size, nearest), (0, 0), mask.resize(size, nearest))
+    if values.size <= MOST_CELLS_WITH_NUMBERS:
+        _write_numbers(sheet, values, scale)
+    ImageDraw.Draw(sheet).rectangle((0, 0, size[0] - 1, size[1] - 1), outline=INK)
+    return sheet
+
+
+def _hatched(size: tuple[int, int]) -> Image.Image:
+    sheet = Image.new("RGB", size, HATCH_PAPER)
+    pen = ImageDraw.Draw(sheet)
+    width, height = size
+    for x in range(-height, width, 10):
+        pen.line(((x, height), (x + height, 0)), HATCH_INK)
+    return sheet
+
+
+def _write_numbers(sheet: Image.Image, values: np.ma.MaskedArray, scale: ColourScale) -> None:
+    """Write each cell's value, unless cells are too narrow for it; black on light colours, white on dark ones."""
+    font, pen = typeface(NUMBER_TYPE), ImageDraw.Draw(sheet)
+    width, height = sheet.width / values.shape[1], sheet.height / values.shape[0]
+    if any(font.getlength(f"{value:.2f}") > width - 6 for value in values.compressed()) or height < 1.2 * NUMBER_TYPE:
+        return
+    for (row, column), value in np.ndenumerate(values.filled(np.nan)):
+        text = "–" if np.isnan(value) else f"{value:.2f}"
+        ink = GREY if np.isnan(value) else INK if scale.is_light(value) else PAPER
+        pen.text((width * (column + 0.5), height * (row + 0.5)), text, ink, font, anchor="mm")
+
+
+def _with_axes(cells: Image.Image, table: SimilarityMap) -> Image.Image:
+    """Return the cells with names at the left and below, a title along both axes, and GAP free above."""
+    slope = 45 if max(map(len, table.columns)) > 3 else 0  # short names, such as epochs, stay level
+    row_names, column_names = _names(table.rows, cells.height), _names(table.columns, cells.width, slope)
+    row_title = paragraph(table.row_title, TITLE_TYPE, cells.height, centred=True).transpose(Image.Transpose.ROTATE_90)
+    column_title = paragraph(table.column_title, TITLE_TYPE, cells.width, centred=True)
+    names_left = GAP + TICK + max(mask.width for _, mask in row_names)
+    left = max(row_title.width + names_left, *(mask.width - x for x, mask in column_names))
+    names_top = GAP + cells.height + TICK
+    title_top = names_top + max(mask.height for _, mask in column_names)
+    sheet = Image.new("RGB", (left + cells.width + GAP, title_top + column_title.height), PAPER)
+    middle = GAP + cells.height // 2
+    sheet.paste(row_title, (left - names_left - row_title.width, max(0, middle - row_title.height // 2)))
+    sheet.paste(column_title, (left + (cells.width - column_title.width) // 2, title_top))
+    sheet.paste(cells, (left, GAP))
+    _write_row_names(sheet, left, row_names)
+    _write_column_names(sheet, left, names_top, column_names, bool(slope))
+    return sheet
+
+
+def _names(names: tuple[str, ...], length: int, slope: int = 0) -> list[tuple[int, Image.Image]]:
+    """Return the names at an axis of `length` pixels: the middle of each one's cells, and the mask of its letters."""
+    stride = -(-len(names) // MOST_TICKS_PER_AXIS)
+    return [
+        (round(length * (index + 0.5) / len(names)), text_mask(_without_front(names[index]), TITLE_TYPE, slope))
+        for index in range(0, len(names), stride)
+    ]
+
+
 def _without_front(name: str) -> str:
     return name if len(name) <= LONGEST_LAYER_NAME else f"…{name[1 - LONGEST_LAYER_NAME :]}"
 
 
-def _set_ticks(axes: Axes, table: SimilarityMap) -> None:
-    for axis, names in ((axes.xaxis, table.columns), (axes.yaxis, table.rows)):
-        stride = -(-len(names) // MOST_TICKS_PER_AXIS)
-        axis.set_ticks(range(0, len(names), stride), list(map(_without_front, names))[::stride])
-    if max(map(len, table.columns), default=0) > 3:
-        for label in axes.get_xticklabels():
-            label.set(rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_xlabel(table.column_title)
-    axes.set_ylabel(table.row_title)
+def _write_row_names(sheet: Image.Image, left: int, names: list[tuple[int, Image.Image]]) -> None:
+    pen = ImageDraw.Draw(sheet)
+    for y, mask in names:
+        pen.line(((left - TICK, GAP + y), (left, GAP + y)), INK)
+        sheet.paste(INK, (left - TICK - 3 - mask.width, GAP + y - mask.height // 2), mask)
 
 
-def _write_numbers(axes: Axes, values: np.ma.MaskedArray, light: Callable[[float], bool]) -> None:
-    """Write each cell's value, unless cells are too small for it; black on light colours, white on dark ones."""
-    window = axes.get_window_extent()
-    most_characters = max((len(f"{value:.2f}") for value in values.compressed()), default=1)
-    type_size = NUMBER_POINTS * axes.get_figure(root=True).dpi / 72  # type: ignore[union-attr]  # in pixels
-    width, height = window.width / values.shape[1], window.height / values.shape[0]
-    if width < 0.62 * type_size * most_characters or height < 1.2 * type_size:
-        return
-    for (row, column), value in np.ndenumerate(values.filled(np.nan)):
-        text = "–" if np.isnan(value) else f"{value:.2f}"
-        ink = "0.3" if np.isnan(value) else "black" if light(value) else "white"
-        axes.text(column, row, text, ha="center", va="center", fontsize=NUMBER_POINTS, color=ink)
+def _write_column_names(
+    sheet: Image.Image, left: int, top: int, names: list[tuple[int, Image.Image]], sloping: bool
+) -> None:
+    """Write the names below their ticks: level ones at the middle, sloping ones so that they end at the tick."""
+    pen = ImageDraw.Draw(sheet)
+    for x, mask in names:
+        pen.line(((left + x, top - TICK), (left + x, top)), INK)
+        right = x + TITLE_TYPE // 2 if sloping else x + mask.width // 2
+        sheet.paste(INK, (left + right - mask.width, top), mask)

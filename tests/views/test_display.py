@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from lightning_interp import Display
 from lightning_interp.data.batch import main_tensor
 from lightning_interp.similarity.results import SimilarityMap
 from lightning_interp.views import heat_map as heat_map_module
-from lightning_interp.views.canvas import png
+from lightning_interp.views.canvas import GAP, INK, png
+from lightning_interp.views.colour_scale import ColourScale
 from lightning_interp.views.display import SampleView, kind_of
 from lightning_interp.views.heat_map import heat_map
 from lightning_interp.views.sample import gallery
@@ -116,6 +118,39 @@ def test_the_range_of_colours_fits_the_measure() -> None:
     assert ranged(own_scale=True) == (-3, 40)
     assert ranged(distance=True) == (0, 40)
     assert ranged() == pytest.approx((0, 1), abs=0.005)
+
+
+@pytest.mark.parametrize("columns", [("0", "1", "2"), ("encoder.conv", "encoder.norm", "fc")])
+@pytest.mark.parametrize("rows", [1, 3, 60])
+@pytest.mark.parametrize("kind", [{}, {"distance": True}, {"own_scale": True}, {"legend": "0: as at the start, " * 4}])
+def test_nothing_of_a_heat_map_is_cut(columns: tuple[str, ...], rows: int, kind: dict[str, Any]) -> None:
+    values = 1000 * torch.randn(rows, 3)
+    names = tuple(f"model.encoder.layer{i}.attention" for i in range(rows))
+    pixels = heat_map(
+        SimilarityMap("m", "a title " * 30, names, columns, values, "layer", "epoch", 8, "n " * 99, **kind)
+    )
+    edges = (pixels[:4], pixels[-4:], pixels[:, :4], pixels[:, -4:])
+    assert all((edge == 255).all() for edge in edges)
+
+
+def test_a_pointed_end_says_that_values_lie_outside() -> None:
+    scale = ColourScale(0, 1)
+
+    def colours_at_the_tips(*values: float) -> list[tuple[int, ...]]:
+        bar = np.asarray(scale.bar(200, np.ma.asarray([values]), "label"))
+        return [tuple(bar[y, 10].tolist()) for y in (GAP + 10, GAP + 200 - 10)]
+
+    yellow, black, purple = (253, 231, 37), (0, 0, 0), (68, 1, 84)
+    assert np.allclose(colours_at_the_tips(-0.5, 1.5), [yellow, black], atol=1)
+    assert np.allclose(colours_at_the_tips(0, 1), [yellow, purple], atol=35)
+    assert (np.asarray(scale.bar(200, np.ma.asarray([0.5]), ""))[GAP, :20] == INK).all()
+
+
+@pytest.mark.parametrize(("value", "has_room"), [(10.0, True), (1e9, False)])
+def test_numbers_that_cells_have_no_room_for_are_left_out(value: float, has_room: bool) -> None:
+    cells = heat_map_module._cells(np.ma.asarray(np.full((1, 8), value)), ColourScale(0, 2 * value))
+    inside = np.asarray(cells)[1:-1, 1:-1]
+    assert (inside != inside[0, 0]).any() == has_room
 
 
 def test_long_names_widen_the_map_and_lose_their_front() -> None:

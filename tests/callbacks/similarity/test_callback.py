@@ -20,8 +20,6 @@ from lightning_interp.storage.folder import Folder
 from lightning_interp.storage.snapshots import open_store
 from tests.models import Net, Shapes, loaders, trainer
 
-undrawn = pytest.mark.usefixtures("blank_heat_maps")
-
 
 def store_of(fit: L.Trainer) -> Any:
     return open_store(Folder(str(Path(fit.log_dir) / "interp" / "similarity")))
@@ -57,7 +55,6 @@ class Keeps(L.Callback):
         self.taken[trainer.global_step] = features(pl_module)
 
 
-@undrawn
 def test_the_curves_are_those_of_the_live_network(tmp_path: Path) -> None:
     keeps = Keeps()
     fit = trainer(tmp_path, max_epochs=3, callbacks=[keeps, RepresentationSimilarity(["conv2"], [CKA()])])
@@ -83,7 +80,6 @@ def test_default_layers_are_the_weighted_ones_in_call_order(tmp_path: Path) -> N
     assert list(store_of(fit).read(0).layers) == ["conv1", "conv2", "head"]
 
 
-@undrawn
 def test_training_that_ends_inside_an_epoch_ends_with_its_last_state(tmp_path: Path) -> None:
     fit = trainer(tmp_path, max_epochs=-1, max_steps=5, callbacks=[RepresentationSimilarity(["head"])])
     fit.fit(Net(), *loaders())
@@ -96,7 +92,6 @@ class Killed(L.Callback):
             raise RuntimeError("power cut")
 
 
-@undrawn
 def test_a_killed_run_resumes_with_its_history(tmp_path: Path) -> None:
     def options(epochs: int) -> dict[str, Any]:
         keep = ModelCheckpoint(tmp_path / "kept", save_top_k=-1, every_n_epochs=1, filename="{epoch}")
@@ -127,7 +122,6 @@ def test_a_killed_run_resumes_with_its_history(tmp_path: Path) -> None:
     assert last == pytest.approx(float(CKA().between(initial, now)), abs=1e-6)
 
 
-@undrawn
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_resumed_run_on_other_samples_declines(tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path / "kept", filename="last")
@@ -139,7 +133,6 @@ def test_a_resumed_run_on_other_samples_declines(tmp_path: Path) -> None:
         )
 
 
-@undrawn
 def test_a_second_fit_goes_on(tmp_path: Path) -> None:
     fit = trainer(tmp_path, max_epochs=1, callbacks=[RepresentationSimilarity(["conv2"])])
     module = Net()
@@ -149,7 +142,6 @@ def test_a_second_fit_goes_on(tmp_path: Path) -> None:
     assert store_of(fit).steps == [0, 3, 6]
 
 
-@undrawn
 def test_the_same_callback_in_a_new_trainer_starts_anew(tmp_path: Path) -> None:
     callback = RepresentationSimilarity(["conv2"])
     for _ in range(2):
@@ -188,7 +180,6 @@ def events(fit: L.Trainer) -> EventAccumulator:
     return EventAccumulator(fit.log_dir, size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
 
 
-@undrawn
 def test_snapshots_every_so_many_steps_or_epochs(tmp_path: Path) -> None:
     by_steps = trainer(tmp_path, max_epochs=3, callbacks=[RepresentationSimilarity(["head"], every_n_steps=2)])
     by_steps.fit(Net(), *loaders())
@@ -199,7 +190,6 @@ def test_snapshots_every_so_many_steps_or_epochs(tmp_path: Path) -> None:
     assert store_of(by_epochs).steps == [0, 6, 12, 15]
 
 
-@undrawn
 def test_steps_under_accumulation_are_counted_once(tmp_path: Path) -> None:
     callback = RepresentationSimilarity(["head"], every_n_steps=1)
     fit = trainer(tmp_path, max_epochs=1, accumulate_grad_batches=3, callbacks=[callback])
@@ -226,7 +216,6 @@ def test_normalised_curves_maps_and_doubts(tmp_path: Path) -> None:
     assert 0 < float(row[3]) < 1
 
 
-@undrawn
 def test_storage_is_as_small_as_the_measures_allow(tmp_path: Path) -> None:
     def forms(**options: Any) -> dict[str, str]:
         fit = trainer(tmp_path, max_epochs=1, callbacks=[RepresentationSimilarity(**options)])
@@ -239,7 +228,6 @@ def test_storage_is_as_small_as_the_measures_allow(tmp_path: Path) -> None:
     assert forms(measures=[CKA()], store="activations") == everything
 
 
-@undrawn
 def test_stored_activations_are_those_of_the_network(tmp_path: Path) -> None:
     module = Net()
     fit = trainer(tmp_path, max_epochs=1, callbacks=[RepresentationSimilarity(["conv2"], store="activations")])
@@ -299,7 +287,6 @@ def test_any_number_in_one_trainer_keep_apart(tmp_path: Path) -> None:
         assert len(log.Scalars(f"interp_seconds/RepresentationSimilarity{room.removeprefix('similarity')}")) == 2
 
 
-@undrawn
 def test_the_history_is_thinned_within_its_budget(tmp_path: Path) -> None:
     one = trainer(tmp_path, max_epochs=1, callbacks=[RepresentationSimilarity(["conv2"])])
     one.fit(Net(), *loaders())

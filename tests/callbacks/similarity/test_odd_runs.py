@@ -17,7 +17,7 @@ from lightning_interp import RepresentationSimilarity, compare
 from lightning_interp.data.task import Task
 from lightning_interp.similarity import CKA, SVCCA, Procrustes
 from lightning_interp.similarity.history import layer_by_layer
-from tests.callbacks.similarity.test_callback import Sentences, curve, events, first_neuron, store_of, undrawn
+from tests.callbacks.similarity.test_callback import Sentences, curve, events, first_neuron, store_of
 from tests.models import Net, Shapes, loaders, trainer
 
 
@@ -67,7 +67,6 @@ def text_of(fit: L.Trainer, tag: str) -> str:
     return events(fit).Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0].decode()
 
 
-@undrawn
 def test_patterns_pass_over_what_is_not_called(tmp_path: Path) -> None:
     found = layers_of(Attends(), tmp_path, layers=["enc.*", "head"], measures=[CKA()])
     assert "enc.layers.0.self_attn" in found
@@ -77,7 +76,6 @@ def test_patterns_pass_over_what_is_not_called(tmp_path: Path) -> None:
             layers_of(Attends(), tmp_path, layers=["head", name])
 
 
-@undrawn
 def test_attention_is_a_layer(tmp_path: Path) -> None:
     assert layers_of(Attends(), tmp_path, measures=[CKA()]) == [
         "enc.layers.0.self_attn",
@@ -87,7 +85,6 @@ def test_attention_is_a_layer(tmp_path: Path) -> None:
     ]
 
 
-@undrawn
 def test_the_output_is_included(tmp_path: Path) -> None:
     module = Ends()
     fit = trainer(tmp_path, max_epochs=1, callbacks=[RepresentationSimilarity(measures=[CKA()], store="activations")])
@@ -112,7 +109,6 @@ class Both(Net):
         return self.output(super().forward(x)) * 2
 
 
-@undrawn
 def test_a_layer_called_output_keeps_its_name(tmp_path: Path) -> None:
     assert layers_of(Both(), tmp_path, measures=[CKA()]) == ["conv1", "conv2", "head", "output"]
 
@@ -227,7 +223,6 @@ class Classed(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-@undrawn
 def test_a_mask_of_another_length_is_said_once(tmp_path: Path) -> None:
     for repeats in (1, 3):
         callback = RepresentationSimilarity(["embed", "mix"], [CKA()], probe=Sentences())
@@ -241,7 +236,6 @@ def test_a_mask_of_another_length_is_said_once(tmp_path: Path) -> None:
         assert ("All tokens count in mix" in text_of(fit, "similarity_notes/probe")) is (repeats == 3)
 
 
-@undrawn
 def test_two_maps_of_one_epoch_are_told_apart(tmp_path: Path) -> None:
 
     fit = trainer(tmp_path, max_epochs=2, callbacks=[RepresentationSimilarity(["head"], [CKA()], every_n_steps=1)])
@@ -251,7 +245,6 @@ def test_two_maps_of_one_epoch_are_told_apart(tmp_path: Path) -> None:
     assert [table.title for table in tables] == [f"layers at epoch 0 (step {step}) and at the end" for step in (0, 1)]
 
 
-@undrawn
 @pytest.mark.parametrize("every", [2, 3])
 def test_the_last_epoch_is_the_number_of_finished_ones(every: int, tmp_path: Path) -> None:
     fit = trainer(tmp_path, max_epochs=3, callbacks=[RepresentationSimilarity(["head"], [CKA()], every_n_steps=every)])
@@ -274,7 +267,6 @@ class Compiled(Head):
         return self.net(x)
 
 
-@undrawn
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_inside_a_compiled_module_keeps_its_name(tmp_path: Path) -> None:
     runs = []
@@ -320,7 +312,6 @@ def _resumed_with(folder: Path, before: dict[str, Any], after: dict[str, Any]) -
     return fit
 
 
-@undrawn
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_changed_measures_keep_the_initial_state(tmp_path: Path) -> None:
     before = {"layers": ["conv2", "head"], "measures": [CKA(), SVCCA(0.9)]}
@@ -329,7 +320,6 @@ def test_changed_measures_keep_the_initial_state(tmp_path: Path) -> None:
     assert [step for step, _ in curve(fit, "similarity_to_final/Procrustes_similarity/conv2")] == [0, 3, 6]
 
 
-@undrawn
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize(
     ("after", "says"),
