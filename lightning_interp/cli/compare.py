@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import warnings
 from typing import Any
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_interp.checks import clean, markdown
+from lightning_interp.checks import clean
 from lightning_interp.compare import Comparison, compare, correspondence_in_words, table_of
 from lightning_interp.similarity import CCA, CKA, PWCCA, SVCCA, Measure, Procrustes, RBFKernel
 from lightning_interp.storage.folder import Folder
 from lightning_interp.views.canvas import png
 from lightning_interp.views.heat_map import heat_map
+from lightning_interp.views.tables import as_csv, as_markdown
 
 MEASURES: dict[str, Measure] = {
     "cka": CKA(),
@@ -92,7 +91,7 @@ def _notes_on(measure: str, comparison: Comparison) -> list[str]:
 
 def _markdown_section(measure: str, comparison: Comparison) -> str:
     """Return a measure's table of layers and the notes on it."""
-    table = markdown(table_of(comparison, measure))
+    table = as_markdown(table_of(comparison, measure))
     return "\n\n".join([f"## {measure}", table, *_notes_on(measure, comparison)])
 
 
@@ -112,17 +111,20 @@ def _write_files(comparison: Comparison, folder: Folder) -> None:
 
 def _comparison_csv(comparison: Comparison) -> str:
     """Return every pair of layers as a row: the similarity, its value by chance and its standard error."""
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(COLUMNS_OF_COMPARISON)
-    for measure, similarity_maps in comparison.maps.items():
-        for similarity in similarity_maps:
-            tables = (similarity.values, similarity.chance, similarity.standard_error)
-            for i, row_layer in enumerate(similarity.rows):
-                for j, column_layer in enumerate(similarity.columns):
-                    names = (measure, similarity.row_title, row_layer, similarity.column_title, column_layer)
-                    writer.writerow((*names, *(_six_decimals(table, i, j) for table in tables)))
-    return buffer.getvalue()
+    return as_csv(
+        COLUMNS_OF_COMPARISON,
+        (
+            (measure, similarity.row_title, row_layer, similarity.column_title, column_layer)
+            + tuple(
+                _six_decimals(table, i, j)
+                for table in (similarity.values, similarity.chance, similarity.standard_error)
+            )
+            for measure, similarity_maps in comparison.maps.items()
+            for similarity in similarity_maps
+            for i, row_layer in enumerate(similarity.rows)
+            for j, column_layer in enumerate(similarity.columns)
+        ),
+    )
 
 
 def _six_decimals(table: Tensor | None, i: int, j: int) -> str:
