@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -104,27 +105,20 @@ def _write_files(comparison: Comparison, folder: Folder) -> None:
                 folder.write(f"{name}.png", png(pixels))
                 board.add_image(f"compare/{name}", pixels, 0, dataformats="HWC")
             board.add_text(f"compare/{clean(measure)}", _markdown_section(measure, comparison), 0)
-    folder.write("compare.csv", _comparison_csv(comparison))
+    folder.write("compare.csv", as_csv(COLUMNS_OF_COMPARISON, _comparison_rows(comparison)))
     sections = [_markdown_section(measure, comparison) for measure in comparison.maps]
     folder.write("compare.md", "\n\n".join(sections) + "\n")
 
 
-def _comparison_csv(comparison: Comparison) -> str:
-    """Return every pair of layers as a row: the similarity, its value by chance and its standard error."""
-    return as_csv(
-        COLUMNS_OF_COMPARISON,
-        (
-            (measure, similarity.row_title, row_layer, similarity.column_title, column_layer)
-            + tuple(
-                _six_decimals(table, i, j)
-                for table in (similarity.values, similarity.chance, similarity.standard_error)
-            )
-            for measure, similarity_maps in comparison.maps.items()
-            for similarity in similarity_maps
-            for i, row_layer in enumerate(similarity.rows)
-            for j, column_layer in enumerate(similarity.columns)
-        ),
-    )
+def _comparison_rows(comparison: Comparison) -> Iterator[tuple[str, ...]]:
+    """Yield every pair of layers: the similarity, its value by chance and its standard error."""
+    for measure, similarity_maps in comparison.maps.items():
+        for similarity in similarity_maps:
+            tables = (similarity.values, similarity.chance, similarity.standard_error)
+            for i, row_layer in enumerate(similarity.rows):
+                for j, column_layer in enumerate(similarity.columns):
+                    names = (measure, similarity.row_title, row_layer, similarity.column_title, column_layer)
+                    yield (*names, *(_six_decimals(table, i, j) for table in tables))
 
 
 def _six_decimals(table: Tensor | None, i: int, j: int) -> str:
