@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -110,10 +110,14 @@ def test_the_command(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFix
     assert "compare/CKA/text_summary" in texts
 
 
-def test_the_module_is_the_command(runs: list[Path]) -> None:
-    command = [sys.executable, "-m", "lightning_interp.cli", "compare", str(runs[0]), str(runs[1]), "--measure", "cka"]
-    finished = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert re.search(r"head +1\.000 ± 0\.000", finished.stdout)
+def test_the_module_is_the_command(
+    runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["", "compare", str(runs[0]), str(runs[1]), "--measure", "cka"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("lightning_interp.cli", run_name="__main__")
+    assert not end.value.code
+    assert re.search(r"head +1\.000 ± 0\.000", capsys.readouterr().out)
 
 
 def test_the_command_tells_an_error_in_one_line(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:

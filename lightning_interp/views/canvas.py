@@ -158,7 +158,8 @@ def render(figure: Figure) -> Pixels:
 def png(pixels: Pixels) -> bytes:
     """Return an image as the content of a PNG file."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    # Level 3 takes two thirds of the time of the usual 6, for files 3 to 10% larger.
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=3)
     return buffer.getvalue()
 
 
