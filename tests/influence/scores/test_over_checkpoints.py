@@ -58,7 +58,7 @@ class Largest(TorchDispatchMode):
 
 
 def largest(estimator: Estimator, n: int, top_k: int | None) -> int:
-    model, train, query = network(), samples(n), samples(20, 20)
+    model, train, query = network(), samples(n), samples(10, 10)
     with Largest() as seen:
         estimator(model, train, query, top_k=top_k)
     return seen.size
@@ -83,10 +83,10 @@ def test_no_tensor_grows_with_the_training_samples_but_all_scores_do(
     estimator: Estimator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(projected, "PILED_ROWS", 10)
-    queries, lists, chunk = 20, 3, 12
+    queries, lists, chunk = 10, 3, 12
     bound = queries * (queries * lists + chunk)
-    assert largest(estimator, 200, 1) <= bound
-    assert largest(estimator, 200, None) >= queries * 200 > 2 * bound
+    assert largest(estimator, 100, 1) <= bound
+    assert largest(estimator, 100, None) >= queries * 100 > 2 * bound
 
 
 def test_samples_to_score_and_a_positive_top_are_expected(estimator: Estimator) -> None:
