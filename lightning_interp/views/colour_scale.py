@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from math import ceil
 
 import numpy as np
 from matplotlib import colormaps
@@ -13,6 +14,8 @@ from PIL import Image, ImageDraw
 
 from lightning_interp.views.canvas import GAP, INK, PAPER, Pixels, paragraph, typeface
 
+# The size of type of names, titles and numbers at the bar, in pixels.
+TITLE_TYPE = 16
 # Of the bar, in pixels: its width, the height of a pointed end, the length of a tick.
 BAR, POINTED_END, TICK = 20, 14, 5
 # Numbers at the bar: with this many intervals at most they stay apart on the lowest map.
@@ -50,24 +53,25 @@ class ColourScale:
             values: of the map.
             label: what the values mean.
         """
-        font = typeface(16)
-        ticks = {f"{tick:.6g}": tick for tick in self._ticks()}
-        numbers_width = int(max(map(font.getlength, ticks))) + 1
-        text = paragraph(label, 16, height, centred=True).transpose(Image.Transpose.ROTATE_90)
-        text_left = BAR + TICK + 3 + numbers_width + GAP
+        font, ticks = typeface(TITLE_TYPE), self._ticks()
+        text = paragraph(label, TITLE_TYPE, height, centred=True).transpose(Image.Transpose.ROTATE_90)
+        numbers_left = BAR + TICK + 3
+        text_left = numbers_left + GAP + ceil(max(map(font.getlength, ticks.values()), default=0))
         sheet = Image.new("RGB", (text_left + text.width, max(height + 2 * GAP, text.height)), PAPER)
         sheet.paste(text, (text_left, max(0, GAP + (height - text.height) // 2)))
-        pen = ImageDraw.Draw(sheet)
         first, last = self._draw_bar(sheet, height, values)
-        for number, tick in ticks.items():
+        pen = ImageDraw.Draw(sheet)
+        for tick, number in ticks.items():
             y = round(last + (first - last) * (tick - self.low) / (self.top - self.low))
             pen.line(((BAR, y), (BAR + TICK, y)), INK)
-            pen.text((BAR + TICK + 3, y), number, INK, font, anchor="lm")
+            pen.text((numbers_left, y), number, INK, font, anchor="lm")
         return sheet
 
-    def _ticks(self) -> list[float]:
+    def _ticks(self) -> dict[float, str]:
+        """Return round values on the scale, and each as text."""
         ticks = MaxNLocator(MOST_INTERVALS, steps=[1, 2, 2.5, 5, 10]).tick_values(self.low, self.top)
-        return [float(tick) + 0.0 for tick in ticks if self.low <= tick <= self.top]  # + 0.0 turns -0.0 into 0.0
+        # Adding 0.0 turns -0.0 into 0.0.
+        return {float(tick): f"{tick + 0.0:.6g}" for tick in ticks if self.low <= tick <= self.top}
 
     def _draw_bar(self, sheet: Image.Image, height: int, values: np.ma.MaskedArray) -> tuple[int, int]:
         """Draw the bar, GAP below the sheet's top, and return the heights of its bright and dark end."""

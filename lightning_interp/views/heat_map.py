@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from lightning_interp.similarity.results import SimilarityMap
 from lightning_interp.views.canvas import GAP, INK, PAPER, Pixels, paragraph, side_by_side, stacked, text_mask, typeface
-from lightning_interp.views.colour_scale import TICK, ColourScale
+from lightning_interp.views.colour_scale import TICK, TITLE_TYPE, ColourScale
 
 # Numbers in more cells than 10 × 10 are too small to read in a report.
 MOST_CELLS_WITH_NUMBERS = 100
@@ -18,8 +18,8 @@ LONGEST_LAYER_NAME = 32
 # The size of a cell in pixels, with room for a number such as -0.12, and of the smallest map, with room for its legend.
 CELL_WIDTH, CELL_HEIGHT = 46, 38
 NARROWEST_MAP, LOWEST_MAP = 320, 220
-# The sizes of type, in pixels: of names and titles, and of the numbers in cells and the note below.
-TITLE_TYPE, NUMBER_TYPE = 16, 12
+# The size of type of the numbers in cells and the note below, in pixels.
+NUMBER_TYPE = 12
 GREY, HATCH_PAPER, HATCH_INK = (77, 77, 77), (230, 230, 230), (179, 179, 179)
 
 
