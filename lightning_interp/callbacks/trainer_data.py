@@ -120,7 +120,7 @@ def mover(trainer: pl.Trainer) -> Any:
 
 @contextmanager
 def explained_weights(trainer: pl.Trainer, module: nn.Module, which: Literal["last", "best"]) -> Iterator[None]:
-    """Give the module the weights that its checkpoint callback found best, for a while, or leave it the last ones."""
+    """Load the weights that the checkpoint callback found best, within the context, or keep the last ones."""
     path = getattr(trainer.checkpoint_callback, "best_model_path", "") if which == "best" else ""
     if which == "best" and not path:
         rank_zero_warn('weights="best": no checkpoint callback has a best model, so the last one is explained')

@@ -53,7 +53,7 @@ class AttributionRun:
         folder: the run's.
         room: the callback's folder in the run's.
         probe: the fixed samples.
-        pool: samples among which the most confidently wrong are looked for; None where none are wanted.
+        pool: samples among which the most confidently wrong are searched for; None where none are drawn.
         localized: samples with a truth; None where there is none.
         setup: what is explained, and how.
         targets: what the numbers over epochs are of, for each batch of the probe.

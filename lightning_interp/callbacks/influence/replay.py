@@ -64,9 +64,9 @@ def replay_end(
 ) -> None:
     """Let a callback start and end a training run that takes no step, its state that of a checkpoint.
 
-    A trainer of Lightning's brings back weights, optimizers, counters and data, so that the callback meets what it met
-    at the end of the run. What the network itself does at the start and the end of a run is left out, since it may
-    load, log or save, as are its other callbacks.
+    A trainer of Lightning's brings back weights, optimizers, counters and data, so that the callback finds the state
+    that it found at the end of the run. What the network itself does at the start and the end of a run is left out,
+    since it may load, log or save, as are its other callbacks.
 
     Args:
         callback: all of whose work is in `on_train_start` and `on_train_end`.
@@ -77,11 +77,11 @@ def replay_end(
         folder: the run's, where TensorBoard's events and the callback's files go.
         device: "auto", "cpu", "cuda", "cuda:1", "mps", ...
         precision: the trainer's.
-        trusted: whether the checkpoint may be unpickled whatever it holds.
+        trusted: whether arbitrary objects in the checkpoint may be unpickled.
         trained: names of the parameters that had gradients then; those that have them now when None.
 
     Raises:
-        ValueError: the trainer cannot be had as asked, or has no training data.
+        ValueError: there is no such device or precision, or no training data.
     """
     package = importlib.import_module(_package(module))
     wrong = package.utilities.exceptions.MisconfigurationException
