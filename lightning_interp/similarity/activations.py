@@ -1,4 +1,4 @@
-"""From forwards over a probe to one representation per layer, in bounded memory."""
+"""Forwards over a probe become one representation per layer, in bounded memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_interp.similarity.pooling import Pooling, feature_count, fit_mask
 from lightning_interp.similarity.representation import Form, Representation
 from lightning_interp.similarity.sketch import Sketch
 
-BYTES_PER_PASS = 440 * 2**20  # bounds what a pass adds to a process that is training; a pass more costs a forward more
+BYTES_PER_PASS = 440 * 2**20  # bounds the memory added to a process that trains; each further pass costs a forward
 OUTPUT = "output"
 Forward = Callable[[Any], object]
 Mask = Callable[[Any], Tensor | None]
