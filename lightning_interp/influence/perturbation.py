@@ -80,7 +80,7 @@ class Crafted:
 
     Args:
         inputs: as changed, `(m, *shape)`.
-        originals: as they were, `(m, *shape)`.
+        originals: before the change, `(m, *shape)`.
         model: retrained on the changed inputs.
         losses: of the queries, before the first step and after the retraining of each, `(steps + 1, q)`.
     """
@@ -104,7 +104,7 @@ class Front(NamedTuple):
 
 
 def never(model: nn.Module) -> bool:
-    """Return False: take every step."""
+    """Return False, so that every step is taken."""
     return False
 
 
@@ -119,7 +119,7 @@ class Steps:
             is the same.
         low: least value of a feature.
         high: largest value of a feature.
-        stop: retrained model → whether that is enough.
+        stop: retrained model → whether to stop.
     """
 
     count: int = 50

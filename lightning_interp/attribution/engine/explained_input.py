@@ -25,7 +25,7 @@ class ExplainedInput:
     """A model as a function of one of its inputs, sample by sample; its other inputs are fixed.
 
     Of floats, gradients are taken with respect to the input itself; of token ids, at the output of the embedding that
-    looks them up, which is found in the forward.
+    they index, which is found in the forward.
 
     Args:
         model: in eval mode, inside `lightning_interp.network.undisturbed.explaining`.

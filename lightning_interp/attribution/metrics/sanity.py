@@ -92,7 +92,7 @@ def reinitialized(model: nn.Module, layer: str | None = None, seed: int = 0) -> 
 def last_weights(model: nn.Module, inputs: Any, task: Task = Task()) -> str:
     """Return the name of the last module with parameters of its own that a forward calls: mostly the one of the logits.
 
-    One that contains another such module is passed over.
+    One that contains another such module is skipped.
 
     Raises:
         ValueError: no module of the model has parameters.

@@ -45,8 +45,8 @@ class EKFAC:
     Grosse et al., Studying Large Language Model Generalization with Influence Functions, 2023.
 
     Args:
-        columns: how many columns of the matrix it is estimated from: an unbiased sample, which holds
-            the large ones surely (see `PrioritySample`); every column of every sample when None.
+        columns: how many columns of the matrix it is estimated from: an unbiased sample, which contains the large ones
+            (see `PrioritySample`); every column of every sample when None.
         samples: training samples, evenly spread, that it is estimated from; all when None.
         seed: of the sample.
     """
@@ -178,7 +178,7 @@ class EKFACInverse:
 def column_passes(
     reader: Reader, samples: Samples, count: int | None, seed: int
 ) -> tuple[ColumnPass, int, tuple[str, ...]]:
-    """Return how to go over the curvature's columns, how many samples they stand for, and notes on them."""
+    """Return a function that starts a pass over the curvature's columns, their number of samples, and notes."""
     if count is None:
         return lambda what: reader.gradients_of_all_columns(samples, seed, what), len(samples), ()
     columns = reader.sample_columns(samples, count, seed)

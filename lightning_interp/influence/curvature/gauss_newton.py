@@ -22,7 +22,7 @@ LARGEST_SOLUTION = 2**25  # elements, 128 MB of float32 for all solved queries
 
 @dataclass(frozen=True)
 class GaussNewton:
-    """The whole generalised Gauss–Newton matrix H = (1/n) Σ JᵀH_ℓJ, layers with one another.
+    """The whole generalised Gauss–Newton matrix H = (1/n) Σ JᵀH_ℓJ, curvature between layers included.
 
     For cross entropy it is the Fisher matrix, for a linear model the Hessian. With all columns it is a matrix over the
     parameters, of which there may be 8,192. With a number of columns, H = (1/n) C Cᵀ is inverted in their space,
@@ -33,7 +33,7 @@ class GaussNewton:
     Curvature Access Through the Generalized Gauss-Newton's Low-Rank Structure, 2022.
 
     Args:
-        columns: how many columns it is computed from: an unbiased sample, the large ones surely in it (see
+        columns: how many columns it is computed from: an unbiased sample, which contains the large ones (see
             `PrioritySample`); every column of every sample when None.
         samples: training samples, evenly spread, that it is computed from; all when None.
         seed: of the sample.
@@ -144,7 +144,7 @@ class FittedColumns:
 
     Args:
         rows: the columns of C, as gradients of each block.
-        n: number of samples that they stand for.
+        n: number of samples that they represent.
         elements: number of parameters' elements.
         notes: what to say of it.
     """

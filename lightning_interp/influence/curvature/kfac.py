@@ -38,8 +38,8 @@ class KFAC:
     convolutions Grosse & Martens, A Kronecker-factored Approximate Fisher Matrix for Convolution Layers, 2016.
 
     Args:
-        columns: how many columns of the matrix B is estimated from: an unbiased sample, which holds
-            the large ones surely (see `PrioritySample`); every column of every sample when None.
+        columns: how many columns of the matrix B is estimated from: an unbiased sample, which contains the large ones
+            (see `PrioritySample`); every column of every sample when None.
         samples: training samples, evenly spread, that it is estimated from; all when None.
         seed: of the sample.
     """

@@ -19,7 +19,7 @@ from lightning_interp.progress import quiet
 
 BATCHES_TRIED = 8  # mini-batches that the largest eigenvalue is taken over: with the iterations, 80 products
 POWER_ITERATIONS = 10  # a rough eigenvalue is enough: the series converges from half of the largest on
-BOUND_SLACK = 1.01  # on the bound that tells divergence, for rounding
+BOUND_SLACK = 1.01  # factor on the bound that detects divergence, for rounding
 
 
 @dataclass(frozen=True)

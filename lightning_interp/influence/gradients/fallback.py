@@ -83,7 +83,7 @@ class FallbackGradients:
 
 
 class _Wrapper(nn.Module):
-    """A model inside another, so that parameters can be exchanged whatever is called of it."""
+    """A model inside another, so that `functional_call` can exchange parameters for any function of it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

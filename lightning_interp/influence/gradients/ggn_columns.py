@@ -76,7 +76,7 @@ class CurvatureColumns:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Say what the sample is, unless it is everything."""
+        """How the columns were sampled; empty if all were taken."""
         count = len(self.sample_indices)
         if count == self.total:
             return ()
@@ -87,9 +87,9 @@ class CurvatureColumns:
 
 
 class PrioritySample:
-    """Samples at most `count` columns of a stream: the large ones surely, the small ones by chance.
+    """Samples at most `count` columns of a stream: the large ones with certainty, the small ones at random.
 
-    Each column of squared norm w gets the priority w/u, u uniform. The `count` highest are sampled, and stand for
+    Each column of squared norm w gets the priority w/u, u uniform. The `count` highest are sampled, with the weight
     max(w, τ), τ the next priority: unbiased, in memory that does not grow with the stream.
 
     Reference: Duffield, Lund & Thorup, Priority Sampling for Estimation of Arbitrary Subset Sums, 2007.
@@ -185,7 +185,7 @@ class PrioritizedColumns(NamedTuple):
         return self._replace(state=self.state[:, indices], vectors=self.vectors[indices])
 
     def weight(self, threshold: float) -> CurvatureColumns:
-        """Return the columns, each scaled to what it stands for, in the order of their samples."""
+        """Return the columns, each scaled to its weight, in the order of their samples."""
         order = self.state[2].argsort(stable=True)
         state, vectors = self.state[:, order], self.vectors
         if vectors is None:

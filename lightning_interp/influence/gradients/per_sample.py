@@ -194,7 +194,7 @@ def _lay_out(block: ParameterBlock, names: Sequence[str], use: ParameterUse, out
 
 @contextlib.contextmanager
 def _record_calls(watched_model: WatchedModel, record: Callable[[WatchedLayer, LayerCall], Any]) -> Iterator[None]:
-    """Hand each call of a watched layer to `record`; what it returns stands in for the layer's output."""
+    """Hand each call of a watched layer to `record`; what it returns replaces the layer's output."""
     handles = []
     try:
         for layer in watched_model.layers:

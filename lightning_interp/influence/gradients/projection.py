@@ -143,7 +143,7 @@ def _spectrum_of_vectors(vectors: Tensor, bins: Tensor, signs: Tensor, dim: int)
 
 
 def _project_table(lookup: Lookup, outputs: Tensor, hashes: Hashes, dim: int) -> Float[Tensor, "n k"]:
-    """Return the projection of a table's gradients: only of the rows that were looked up."""
+    """Return the projection of a table's gradients: only of the rows that were indexed."""
     bins = (hashes.outputs[0] + hashes.inputs[0][lookup.index][:, :, None]) % dim
     values = outputs[:, 0] * hashes.output_signs[0] * hashes.input_signs[0][lookup.index][:, :, None]
     return outputs.new_zeros(len(outputs), dim).scatter_add_(1, bins.flatten(1), values.flatten(1))

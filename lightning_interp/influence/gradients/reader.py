@@ -44,7 +44,7 @@ class Reader:
     def of(
         cls, coverage: Coverage, samples: Samples, progress: Progress = quiet, ranks: Ranks = SINGLE_PROCESS
     ) -> Reader:
-        """Find out how many samples fit in memory.
+        """Return a reader whose batches fit in memory.
 
         No more than the samples' own batches have, or where these may have any size up to 1,024 if all that the network
         makes of them fits: most of a small network's cost is overhead.

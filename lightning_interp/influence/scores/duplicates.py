@@ -35,6 +35,6 @@ class Duplicates:
 
 
 def _checksum(batch: Tensor) -> Tensor:
-    """Return an integer per sample, the same for equal samples: exact, whatever the order of summing."""
+    """Return an integer per sample, the same for equal samples: exact in any order of summation."""
     bits = batch.contiguous().flatten(1) if batch.ndim > 1 else batch.contiguous()[:, None]
     return bits.view(INTEGER_TYPES[bits.element_size()]).sum(1, dtype=torch.int64)
