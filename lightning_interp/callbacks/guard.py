@@ -71,6 +71,7 @@ class Guard:
                     reason = f"{type(error).__name__}: {error}"
                     self.switch_off(f"its defaults do not fit this model and data ({reason}); pass task= or a dataset")
         self._raise_on_all_ranks(trainer, failure)
+        # Off on one rank is off on all: the others would wait for it in their collectives.
         if self.on and not all(self._from_all_ranks(trainer, self.on)):
             self.switch_off("it is off on another rank")
 

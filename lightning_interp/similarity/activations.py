@@ -123,6 +123,7 @@ def find_activations(
         batch_layouts: dict[str, list[Layout | None]] = {}
         n = count_samples(batch)
 
+        # The loop's variables are bound as defaults, since they change.
         def hook(
             layer: str, submodule: nn.Module, _: Any, output: Any, n: int = n, layouts: Any = batch_layouts
         ) -> None:
@@ -286,6 +287,7 @@ def _passes(plan: _Plan, columns_per_pass: int) -> list[list[FeatureRange]]:
             if free <= 0:
                 passes.append([])
                 free = columns_per_pass
+            # Features that stay as they are take their memory in any case, and are not split.
             stop = min(width, start + free) if call in plan.summed else width
             passes[-1].append(FeatureRange(call, start, stop))
             free -= stop - start

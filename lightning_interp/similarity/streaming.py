@@ -68,6 +68,7 @@ class StreamingCKA(Metric):
             if features.shape != (len(x), width):
                 raise ValueError(f"{name}: expected shape ({len(x)}, {width}), got {tuple(features.shape)}")
         features = torch.cat([x, y], dim=1).detach().to(self.sums)
+        # The mean of the first batch is the point about which this rank sums.
         if not self.sums[0, 0]:
             self.sums[-1, 1:-2] = features.mean(0)
         shifted = features - self.sums[-1, 1:-2]

@@ -164,6 +164,7 @@ class _AtEmbedding(TorchFunctionMode):
         if self.met_embedding or func is not F.embedding:
             return output
         looked_up = args[0] if args else kwargs["input"]
+        # Compared by value, since the model may pass on a copy.
         if looked_up.shape != self.ids.shape or not torch.equal(looked_up, self.ids):
             return output
         self.met_embedding = True

@@ -107,6 +107,7 @@ def forward_backward(
     Raises:
         ValueError: a layer is unknown, was not called or gives no floats; or no gradient flows.
     """
+    # Class activation maps alone need no graph below the last map, whose memory is then freed.
     if not (of_input or rule or goal.layers) and set(layers) == {LAST_MAP}:
         result = _above_last_map(explained, choice, goal)
         if result is not None:

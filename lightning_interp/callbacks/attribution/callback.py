@@ -228,6 +228,7 @@ class InputAttribution(Callback):
         self._restored = dict(state_dict)
 
     def _start(self, folder: Folder, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # A second `fit` of the same trainer continues the history, as a resumed run does.
         earlier = self._restored or (self.state_dict() if trainer.global_step else {})
         self._run = None
         source = self._source(trainer)
@@ -253,6 +254,7 @@ class InputAttribution(Callback):
             mask=mask_of(probe, setup.task),
         )
         self._restored = {}
+        # A resumed run has these maps in its history.
         if not trainer.global_step:
             self._record(trainer, module, batches, 0, scored=False)
             self._log(trainer, panels_of(batches, setup, "before training"), "attribution")
@@ -297,6 +299,7 @@ class InputAttribution(Callback):
 
     def _evaluate_once(self, stage: str, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Draw the samples of an evaluation's own loader, whether or not there was a fit before."""
+        # The folder is otherwise set at the start of a fit, which there may not have been.
         self._guard.room = room_of(self, trainer, "attribution")
 
         def draw(trainer: pl.Trainer, module: pl.LightningModule) -> None:

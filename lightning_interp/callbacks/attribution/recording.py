@@ -99,6 +99,7 @@ def record(
         scored: whether it is the turn of deletion, insertion and the sanity check.
     """
     tags = {number.tag for number in run.numbers if number.step == step}
+    # Training may end at the moment of its last evaluation, whose maps are then stored already.
     stored = step in run.store.steps
     to_score = run.scored and scored and not any(tag.startswith("attribution_deletion") for tag in tags)
     if stored and not to_score:

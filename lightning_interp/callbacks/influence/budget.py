@@ -94,6 +94,7 @@ def afford_scores(score: Callable[[Sequence[int]], float], train: Samples, secon
     if n <= LARGEST_TRIAL or math.isinf(seconds):
         return None
     started = time.perf_counter()
+    # A first trial on very few samples, only to choose the size of the two that are compared.
     score(train.spread_indices(SMALLEST_TRIAL))
     size = _trial_size((time.perf_counter() - started) / SMALLEST_TRIAL, seconds)
     # The difference of two trials cancels costs that do not grow with the samples, such as solving for the queries.

@@ -240,7 +240,9 @@ class DataInfluence(Callback):
 
     def _after(self, contents: Mapping[str, Any], query: Sequence[int] | None) -> DataInfluence:
         """Return a callback with these arguments, in the state in which the checkpoint's training left it."""
+        # A copy, so that this callback can explain further checkpoints.
         callback = copy.copy(self)
+        # Errors are raised: there is no training that must continue in spite of them.
         callback._guard = Guard(INFLUENCE, "influence", "raise", arguments_given=True, on_every_rank=True)
         callback._run, callback._recorder, callback._query_ids = None, Recorder(), query
         callback.budget_seconds = math.inf if self.budget_seconds is None else self.budget_seconds
@@ -303,6 +305,7 @@ class DataInfluence(Callback):
     ) -> tuple[str, ...]:
         """Return reasons to distrust the scores; raise where they cannot be computed at all."""
         first_samples = dataclasses.replace(train, workers=0).at(range(min(4, len(train))))
+        # Read twice: a dataset that augments gives other inputs the second time.
         batch, batch_again = next(iter(first_samples)), next(iter(first_samples))
         cautions = [
             augmentation_warning(task, batch, batch_again),

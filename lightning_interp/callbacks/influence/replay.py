@@ -121,8 +121,10 @@ def _trainer(
         logger=package.loggers.TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
         default_root_dir=folder,
         callbacks=callbacks,
+        # Lightning ignores `should_stop` until these are reached.
         min_epochs=0,
         min_steps=0,
+        # Beyond those of the checkpoint, or there would be no training to start.
         max_epochs=int(content.get("epoch", 0)) + 2,
         max_steps=int(content.get("global_step", 0)) + 1,
         num_sanity_val_steps=0,

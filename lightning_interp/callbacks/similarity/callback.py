@@ -181,6 +181,7 @@ class RepresentationSimilarity(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Take a snapshot every `every_n_steps` steps."""
         every = self.every_n_steps
+        # Not a remainder of 0: with several optimizers a batch takes several steps.
         if every is not None and trainer.global_step // every > self._last_step // every:
             self._last_step = trainer.global_step
             self._guard.run(partial(self._record, _finished_epochs(trainer)), trainer, pl_module)
@@ -203,6 +204,7 @@ class RepresentationSimilarity(Callback):
         return {
             "folder": self._run.store.folder.path,
             "fingerprint": self._run.probe.fingerprint,
+            # The snapshot itself, as the folder may not be there where the run is resumed.
             "initial": self._run.initial,
             "maps": self.pooling.maps,
             "tokens": self.pooling.tokens,
@@ -219,6 +221,7 @@ class RepresentationSimilarity(Callback):
         self._restored = dict(state_dict)
 
     def _start(self, folder: Folder, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # A second `fit` of the same trainer continues the history, as a resumed run does.
         earlier = self._restored or (self.state_dict() if trainer.global_step else {})
         self._run = None
         probe = self._take_probe(trainer)

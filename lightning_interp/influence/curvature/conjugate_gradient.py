@@ -100,6 +100,7 @@ def solve(
     scale = right.norm(dim=1).clamp(min=torch.finfo(right.dtype).tiny)
     iterations_done = 0
     while iterations_done < iterations and len(unsolved := (residual.norm(dim=1) > tolerance * scale).nonzero()[:, 0]):
+        # Solved systems drop out of the products, which are what an iteration costs.
         directions = direction[unsolved]
         products = product(directions)
         curvatures = _dots(directions, products)

@@ -194,6 +194,7 @@ def column_passes(
             stored_elements += elements_in_memory(rows)
             to_cache = [*to_cache, rows] if stored_elements <= MOST_CACHED else []
             yield rows
+        # Only here: a pass that was not read to its end must not be cached.
         cached.extend(to_cache)
 
     return sampled_columns, columns.n, columns.notes
@@ -227,9 +228,11 @@ def _side_moments(rows: FactoredGradients) -> tuple[Tensor | None, Tensor | None
     decomposed_outputs = 1 < o <= WIDEST_FACTOR
     if rows.positions == 1 and isinstance(rows.inputs, Tensor):
         a, g = rows.inputs[:, :, 0].transpose(0, 1), rows.outputs[:, :, 0].transpose(0, 1)
+        # With G = g aᵀ, GGᵀ = |a|² g gᵀ and GᵀG = |g|² a aᵀ.
         outputs = g.mT @ (g * a.square().sum(2, keepdim=True)) if decomposed_outputs else None
         return outputs, a.mT @ (a * g.square().sum(2, keepdim=True)) if decomposed_inputs else None
     if isinstance(rows.inputs, Lookup):
+        # A sample's rows of a table are distinct, so that GGᵀ is the sum of their g gᵀ.
         output_rows = rows.outputs.flatten(0, 2)
         return (output_rows.mT @ output_rows)[None] if decomposed_outputs else None, None
     outputs, inputs = None, None

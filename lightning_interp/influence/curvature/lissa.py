@@ -69,6 +69,7 @@ class LiSSA:
         scale = self.scale or largest_eigenvalue(operator, self.batch_size, draws)
 
         def solver(queries: Tensor) -> Solution:
+            # Seeded for each set of queries, so that the same queries get the same scores.
             draws = torch.Generator().manual_seed(self.seed)
             series = [self._summed(reader, operator, queries, scale, draws) for _ in range(self.repeats)]
             solutions = torch.stack(series).mean(0)

@@ -90,6 +90,7 @@ class FittedProjected:
     def inverse(self, shift: Shift) -> ProjectedInverse:
         """Return (P H Pᵀ + λ)⁻¹, or with D = Λ^−½ P (D H D + I)⁻¹ Pᵀ between whitened gradients, in another pass."""
         numbers = {value for value in shift.values() if not isinstance(value, Tensor)}
+        # One λ for all parameters can be added after the projection, without another pass.
         if len(numbers) == 1 and not any(isinstance(value, Tensor) for value in shift.values()):
             return ProjectedInverse(self.projection, self.matrix, numbers.pop())
         columns = (self.projection(whiten(rows, shift)) for rows in self.column_gradients("curvature, whitened"))

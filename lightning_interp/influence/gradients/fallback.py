@@ -71,6 +71,7 @@ class FallbackGradients:
 
         def value_of_sample(values: dict[str, Tensor], *rows: Tensor) -> Tensor:
             remaining = iter(rows[: len(mapped)])
+            # vmap removes the dimension of the samples, which the model expects.
             sample = map_tensors(lambda t: next(remaining)[None] if _is_per_sample(t, n) else t, batch)
             arguments = (value, sample, *rows[len(mapped) :])
             return functional_call(self._wrapper, {**constants, **values}, arguments, strict=False)

@@ -91,6 +91,7 @@ class _Scan:
         input_map = _RepeatedMap(self._layer, f"_ih{self._suffix}", 1)
         state_map = _RepeatedMap(self._layer, f"_hh{self._suffix}", len(steps))
         projection = _RepeatedMap(self._layer, f"_hr{self._suffix}", len(steps))
+        # The map of the inputs does not depend on the state, so that all steps go through it at once.
         mapped_inputs, outputs = input_map(steps).unbind(), []
         order = range(len(steps))[:: -1 if backwards else 1]
         for t in order:
