@@ -161,5 +161,5 @@ def started_run(run: T | None) -> T:
         RuntimeError: it was not called.
     """
     if run is None:
-        raise RuntimeError("expected on_train_start to be called before training goes on")
+        raise RuntimeError("expected on_train_start to be called first")
     return run

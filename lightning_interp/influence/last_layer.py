@@ -146,6 +146,7 @@ class LastLayer:
             return self._gradient(shares, weights) - self._mean_gradient + self.damping * (weights - self.trained)
 
         weights, slope = self.trained, slope_at(self.trained)
+        # Where leaving the samples out changes nothing, the slope is rounding alone.
         rounding = FLOAT64_ROUNDING * self.train.features.abs().max() * weights.numel() ** 0.5
         converged = SLOPE_TOLERANCE * slope.norm() + rounding
         step = self._newton_step(shares, weights, slope)
@@ -157,6 +158,7 @@ class LastLayer:
                 weights, slope = weights - step, new_slope
                 step = self._newton_step(shares, weights, slope) if slope.norm() > converged else step
             else:
+                # The loss is not quadratic, so that a full step may go too far.
                 step = step / 2
         raise FloatingPointError(
             f"retrain: expected {self.name!r} to converge in {MOST_NEWTON_STEPS} steps, its gradient is"

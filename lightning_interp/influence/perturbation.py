@@ -69,6 +69,7 @@ def _input_gradients(
     gradients = torch.autograd.grad(task.losses(model, batch)[2].sum(), parameters, create_graph=True)
     slopes = []
     for vector in zip(*vectors.values(), strict=True):
+        # A backward through ∇_θ ℓ, weighted by s, is ∇_x ⟨s, ∇_θ ℓ⟩.
         (slope,) = torch.autograd.grad(gradients, x, vector, retain_graph=True, materialize_grads=True)
         slopes.append(slope.cpu())
     return torch.stack(slopes)

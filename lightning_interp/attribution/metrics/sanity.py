@@ -78,6 +78,7 @@ def reinitialized(model: nn.Module, layer: str | None = None, seed: int = 0) -> 
     module = _with_weights(model, layer)
     saved = [(parameter, parameter.detach().clone()) for parameter in module.parameters()]
     try:
+        # For the random generators, and for buffers: a normalisation resets its running statistics as well.
         with undisturbed(module), torch.no_grad():
             _seed_generators(seed)
             for inner in module.modules():

@@ -19,7 +19,7 @@ MUTED = ("on_fit_start", "on_train_start", "on_train_end", "on_fit_end", "teardo
 
 
 class _NoStep(Callback):
-    """Ends training where it starts.
+    """Ends training before its first batch.
 
     Args:
         trained: the parameters that had gradients when the checkpoint was written; those that have them now when None.
@@ -37,7 +37,7 @@ class _NoStep(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        raise ValueError("module: expected training to end where it starts, but it goes on; no step was taken")
+        raise ValueError("module: expected training to end before its first batch, but it continues; no step was taken")
 
 
 def run_folder_of(path: str | os.PathLike[str]) -> str:

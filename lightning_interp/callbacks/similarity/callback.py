@@ -366,7 +366,9 @@ class RepresentationSimilarity(Callback):
         if self.sketch:
             notes.append(f"Wide layers reduced to {self.sketch:,} features by random signs: CKA is an estimate.")
         if run.store.thinned:
-            notes.append(f"{run.store.thinned} snapshots between the first and the last went, to stay in the budget.")
+            notes.append(
+                f"{run.store.thinned} snapshots between the first and the last were deleted to stay within the budget."
+            )
         if unmasked := run.activations.unmasked(run.probe.batches[0]):
             notes.append(f"All tokens count in {', '.join(unmasked)}: task.mask is of another length.")
         return notes
