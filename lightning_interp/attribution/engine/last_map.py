@@ -14,7 +14,7 @@ from lightning_interp.attribution.engine.sites import AFTER
 from lightning_interp.network.layout import layout_of
 
 MOST_EXTRA_TOKENS = 16  # vision transformers put 1 class token and up to a few registers in front of the patches
-LINEAR_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
+LINEAR_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}  # by the number of a map's dimensions
 
 
 class Candidate(NamedTuple):

@@ -14,6 +14,7 @@ from lightning_interp.attribution.engine.target import Target, recorded
 from lightning_interp.attribution.results import Explanation
 from lightning_interp.data.task import Task
 
+# The derivative along the width, smoothed along the height; its transpose is the other one.
 SOBEL = ((-1.0, 0.0, 1.0), (-2.0, 0.0, 2.0), (-1.0, 0.0, 1.0))
 
 

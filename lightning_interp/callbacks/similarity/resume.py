@@ -18,7 +18,7 @@ def restored_state(callback: Callback, callbacks: Sequence[Callback], saved: Map
     """Return the state with which a callback resumes; empty where there is none.
 
     It is the state saved under its own key. Where its arguments, and so its key, have changed since, it is one of the
-    states of its class that no callback has the key of, in order.
+    states of its class that no callback has the key of, in the callbacks' order.
 
     Args:
         callback: the one that resumes.
