@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lightning.pytorch.loggers import Logger
-from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_interp.checks import clean
-from lightning_interp.views.canvas import Pixels, png
+from lightning_interp.views.canvas import Pixels
 
 
 class Loggers:
@@ -49,11 +48,11 @@ class Loggers:
                 rows = [[step, float(value)] for step, value in zip(steps, values, strict=True)]
                 logger.log_table(key=self._tag(name), columns=["step", "value"], data=rows)
 
-    def image(self, name: str, pixels: Pixels, step: int, encoded: bytes | None = None) -> None:
-        """Log an image `(H, W, 3)`, 0 to 255; `encoded` is its PNG, where there is one already."""
+    def image(self, name: str, pixels: Pixels, step: int) -> None:
+        """Log an image `(H, W, 3)`, 0 to 255."""
         for logger in self._loggers:
             if writer := _writer(logger):
-                _add_png(writer, self._tag(name), encoded or png(pixels), pixels.shape, step)
+                writer.add_image(self._tag(name), pixels, step, dataformats="HWC")
             elif hasattr(logger, "log_image"):
                 logger.log_image(key=self._tag(name), images=[pixels], step=step)
 
@@ -69,10 +68,3 @@ class Loggers:
 def _writer(logger: Logger) -> SummaryWriter | None:
     experiment = getattr(logger, "experiment", None)
     return experiment if isinstance(experiment, SummaryWriter) else None
-
-
-def _add_png(writer: SummaryWriter, tag: str, encoded: bytes, shape: Sequence[int], step: int) -> None:
-    """Add an image as it is: `add_image` would encode it a second time, which takes longer than drawing it."""
-    height, width, colours = shape
-    image = Summary.Image(height=height, width=width, colorspace=colours, encoded_image_string=encoded)
-    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)

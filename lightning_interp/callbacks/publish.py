@@ -78,7 +78,7 @@ def publish(findings: Findings, loggers: Loggers, folder: Folder, room: str) -> 
         loggers.history(*curve)
     for picture in findings.pictures:
         if picture.tag:
-            loggers.image(picture.tag, picture.pixels, picture.step, picture.png)
+            loggers.image(picture.tag, picture.pixels, picture.step)
         own.write(f"{picture.file}.png", picture.png)
     for tag, text in findings.texts.items():
         loggers.text(tag, text, findings.step)
