@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a path to write to; when the block ends without an error, that file takes the place of `path`.
+    """Give a path to write to; when the block ends without an error, that file replaces `path`.
 
     Args:
         path: the file to replace or create, in a folder that exists.

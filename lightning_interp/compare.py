@@ -125,7 +125,7 @@ def compare(
 def _similarity_map(
     measure: AnyMeasure, a: Snapshot, b: Snapshot, row_title: str, column_title: str, n: int
 ) -> SimilarityMap:
-    # Snapshots read a layer from disk at each access; here all layers are held in memory, since each is used often.
+    # Snapshots read a layer from disk at each access; here all layers are loaded once, since each is used often.
     a, b = (dataclasses.replace(snapshot, layers=dict(snapshot.layers)) for snapshot in (a, b))
     values = matrix(measure, list(a.layers.values()), list(b.layers.values()))
     title = f"epoch {a.epoch} and epoch {b.epoch}"
@@ -225,7 +225,7 @@ def _read_snapshot(store: SnapshotStore, epoch: int | None) -> Snapshot:
 
 
 def _short_names(runs: Sequence[RunPath]) -> tuple[str, ...]:
-    """Return the parts of the paths that tell the runs apart; numbers where no part does."""
+    """Return the parts in which the paths of the runs differ; numbers where they do not."""
     paths = [[p for p in PurePath(str(run)).parts if p not in ("interp", "similarity")] for run in runs]
     for _ in range(2):  # strip what all paths share from the front, then, reversed, from the back
         while all(paths) and len({path[0] for path in paths}) == 1:

@@ -1,4 +1,4 @@
-"""Progress of long computations, reported through a callable, so that no room depends on how it is shown."""
+"""Progress of long computations, reported through a callable, so that computations do not depend on how it is shown."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def bar(items: Iterable[T], total: int, what: str) -> Iterable[T]:
 
 @dataclass(frozen=True)
 class Within:
-    """Ends work early: after `seconds` no item is begun any more; the first always is.
+    """Ends work early: after `seconds` no further item is begun; the first always is.
 
     Args:
         seconds: counted from the start of the first item.

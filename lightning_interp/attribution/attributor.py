@@ -1,4 +1,4 @@
-"""What an attribution method is, and what it may offer beyond a call."""
+"""The interface of attribution methods: a callable, and optional members."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_interp.attribution.results import Explanation
 from lightning_interp.data.task import Task
 
 # Any callable `(model, inputs, target, task) -> Explanation`, with no base class. Each protocol below is optional: a
-# method that has those members, whatever its class, is used in that way.
+# method that has its members is used in that way, and needs no base class for it.
 Attributor = Callable[..., Explanation]
 
 
@@ -21,7 +21,7 @@ class RanksPositions(Protocol):
     """An attributor with its own measure of how important each position of its maps is."""
 
     def importance(self, maps: Float[Tensor, "n *shape"]) -> Float[Tensor, "n *shape"]:
-        """Return numbers that deletion and insertion go through from the largest to the smallest."""
+        """Return the numbers by which deletion and insertion order positions, the largest first."""
 
 
 @runtime_checkable

@@ -99,8 +99,8 @@ class GradCAMPlusPlus(GradientMap):
     """Grad-CAM++: Grad-CAM with gradients weighted by position, so that several objects of a class all show.
 
     map = ReLU(Σ_k w_k A_k), w_k = Σ_positions α ReLU(g), g = ∂ logit_target / ∂A_k and α = 1 / (2 + g Σ_positions A_k):
-    what the paper's second and third derivatives of exp(logit) come to, where ReLU is the only nonlinearity above the
-    layer. Meant for feature maps after a ReLU; where Σ A is negative, α can grow without bound.
+    the weights that the paper derives from second and third derivatives of exp(logit), where ReLU is the only
+    nonlinearity above the layer. Meant for feature maps after a ReLU; where Σ A is negative, α can grow without bound.
 
     Reference: Chattopadhay et al., Grad-CAM++: Improved Visual Explanations for Deep Convolutional Networks, 2018.
 
@@ -180,7 +180,7 @@ class CAM(SinglePass):
         if not _pooled_and_linear(result.explained.model, activations, result.outputs):
             raise ValueError(
                 f"CAM(layer={layer!r}): expected a network whose outputs are one linear layer (or nothing) of this"
-                f" layer's mean over positions, got one of which that is not so; use GradCAM()"
+                f" layer's mean over positions, got one that ends otherwise; use GradCAM()"
             )
         summed = gradients.flatten(2).sum(2)  # of such a network, the linear layer's weights for the target
         return at_inputs_size(at_least_float32(weighted_sum(activations, summed)), result.explained.raw, layer)

@@ -28,7 +28,7 @@ class DeconvNet(SinglePass):
     """DeconvNet: a feature projected back to the input through ReLUs that pass positive signals alone.
 
     Max pooling goes back to where its maximum was, convolutions by their transposed filters, and each ReLU passes
-    ReLU(signal), whatever its own input was. Signed, in the shape of the input. Without a layer the target's logit is
+    ReLU(signal), independent of its own input. Signed, in the shape of the input. Without a layer the target's logit is
     projected. With one, the strongest activation of a channel: all others of the layer are set to zero, as in the
     paper, and what comes out is the pattern of the input that excites it. It looks much the same for any class: it
     shows what a feature is, not why the network chose a class.

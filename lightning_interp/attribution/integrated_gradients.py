@@ -22,18 +22,18 @@ from lightning_interp.network.undisturbed import explaining
 
 @dataclass(frozen=True)
 class IntegratedGradients:
-    """Gradients integrated on the straight way from a baseline to the input.
+    """Gradients integrated along the straight line from a baseline to the input.
 
     map = (x − x′) ⊙ ∫₀¹ ∂ logit_target / ∂x at x′ + α (x − x′) dα, by the midpoint rule, α = (k + ½) / steps; signed,
     in the shape of x; for token ids between embeddings, summed over their dimensions, `(n, tokens)`. Its sum is
-    logit(x) − logit(x′) but for the rule's error, which is `facts["completeness_gap"]` (sum minus difference, in the
+    logit(x) − logit(x′) up to the rule's error, which is `facts["completeness_gap"]` (sum minus difference, in the
     score's unit): where it is not small beside the difference, take more steps. It depends on the baseline: what equals
     it gets 0.
 
     Reference: Sundararajan et al., Axiomatic Attribution for Deep Networks, 2017.
 
     Args:
-        steps: points on the way.
+        steps: points on that line.
         baseline: x′: a number, one per channel, a tensor in the shape of one sample (of token ids: of its embedding),
             or a function of x.
         score: what is differentiated: `logit`, `probability`, `log_probability`, or a function like them.

@@ -31,8 +31,8 @@ class KernelSHAP:
     the default); else coalitions are drawn by the kernel, in pairs of opposites, seeded by the sample itself: the
     same in every batch, epoch and run. Maps as for LIME: `(n, columns)` for tables, `(n, tokens)`, `(n, H, W)`; signed.
 
-    "Off" is one baseline here. Shapley values over a set of background rows are the mean of the maps over them.
-    Where columns depend on each other, coalitions contain rows that do not occur.
+    Parts that are off take one baseline. Shapley values over a set of background rows are the mean of the maps over
+    them. Where columns depend on each other, coalitions contain rows that do not occur.
 
     Reference: Lundberg and Lee, A unified approach to interpreting model predictions, 2017.
 

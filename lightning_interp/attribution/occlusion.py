@@ -29,8 +29,8 @@ class Occlusion:
 
     map at a position = mean over the windows that cover it of logit(x) − logit(x with the window at the baseline);
     `(n, H, W)` for images (all channels are covered together), `(n, tokens)` for token ids and `(n, columns)` for
-    tables, where each token or column is a window. No gradient is needed. What the network sees is an input that it
-    was not trained on, and two parts that do each other's work both get little.
+    tables, where each token or column is a window. No gradient is needed. The network is evaluated on inputs unlike
+    those it was trained on, and of two parts of which either suffices both get little.
 
     Reference: Zeiler and Fergus, Visualizing and Understanding Convolutional Networks, 2014.
 

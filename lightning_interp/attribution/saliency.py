@@ -43,10 +43,10 @@ class Saliency(InputMap):
     """Gradient of the target's logit with respect to the input.
 
     map = ∂ logit_target / ∂x, signed, in the shape of x; shown as the largest absolute value over channels. For
-    token ids, the norm over the embedding's dimensions of the gradient at the output of the embedding that looks
-    them up, `(n, tokens)`. It shows where a small change would move the logit, not what the logit is made of, and is
-    noisy where the network has many ReLUs. The gradient of the probability is another quantity: p_t times the
-    logit's gradient less its mean over classes, weighted by their probabilities.
+    token ids, the norm over the embedding's dimensions of the gradient at the output of the embedding that they index,
+    `(n, tokens)`. It shows where a small change would move the logit, not what the logit is made of, and is noisy where
+    the network has many ReLUs. The gradient of the probability is another quantity: p_t times the logit's gradient less
+    its mean over classes, weighted by their probabilities.
 
     Reference: Simonyan et al., Deep Inside Convolutional Networks, 2013.
 
@@ -76,7 +76,7 @@ class InputXGradient(InputMap):
     """Input times gradient: what each input adds to the logit if the network is taken as linear around it.
 
     map = x ⊙ ∂ logit_target / ∂x, signed, in the shape of x; for token ids the sum of it over the embedding's
-    dimensions, `(n, tokens)`. Where x = 0 it is 0, whatever the network makes of that: it depends on how inputs are
+    dimensions, `(n, tokens)`. Where x = 0 it is 0, even if the network uses that value: it depends on how inputs are
     normalised.
 
     Reference: Shrikumar et al., Not Just a Black Box, 2016.

@@ -1,4 +1,4 @@
-"""Score-CAM: a class activation map without gradients, of how well each channel's map alone keeps the score."""
+"""Score-CAM: a class activation map weighted by the scores of inputs masked with each channel, without gradients."""
 
 from __future__ import annotations
 

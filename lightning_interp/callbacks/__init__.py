@@ -1,4 +1,4 @@
-"""The three callbacks: thin shells around the rooms."""
+"""The three Lightning callbacks, which apply the package to a training run."""
 
 from lightning_interp.callbacks.attribution.callback import InputAttribution
 from lightning_interp.callbacks.influence.callback import DataInfluence

@@ -27,11 +27,10 @@ SHARDED_STRATEGIES = ("FSDP", "DeepSpeed", "ModelParallel")
 class Guard:
     """Runs a callback's work so that it cannot harm the training run.
 
-    All of it happens inside `undisturbed`: the module is in eval mode, and whatever the work, the user's own functions
-    or a library draws or changes is put back.
-    Before the first batch, an error is raised where the user gave the arguments that it may come from; where only
-    defaults were tried, or later with `on_error="warn"`, a warning is given, the callback is switched off, and
-    training goes on.
+    All work runs inside `undisturbed`: the module is in eval mode, and its state and that of the random generators are
+    restored, even where the user's own functions or a library changed them. Before the first batch, an error is raised
+    where the user gave the arguments that it may come from; where only defaults were tried, or later with
+    `on_error="warn"`, a warning is given, the callback is switched off, and training continues.
 
     Args:
         owner: name of the callback.
@@ -55,7 +54,7 @@ class Guard:
         self._seconds = 0.0
 
     def start(self, work: Work, trainer: pl.Trainer, module: pl.LightningModule, callback: Callback) -> None:
-        """Do work before the first batch; raise what the user can put right in the arguments."""
+        """Do work before the first batch; raise errors that the user can fix by other arguments."""
         self.on, self._seconds, self.room = True, 0.0, room_of(callback, trainer, self.kind)
         if any(name in type(trainer.strategy).__name__ for name in SHARDED_STRATEGIES):
             self.switch_off(f"{type(trainer.strategy).__name__} shards the parameters, which is not supported")
@@ -72,6 +71,7 @@ class Guard:
                     reason = f"{type(error).__name__}: {error}"
                     self.switch_off(f"its defaults do not fit this model and data ({reason}); pass task= or a dataset")
         self._raise_on_all_ranks(trainer, failure)
+        # Off on one rank is off on all: the others would wait for it in their collectives.
         if self.on and not all(self._from_all_ranks(trainer, self.on)):
             self.switch_off("it is off on another rank")
 
@@ -111,7 +111,7 @@ class Guard:
         return self.owner + self.room.removeprefix(self.kind)
 
     def _raise_on_all_ranks(self, trainer: pl.Trainer, failure: Exception | None) -> None:
-        """Raise on all ranks what one met (rank zero, where it works alone), so that none waits for another."""
+        """Raise the error of one rank (rank zero, where it works alone) on all, so that none waits for another."""
         reason = "" if failure is None else str(failure) or type(failure).__name__
         if self.on_every_rank:
             reasons = {rank: why for rank, why in enumerate(self._from_all_ranks(trainer, reason)) if why}
@@ -161,5 +161,5 @@ def started_run(run: T | None) -> T:
         RuntimeError: it was not called.
     """
     if run is None:
-        raise RuntimeError("expected on_train_start to be called before training goes on")
+        raise RuntimeError("expected on_train_start to be called first")
     return run

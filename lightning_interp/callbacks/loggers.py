@@ -12,7 +12,7 @@ from lightning_interp.views.canvas import Pixels
 
 
 class Loggers:
-    """All loggers of a trainer behind four calls; a logger that cannot show a thing is passed over.
+    """All loggers of a trainer behind four calls; a logger that cannot show an item is skipped.
 
     Scalars go to every logger; images and texts to TensorBoard, and to loggers that offer `log_image` and
     `log_text` (Weights & Biases does).

@@ -19,6 +19,7 @@ from lightning_interp.views.report import Picture, Section, page, render_section
 REPORT_TITLE = "What the network learned"
 READING_ORDER = ("similarity", "attribution", "influence")
 LOGGERS_WITH_A_FOLDER_PER_RUN = ("TensorBoardLogger", "CSVLogger")
+# One time per trainer, so that all callbacks of a run write into the same folder.
 _STARTED: WeakKeyDictionary[pl.Trainer, str] = WeakKeyDictionary()
 
 
@@ -90,6 +91,7 @@ def publish(findings: Findings, loggers: Loggers, folder: Folder, room: str) -> 
         own.write(name, content)
     if findings.own_report:
         own.write("report.html", page(findings.own_report, [section]))
+    # Each callback leaves its section, so that the last one to end finds all of them.
     own.write("section.html", section)
     folder.write("report.html", page(REPORT_TITLE, _all_sections(folder)))
 

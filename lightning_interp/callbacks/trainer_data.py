@@ -120,7 +120,7 @@ def mover(trainer: pl.Trainer) -> Any:
 
 @contextmanager
 def explained_weights(trainer: pl.Trainer, module: nn.Module, which: Literal["last", "best"]) -> Iterator[None]:
-    """Give the module the weights that its checkpoint callback found best, for a while, or leave it the last ones."""
+    """Load the weights that the checkpoint callback found best, within the context, or keep the last ones."""
     path = getattr(trainer.checkpoint_callback, "best_model_path", "") if which == "best" else ""
     if which == "best" and not path:
         rank_zero_warn('weights="best": no checkpoint callback has a best model, so the last one is explained')
@@ -152,6 +152,7 @@ def _validation_loaders(trainer: pl.Trainer) -> list[Any]:
     loaders = _flat(trainer.val_dataloaders)
     if loaders or not trainer.enable_validation:
         return loaders
+    # The trainer makes its loaders only at the first validation, from this source.
     source = getattr(trainer.fit_loop.epoch_loop.val_loop, "_data_source", None)
     return _flat(source.dataloader()) if source is not None and source.is_defined() else []
 
@@ -163,6 +164,7 @@ def _flat(loaders: Any) -> list[Any]:
 def _read(trainer: pl.Trainer, loader: Any, argument: str) -> Samples | Iterable[Any]:
     """Return a loader's dataset in order; where it has no indices, its batches from a fresh start."""
     if not isinstance(loader, DataLoader):
+        # An iterator returns itself: reading it here would take its batches from training.
         if iter(loader) is loader:
             raise ValueError(f"{argument}: expected a loader that can be read twice; pass a dataset")
         return _Moved(loader, mover(trainer))
@@ -171,6 +173,7 @@ def _read(trainer: pl.Trainer, loader: Any, argument: str) -> Samples | Iterable
     stream: Any = loader.dataset
     if isinstance(stream, IterableDataset) and iter(stream) is stream:
         raise ValueError(f"{argument}: expected a dataset that starts anew at each iteration; pass one with indices")
+    # Without workers, and with a generator of its own, so that none of the run's is drawn from.
     fresh: DataLoader[Any] = DataLoader(
         loader.dataset, loader.batch_size, collate_fn=loader.collate_fn, generator=torch.Generator()
     )

@@ -11,7 +11,7 @@ from lightning_interp.cli.influence import add_influence_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; an error that the user can mend is one line on standard error.
+    """Run a command; an error that the user can fix is one line on standard error.
 
     Args:
         arguments: as typed after `lightning-interp`; those of this process when None.

@@ -1,1 +1,1 @@
-"""How samples come in."""
+"""Reading samples: batches, datasets, the fixed probe, and the `Task` that calls the model."""

@@ -98,7 +98,7 @@ def _leading_dimensions(value: Any) -> Iterator[int]:
 
 
 def slice_samples(batch: Any, start: int, stop: int) -> Any:
-    """Return samples `start` to `stop` of a batch; whatever has not one row per sample is passed on as it is.
+    """Return samples `start` to `stop` of a batch; values without one row per sample are returned unchanged.
 
     >>> slice_samples((torch.arange(5), "name"), 1, 3)
     (tensor([1, 2]), 'name')
@@ -153,7 +153,7 @@ def select_samples(batch: Any, rows: Int[Tensor, " m"], old: Tensor | None = Non
                 return new
             return value.index_select(0, rows.to(value.device)) if value.ndim and value.shape[0] == n else value.clone()
         if is_ragged(value):
-            # The tensor that stands for a list of one image is a view of that image.
+            # For a list of one image the model gets a tensor that is a view of that image.
             if new is not None and old is not None and old.data_ptr() == value[0].data_ptr():
                 return Ragged(new.unbind())
             return Ragged([value[row].clone() for row in rows.tolist()])

@@ -26,10 +26,10 @@ DEEPEST_TRANSFORM = 4  # VisionDataset.transforms → StandardTransform.transfor
 
 
 def normalization_of(dataset: Any, images: Float[Tensor, "n c h w"]) -> Constants | None:
-    """Return the mean and standard deviation that images were normalised by; None where neither works.
+    """Return the mean and standard deviation that images were normalised by; None where they are not found.
 
-    They are read from the dataset's transforms where one has a `mean` and a `std`. Else those in wide use are tried:
-    they are right where undoing them gives 8-bit pixels, multiples of 1/255 in [0, 1].
+    They are read from the dataset's transforms where one has a `mean` and a `std`. Otherwise constants in wide use are
+    tried: they are right where undoing them gives 8-bit pixels, multiples of 1/255 in [0, 1].
 
     Args:
         dataset: through any `Subset`.

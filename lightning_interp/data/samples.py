@@ -1,4 +1,4 @@
-"""Samples: a dataset read in its own order, in batches, without a draw from any shared generator."""
+"""Samples: a dataset read in its own order, in batches, without drawing from any global random generator."""
 
 from __future__ import annotations
 

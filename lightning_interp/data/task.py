@@ -76,7 +76,7 @@ def explained_input(inputs: Any) -> Tensor:
 
 
 def call_model(module: nn.Module, inputs: Any) -> Tensor:
-    """Call the module and return its outputs: logits `(n, classes)`, or whatever tensor it gives.
+    """Call the module and return its outputs, one tensor, such as logits `(n, classes)`.
 
     A mapping is passed as keywords (those that `forward` names; a single entry of another name as the
     first argument), a tuple as positional arguments. Of an output object `.logits` is taken, else `["logits"]`,
@@ -98,7 +98,7 @@ def loss_per_sample(outputs: Tensor, targets: Tensor, kind: Problem | None = Non
     """Return one loss per sample, for the given kind of problem or the one that `infer_problem` finds.
 
     Cross entropy for classes, binary cross entropy for binary and multi-label outputs, squared error for
-    regression; means over whatever dimensions follow the first (and the classes).
+    regression; means over the dimensions after the first (and after the classes).
     """
     kind = kind or infer_problem(outputs, targets)
     if kind == "classes":
@@ -181,8 +181,8 @@ class Task:
     def from_training_step(cls, **functions: Any) -> Task:
         """Return a Task whose loss is the module's own `training_step`, which must be a mean over samples.
 
-        Influence then takes its gradients from that step, whatever it computes. Curvature needs outputs and `loss` too,
-        and they must agree with the step; where they do not, only estimators that need gradients alone can be used.
+        Influence then takes its gradients from that step. Curvature needs outputs and `loss` too, and they must agree
+        with the step; where they do not, only estimators that need gradients alone can be used.
 
         Args:
             functions: the Task's other arguments.
@@ -239,7 +239,7 @@ class Task:
         return loss
 
     def problem(self, outputs: Tensor, targets: Tensor | None) -> Problem | None:
-        """Return the kind of problem: as given, else by `infer_problem`; None where that cannot tell."""
+        """Return the kind of problem: as given, else by `infer_problem`; None where that fails."""
         if self.kind is not None or targets is None:
             return self.kind
         try:
@@ -252,7 +252,7 @@ def settle_kind(task: Task, module: nn.Module, batch: Any, further: Iterable[Any
     """Return the task with its kind decided once, so that a small batch is never taken for another kind of problem.
 
     Args:
-        task: returned as it is if it has a kind, or if `infer_problem` cannot tell.
+        task: returned unchanged if it has a kind, or if `infer_problem` fails.
         module: the network, in eval mode.
         batch: a few samples.
         further: batches of about `SAMPLES_TO_SETTLE` samples, read only where the first targets are all 0 or 1: other

@@ -28,13 +28,13 @@ SLOPE_TOLERANCE = 1e-4  # of the gradient that leaving the samples out causes
 FLOAT64_ROUNDING = 1e-15  # of the largest feature: no gradient can be brought below it
 NEWTON_TOLERANCE = 1e-2  # a more exact Newton step would not save one while the loss is not quadratic
 MOST_NEWTON_STEPS = 30  # a step that is halved counts, too
-LARGEST_PROBE = 4  # samples that are enough to tell which layer is the last
+LARGEST_PROBE = 4  # samples: enough to find which layer is the last
 SAMPLES_PER_CHUNK = 8192  # whose outputs and their graph are in memory together
 MOST_LAST_LAYER_FEATURES = 2**28  # 1 GB in float32
 
 
 class Head(NamedTuple):
-    """What the last layer sees of a data set.
+    """The last layer's inputs and targets for a data set.
 
     Args:
         features: its inputs, with a one appended where it has a bias, `(n, ..., d)`.
@@ -63,10 +63,10 @@ class LastLayer:
     """A network's last linear layer, retrained from where training left it, on the features that it had then.
 
     W(S) = argmin (1/|S|) Σ_{i in S} ℓ_i(W) − ⟨g, W⟩ + ½ (W − W*)ᵀ Λ (W − W*): W* are the trained weights, g the mean
-    gradient there over all samples, Λ says how far training could move them. With all samples W* itself is the optimum,
-    so that what training left unfinished is not attributed to a sample. The losses are minimised as they are, by
-    Newton's method with conjugate gradients, until the gradient is 1e-4 of what leaving the samples out made it. What
-    the layers in front would learn differently is not included.
+    gradient there over all samples, Λ limits how far training could move them. With all samples W* itself is the
+    optimum, so that what training left unfinished is not attributed to a sample. The losses are minimised as they are,
+    by Newton's method with conjugate gradients, until the gradient is 1e-4 of what leaving the samples out made it.
+    What the layers in front would learn differently is not included.
 
     Its methods `retrain` and `losses` are the functions that `leave_one_out` and `leave_k_out` take.
 
@@ -146,6 +146,7 @@ class LastLayer:
             return self._gradient(shares, weights) - self._mean_gradient + self.damping * (weights - self.trained)
 
         weights, slope = self.trained, slope_at(self.trained)
+        # Where leaving the samples out changes nothing, the slope is rounding alone.
         rounding = FLOAT64_ROUNDING * self.train.features.abs().max() * weights.numel() ** 0.5
         converged = SLOPE_TOLERANCE * slope.norm() + rounding
         step = self._newton_step(shares, weights, slope)
@@ -157,6 +158,7 @@ class LastLayer:
                 weights, slope = weights - step, new_slope
                 step = self._newton_step(shares, weights, slope) if slope.norm() > converged else step
             else:
+                # The loss is not quadratic, so that a full step may go too far.
                 step = step / 2
         raise FloatingPointError(
             f"retrain: expected {self.name!r} to converge in {MOST_NEWTON_STEPS} steps, its gradient is"

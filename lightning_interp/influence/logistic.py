@@ -15,7 +15,7 @@ NEWTON_STEPS = 100  # far more than Newton's method takes where it converges
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """What the influence of a training sample on a query is the product of. Positive is helpful.
+    """The factors whose product is the influence of a training sample on a query. Positive is helpful.
 
     scores[q, i] = (1/n) query_residual[q] · training_loss[i] · closeness[q, i]. With two classes the closeness is the
     product of `labels` and `features`. With more it is not: each pair of classes has a curvature of its own, which

@@ -69,6 +69,7 @@ def _input_gradients(
     gradients = torch.autograd.grad(task.losses(model, batch)[2].sum(), parameters, create_graph=True)
     slopes = []
     for vector in zip(*vectors.values(), strict=True):
+        # A backward through ∇_θ ℓ, weighted by s, is ∇_x ⟨s, ∇_θ ℓ⟩.
         (slope,) = torch.autograd.grad(gradients, x, vector, retain_graph=True, materialize_grads=True)
         slopes.append(slope.cpu())
     return torch.stack(slopes)
@@ -80,7 +81,7 @@ class Crafted:
 
     Args:
         inputs: as changed, `(m, *shape)`.
-        originals: as they were, `(m, *shape)`.
+        originals: before the change, `(m, *shape)`.
         model: retrained on the changed inputs.
         losses: of the queries, before the first step and after the retraining of each, `(steps + 1, q)`.
     """
@@ -104,7 +105,7 @@ class Front(NamedTuple):
 
 
 def never(model: nn.Module) -> bool:
-    """Return False: take every step."""
+    """Return False, so that every step is taken."""
     return False
 
 
@@ -119,7 +120,7 @@ class Steps:
             is the same.
         low: least value of a feature.
         high: largest value of a feature.
-        stop: retrained model → whether that is enough.
+        stop: retrained model → whether to stop.
     """
 
     count: int = 50

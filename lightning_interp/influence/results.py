@@ -1,4 +1,4 @@
-"""Results of influence: scores of training samples, and what retraining says of them."""
+"""Results of influence: scores of training samples, and their checks by retraining."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Influence:
         covered_elements: number of elements of the covered parameters.
         gradient_norm: norm of the mean training gradient over the covered parameters: 0 at an optimum.
         curvature_n: number of training samples that the curvature was estimated from.
-        notes: what one must know before trusting the scores.
+        notes: on how the scores were computed, for the report.
         unit: the scores' unit; "none" where only their order means something.
         places: index of each column's sample in the training set that was read, `(m,)`; 0 to m − 1 when None.
         scored: number of training samples scored; the number of columns when None.
@@ -41,7 +41,7 @@ class Influence:
         agreement: another setting, in words → share of each query's strongest samples that are among the strongest
             with it too, mean over queries.
         duplicates: row of a query → dataset indices of training samples whose input is identical, bit for bit.
-        doubts: reasons for caution whatever the scores are, such as another loss than the trained one.
+        doubts: reasons for caution that do not depend on the scores, such as another loss than the trained one.
     """
 
     scores: Float[Tensor, "q m"]

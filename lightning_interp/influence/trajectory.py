@@ -63,7 +63,7 @@ class Path:
             rate_sum: Σ `rate_of(group)` over them.
 
         Raises:
-            ValueError: the loss was maximised, the optimizer is of another kind, or a number is off.
+            ValueError: the loss was maximised, the optimizer is of another kind, or a number is out of range.
         """
         if group.get("maximize"):
             raise ValueError("maximize: expected a loss that is minimised, got True")
@@ -101,11 +101,10 @@ class Trajectory:
         Adam:  Λ = weight decay + k s / Σ lr,    s = √v̂ + ε
         AdamW: Λ = s (weight decay + k / Σ lr)
 
-    Momentum of SGD adds gradients up, by 1 / (1 − momentum) in the long run, with or without Nesterov's look ahead;
-    dampening takes some of it back. Adam's is an average, which adds nothing. Adam divides each number's gradient by
-    s, which is gradient descent in θ √s; a damping of k / Σ lr there is one of k s / Σ lr for θ. AdamW comes to rest
-    where weight decay · θ + ∇L / s = 0, that is ∇L + (s · weight decay) θ = 0: as under an L2 penalty of
-    s · weight decay.
+    Momentum of SGD adds gradients up, by 1 / (1 − momentum) in the long run, with or without Nesterov's variant;
+    dampening reduces it. Adam's is an average, which adds nothing. Adam divides each number's gradient by s, which is
+    gradient descent in θ √s; a damping of k / Σ lr there is one of k s / Σ lr for θ. AdamW converges where weight
+    decay · θ + ∇L / s = 0, that is ∇L + (s · weight decay) θ = 0: as under an L2 penalty of s · weight decay.
 
     It takes s as it is at the end, and treats training as a descent without noise. EK-FAC, whose eigenvalues are
     another spectrum than the curvature's, ranked them better with 0.1 × their mean.
@@ -122,7 +121,7 @@ class Trajectory:
     unknown: Mapping[str, str] = field(default_factory=dict)
 
     def damping(self, k: float = 2.0) -> Damping | None:
-        """Return the damping of each trained parameter, None where `why_not` says why.
+        """Return the damping of each trained parameter; None where there is none, for the reason that `why_not` gives.
 
         Args:
             k: how much stronger than 1/τ.

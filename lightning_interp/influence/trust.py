@@ -16,7 +16,7 @@ LEVELS: tuple[Level, ...] = ("good", "doubtful", "poor")
 # Each pair: below the first a finding is poor, from the second on it is good.
 COVERAGE_BOUNDS = (0.5, 0.9)  # below the first, most of what the network could change is not in the scores
 AGREEMENT_BOUNDS = (0.5, 0.7)  # exact scores of a digits network, confirmed by retraining: 0.80 with 3 × their damping
-CORRELATION_BOUNDS = (0.3, 0.7)
+CORRELATION_BOUNDS = (0.3, 0.7)  # a correlation explains its square of the variance: a tenth, and a half
 FEWEST_CHECKS = 5  # with fewer, a correlation is mostly chance
 PARAMETERS_LISTED = 12  # that are left out: as many as a reader of the report would go through
 ADVICE = {
@@ -51,7 +51,7 @@ class Duplicate(NamedTuple):
 
 @dataclass(frozen=True)
 class Trust:
-    """A verdict on influence scores, and what it rests on.
+    """A verdict on influence scores, and the findings behind it.
 
     Args:
         level: the worst of the findings.
@@ -71,7 +71,7 @@ class Trust:
 
 
 def meaning(unit: str) -> str:
-    """Return what a score of this unit says."""
+    """Return what a score of this unit means."""
     if unit == "none":
         return (
             "A positive score means that the training sample lowers the query's loss (it is helpful), a negative one"
@@ -94,7 +94,7 @@ def trust(influence: Influence, duplicates: Sequence[Duplicate] = (), spot_check
     number that is not known, scores without a unit, nothing but the parameters to judge by, or a caution on record
     (another loss than the trained one, augmentation). Good is the absence of these: that an order is stable does
     not make it right (a gradient dot product does not depend on damping at all). Retraining of the last layer alone can
-    confirm scores, but not refute them: most of what they say may be in the layers in front.
+    confirm scores, but not refute them: most of their effect may be in the layers in front.
 
     Args:
         influence: the scores.
@@ -120,7 +120,7 @@ def trust(influence: Influence, duplicates: Sequence[Duplicate] = (), spot_check
 
 
 def _judge_spot_checks(checks: Sequence[SpotCheck]) -> list[Finding]:
-    """Return what retraining says of the scores, where there are enough checks."""
+    """Return the finding from retraining, where there are enough checks."""
     if len(checks) < FEWEST_CHECKS:
         return []
     r, of_network = correlation(checks), all(check.whole for check in checks)

@@ -1,1 +1,1 @@
-"""A network, watched, and left as it was."""
+"""Running a network, reading its layers, and restoring its state afterwards."""

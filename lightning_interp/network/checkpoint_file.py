@@ -22,7 +22,7 @@ def checkpoint_content(
 
     Args:
         path: local, or an fsspec address (`s3://…`); a name that ends in `.safetensors` is of such a file.
-        trusted: whether to unpickle whatever the file holds, which may run code; else tensors and plain Python alone.
+        trusted: whether to unpickle arbitrary objects, which may run code; else only tensors and plain Python objects.
         remedy: what the error recommends where the file holds more than may be unpickled.
 
     Returns:

@@ -97,7 +97,7 @@ def _channels_last(layer: nn.Module, shape: Sequence[int]) -> bool:
 
 
 def _channels(layer: nn.Module) -> int | None:
-    """Return how many channels a layer gives; None where no attribute tells."""
+    """Return how many channels a layer gives; None where no attribute gives it."""
     shape = getattr(layer, "normalized_shape", None)
     if shape:
         return int(tuple(shape)[-1])

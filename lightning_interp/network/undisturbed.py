@@ -70,6 +70,7 @@ def hooked(module: nn.Module, layers: Sequence[str], hook: Callable[[str, nn.Mod
     """
     handles = []
     try:
+        # Inside the `try`, so that an unknown name leaves no earlier hook behind.
         for layer in layers:
             submodule = module.get_submodule(layer)
             handles.append(submodule.register_forward_hook(_with_name(hook, layer)))
@@ -110,6 +111,7 @@ def _with_name(hook: Callable[[str, nn.Module, Any, Any], Any], layer: str) -> C
 @contextlib.contextmanager
 def _random_state_restored() -> Iterator[None]:
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    # Reading the state of a device that is not in use would initialise it.
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:

@@ -29,6 +29,7 @@ def loaded(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
     """
     originals = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
     try:
+        # Inside the `try`: a load that fails has copied some weights already.
         _load_into(model, checkpoint)
         yield
     finally:

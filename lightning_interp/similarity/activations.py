@@ -1,4 +1,4 @@
-"""From forwards over a probe to one representation per layer, in bounded memory."""
+"""Forwards over a probe become one representation per layer, in bounded memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_interp.similarity.pooling import Pooling, feature_count, fit_mask
 from lightning_interp.similarity.representation import Form, Representation
 from lightning_interp.similarity.sketch import Sketch
 
-BYTES_PER_PASS = 440 * 2**20  # bounds what a pass adds to a process that is training; a pass more costs a forward more
+BYTES_PER_PASS = 440 * 2**20  # bounds the memory added to a process that trains; each further pass costs a forward
 OUTPUT = "output"
 Forward = Callable[[Any], object]
 Mask = Callable[[Any], Tensor | None]
@@ -123,6 +123,7 @@ def find_activations(
         batch_layouts: dict[str, list[Layout | None]] = {}
         n = count_samples(batch)
 
+        # The loop's variables are bound as defaults, since they change.
         def hook(
             layer: str, submodule: nn.Module, _: Any, output: Any, n: int = n, layouts: Any = batch_layouts
         ) -> None:
@@ -286,6 +287,7 @@ def _passes(plan: _Plan, columns_per_pass: int) -> list[list[FeatureRange]]:
             if free <= 0:
                 passes.append([])
                 free = columns_per_pass
+            # Features that stay as they are take their memory in any case, and are not split.
             stop = min(width, start + free) if call in plan.summed else width
             passes[-1].append(FeatureRange(call, start, stop))
             free -= stop - start

@@ -158,6 +158,7 @@ def canonical_correlations(x: Representation, y: Representation, kx: int, ky: in
     same_samples(x, y)
     if not _are_defined(kx, ky, x.n):
         return torch.full((1,), torch.nan, dtype=torch.float64, device=x.u.device)
+    # Rounding may leave a correlation above 1.
     return torch.linalg.svdvals(x.u[:, :kx].T @ y.u[:, :ky]).clamp(max=1)
 
 
@@ -183,6 +184,7 @@ def _directions(
 ) -> CanonicalDirections:
     same_samples(a, b)
     left, correlations, right = torch.linalg.svd(a.u[:, :ka].T @ b.u[:, :kb], full_matrices=False)
+    # V S⁻¹ = Xᵀ U S⁻²: the weights of the neurons without the right singular vectors.
     weights_x, weights_y = (
         double(centre(features)).T @ (r.u[:, :k] / r.s[:k].square() @ mixed)
         for features, r, k, mixed in ((x, a, ka, left), (y, b, kb, right.T))

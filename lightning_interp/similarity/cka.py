@@ -45,7 +45,7 @@ class CKA:
 
     @property
     def needs(self) -> Form:
-        """What a layer must keep: the linear kernel is content with half precision, others see its rounding."""
+        """What a layer must keep: half precision is enough for the linear kernel, not for others."""
         form: Form = getattr(self.kernel, "needs", "scores")
         return form
 
@@ -189,7 +189,7 @@ def _hsic_without_each(measure: CKA, k: _KernelSums, m: _KernelSums) -> Float[Te
 
 
 def _hsic(x: Representation, y: Representation) -> Float[Tensor, ""]:
-    """Return tr(K L) = ‖YᵀX‖²_F, from what has fewer numbers: the features or the Gram matrices."""
+    """Return tr(K L) = ‖YᵀX‖²_F, from the features or the Gram matrices, whichever are smaller."""
     if x.slim is not None and y.slim is not None:
         return (x.slim.T @ y.slim).square().sum()
     return torch.dot(x.gram.flatten(), y.gram.flatten())
@@ -207,7 +207,7 @@ def _hsic_unbiased(x: Representation, y: Representation) -> Float[Tensor, ""]:
 
 
 def _without_noise(x: Representation, self_hsic: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """Take off what a sketch adds to a layer's product with itself."""
+    """Subtract what a sketch adds to a layer's product with itself."""
     return squared_norm(self_hsic, _squared_lengths(x).sum(), x.width, x.sketch) if x.sketch else self_hsic
 
 

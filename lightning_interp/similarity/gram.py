@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_interp.similarity.representation import double
 from lightning_interp.similarity.symmetric_product import symmetric_product
 
-CONSTANT_ROUNDING = 8  # eps of the values by which equal features may differ: a forward rounds a few times on the way
+CONSTANT_ROUNDING = 8  # in eps of the values: what equal features may differ by, since a forward rounds a few times
 
 
 class FeatureBlock:

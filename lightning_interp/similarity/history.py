@@ -191,7 +191,7 @@ def is_distance(measure: AnyMeasure) -> bool:
 
 
 def is_own_scale(measure: AnyMeasure) -> bool:
-    """Say whether a measure's values are on a scale of which nothing is known: a plain function's."""
+    """Say whether a measure's values are on an unknown scale: those of a plain function are."""
     return not hasattr(measure, "between")
 
 

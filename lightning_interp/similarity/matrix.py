@@ -44,8 +44,8 @@ def needs(measures: Sequence[AnyMeasure], compact: bool = False) -> Form:
 
     Args:
         measures: those that the layers will be compared by.
-        compact: keep no more than an n × n matrix of a layer, whatever they need: layers wider than that lose the
-            basis of their neurons, which few measures depend on.
+        compact: keep no more than an n × n matrix of a layer even if they need more: wider layers lose the basis of
+            their neurons, which few measures depend on.
     """
     form = max(map(_form_needed, measures), key=FORMS.index)
     return "scores" if compact and form == "features" else form

@@ -1,4 +1,4 @@
-"""From whatever a layer gives to `(rows, d)` features: vectors, maps, sequences of tokens."""
+"""A layer's output, a vector, map or sequence of tokens, as `(rows, d)` features."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Representation:
 
     @property
     def factorable(self) -> bool:
-        """Whether singular vectors can be had: not from a Gram matrix in half precision, nor from a sketch's."""
+        """Whether singular vectors can be computed: not from a Gram matrix in half precision, nor from a sketch's."""
         return self.form != "gram" or (self.values.dtype != torch.float16 and not self.sketch)
 
     @cached_property
@@ -79,7 +79,7 @@ class Representation:
 
     @cached_property
     def slim(self) -> Float[Tensor, "n k"] | None:
-        """A centred matrix of far fewer columns than samples with the same Gram matrix; None where none is at hand."""
+        """A centred matrix of far fewer columns than samples with the same Gram matrix; None where there is none."""
         if self.form == "gram" or 4 * self.values.shape[1] > self.n:
             return None
         return double(centre(self.values) if self.form == "features" else self.values)

@@ -1,4 +1,4 @@
-"""The records of this room: snapshots, maps of similarities, and how far to trust each value."""
+"""Results of similarity: snapshots, maps of similarities, and how far to trust each value."""
 
 from __future__ import annotations
 

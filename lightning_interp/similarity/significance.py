@@ -23,7 +23,7 @@ def chance(measure: AnyMeasure, x: Representation, y: Representation, draws: int
 
 
 def chance_in_closed_form(measure: AnyMeasure, x: Representation, y: Representation) -> float | None:
-    """Return the value by chance that a measure's own `chance(x, y)` gives; None where only permutations can tell."""
+    """Return the value by chance that a measure's own `chance(x, y)` gives; None where there is no formula."""
     if x.n != y.n:
         return float("nan")
     method = getattr(measure, "chance", None)

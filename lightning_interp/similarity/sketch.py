@@ -1,4 +1,4 @@
-"""Wide features reduced by random signs: their Gram matrix costs a fraction, and stays right in the mean."""
+"""Wide features reduced by random signs: their Gram matrix costs a fraction, and is unbiased."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Sketch:
 
     Args:
         size: number of buckets k.
-        key: what is sketched: run, step and layer; two that are compared must differ in it, or they share their noise.
+        key: identifies what is sketched, by run, step and layer: two that are compared must differ in it, or they share
+            their noise.
     """
 
     def __init__(self, size: int, key: str) -> None:

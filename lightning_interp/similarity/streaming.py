@@ -10,14 +10,14 @@ from torchmetrics import Metric
 from lightning_interp.checks import check_count
 from lightning_interp.similarity.representation import check_features
 
-SUM_ROUNDING = 16 * torch.finfo(torch.float64).eps  # what sums of a constant side may be off by, relative to them
+SUM_ROUNDING = 16 * torch.finfo(torch.float64).eps  # relative error that sums of a constant side may have
 
 
 class StreamingCKA(Metric):
     """Exact linear CKA over any number of batches, equal to `CKA()` or `CKA(debiased=True)` on all samples at once.
 
     ‖XᵀY‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F) of features centred over all samples, from sums of products in float64; for the
-    debiased one, what HSIC₁ takes off follows from the samples' squared lengths and their products with the features.
+    debiased one, what HSIC₁ subtracts follows from the samples' squared lengths and their products with the features.
     Each rank sums its samples less the mean of its first batch, so that an offset costs no digits; sums about one point
     follow exactly from those about another, so that ranks add up under DDP. Memory: 8 (d_x + d_y + 4)² bytes. A mean of
     per-batch values would be wrong, however large the batches.
@@ -68,6 +68,7 @@ class StreamingCKA(Metric):
             if features.shape != (len(x), width):
                 raise ValueError(f"{name}: expected shape ({len(x)}, {width}), got {tuple(features.shape)}")
         features = torch.cat([x, y], dim=1).detach().to(self.sums)
+        # The mean of the first batch is the point about which this rank sums.
         if not self.sums[0, 0]:
             self.sums[-1, 1:-2] = features.mean(0)
         shifted = features - self.sums[-1, 1:-2]

@@ -37,7 +37,7 @@ class Folder:
         return bool(system.exists(path))
 
     def write(self, name: str, data: bytes | str) -> str:
-        """Write a file whole: whoever reads it, also after a kill at any moment, finds the old content or the new.
+        """Write a file atomically: a reader finds the old or the new content, even after a kill at any moment.
 
         Returns:
             The file's path.

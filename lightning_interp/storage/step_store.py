@@ -43,7 +43,7 @@ class StepStore(ABC, Generic[R]):
 
     @abstractmethod
     def packed(self, record: R) -> tuple[bytes, dict[str, Any]]:
-        """Return a file's content, and what the manifest says of it."""
+        """Return a file's content, and what the manifest lists of it."""
 
     @abstractmethod
     def unpacked(self, entry: Mapping[str, Any]) -> R:
@@ -88,12 +88,12 @@ class StepStore(ABC, Generic[R]):
         raise KeyError(f"no {self.prefix} of step {step} in {self.folder.path}; there are {self.steps}")
 
     def adopt(self, earlier: Iterable[R]) -> None:
-        """Take over moments of the run that this one goes on with."""
+        """Copy moments from the run that this one resumes."""
         for record in earlier:
             self.append(record)
 
     def forget_after(self, step: int) -> None:
-        """Delete later steps: a run that goes on from an earlier checkpoint takes them anew."""
+        """Delete later steps: a run that resumes from an earlier checkpoint records them anew."""
         entries = self.manifest["snapshots"]
         self.manifest["snapshots"] = [entry for entry in entries if entry["step"] <= step]
         self._write_manifest()
@@ -152,17 +152,17 @@ class StepStore(ABC, Generic[R]):
     def resume(
         cls, folder: Folder, probe: Mapping[str, Any], step: int, earlier: Folder | None, first: R | None = None
     ) -> Self:
-        """Return the store of a run that starts, or goes on from a checkpoint, without what the folder held otherwise.
+        """Return the store of a run that starts, or that resumes from a checkpoint.
 
-        The history of the run that it goes on with is taken up to the checkpoint's step: in place where that run had
+        The history of the run that it resumes is taken up to the checkpoint's step: in place where that run had
         the same folder, else as a copy.
 
         Args:
             folder: where to write.
             probe: facts about the samples (see `start`).
             step: optimizer steps taken so far.
-            earlier: the store's folder in the run that this one goes on with; None for a run that starts.
-            first: the moment that a history begins with, whatever has become of the earlier folder.
+            earlier: the store's folder in the run that this one resumes; None for a run that starts.
+            first: the moment that a history begins with, even where the earlier folder is gone.
         """
         history = cls.open(earlier) if earlier is not None and earlier.exists("manifest.json") else None
         if history is not None and history.folder == folder:

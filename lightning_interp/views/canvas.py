@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 # Of a sample or a map, in pixels: a panel of both, colour bar and classes then fits the 560 that a page gives it.
 SIDE = 168
-GAP = 8
+GAP = 8  # pixels between two images: enough to see where one ends
 # The distance between lines of a caption, in pixels, and the size of its type, which leaves a quarter free.
 LINE = 20
 CAPTION_TYPE = 15

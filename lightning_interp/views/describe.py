@@ -113,7 +113,7 @@ def with_dataset_names(display: Display, source: Any, inputs: Sequence[Tensor] =
     Args:
         display: the user's.
         source: of the samples.
-        inputs: tensors of a batch; the normalisation is looked for if there are images `(n, C, H, W)` among them.
+        inputs: tensors of a batch; the normalisation is searched for if there are images `(n, C, H, W)` among them.
     """
     dataset = source.dataset if isinstance(source, Samples) else None
     if display.class_names is None and dataset is not None:

@@ -24,7 +24,7 @@ _TEMPLATES = jinja2.Environment(
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A picture as its data, which is drawn once, when somebody wants to see it.
+    """A picture as its data, drawn once, when its pixels are first needed.
 
     Args:
         tag: where loggers show it; empty for a picture that is only written and reported.
@@ -72,7 +72,7 @@ class Heading(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Rows of text, the heading first; none with `headless`, where the first column names the rows."""
+    """Rows of text, the heading first; with `headless` there is none, and the first column names the rows."""
 
     rows: Sequence[Sequence[str]]
     headless: bool = False
@@ -88,7 +88,7 @@ class Pictures(NamedTuple):
 
 
 class Fold(NamedTuple):
-    """Blocks that a reader opens."""
+    """Blocks that are hidden until a reader opens them."""
 
     summary: str
     blocks: Sequence[Any]
@@ -111,7 +111,7 @@ class Queries(NamedTuple):
 
 
 class Suspects(NamedTuple):
-    """Training samples to look at first."""
+    """The training samples with the largest self-influence."""
 
     samples: Sequence[SuspectSample]
     kind: str = "suspects"

@@ -1,4 +1,4 @@
-"""Rows of text and numbers as a reader's programs take them: Markdown and CSV."""
+"""Tables as text: Markdown and CSV."""
 
 from __future__ import annotations
 

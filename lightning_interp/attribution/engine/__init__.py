@@ -1,1 +1,1 @@
-"""One forward and one backward, which methods share."""
+"""The engine of gradient methods: one forward and one backward, which several methods share."""

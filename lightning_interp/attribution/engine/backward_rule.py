@@ -1,4 +1,4 @@
-"""A rule for the backward: functions of the forward hand back something other than their gradient."""
+"""A rule for the backward: some functions of the forward propagate something other than their gradient."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Protocol, runtime_checkable
 class BackwardRule(Hashable, Protocol):
     """Changes what flows back through some functions of a forward, and never what the forward computes.
 
-    A rule is hashable, such as a frozen dataclass: methods of equal rules share a forward and backward. What it changes
-    is open: `ReluRule` replaces the backward of ReLUs, `EpsilonRule` that of linear layers; a rule for attention would
-    hold its weights constant. A `TorchFunctionMode` is the usual way, since it sees modules, functions and methods
-    alike and leaves the model as it is.
+    A rule is hashable, such as a frozen dataclass: methods of equal rules share a forward and backward. A rule may
+    change any function: `ReluRule` replaces the backward of ReLUs, `EpsilonRule` that of linear layers; a rule for
+    attention would hold its weights constant. A `TorchFunctionMode` is the usual way, since it sees modules, functions
+    and methods alike and leaves the model as it is.
     """
 
     def opened(self) -> contextlib.AbstractContextManager[None]:

@@ -25,7 +25,7 @@ class ExplainedInput:
     """A model as a function of one of its inputs, sample by sample; its other inputs are fixed.
 
     Of floats, gradients are taken with respect to the input itself; of token ids, at the output of the embedding that
-    looks them up, which is found in the forward.
+    they index, which is found in the forward.
 
     Args:
         model: in eval mode, inside `lightning_interp.network.undisturbed.explaining`.
@@ -164,6 +164,7 @@ class _AtEmbedding(TorchFunctionMode):
         if self.met_embedding or func is not F.embedding:
             return output
         looked_up = args[0] if args else kwargs["input"]
+        # Compared by value, since the model may pass on a copy.
         if looked_up.shape != self.ids.shape or not torch.equal(looked_up, self.ids):
             return output
         self.met_embedding = True

@@ -37,7 +37,7 @@ class PassResult:
         values: the explained input's floats; None where their gradient was not taken.
         gradient: the goal's with respect to them.
         layers: name → the layer's output and gradient.
-        last_map: the site that `LAST_MAP` stood for; empty where it was not among the layers.
+        last_map: the site that was found for `LAST_MAP`; empty where it was not among the layers.
     """
 
     explained: ExplainedInput
@@ -82,7 +82,7 @@ class TargetChoice:
 
 
 def known_target(target: Target) -> TargetChoice:
-    """Return a choice that is made already."""
+    """Return a choice of a target that is known beforehand."""
     return TargetChoice(lambda _: target, target=target)
 
 
@@ -100,13 +100,14 @@ def forward_backward(
         explained: the model and its inputs.
         choice: what the goal is a number of, which may follow from the outputs of this forward.
         goal: what is differentiated.
-        rule: changes the backward; the gradient as it is when None.
+        rule: changes the backward; the unchanged gradient when None.
         layers: where gradients are taken; `LAST_MAP` is the one that `LastMapFinder` finds in that same forward.
         of_input: whether to take the input's gradient.
 
     Raises:
         ValueError: a layer is unknown, was not called or gives no floats; or no gradient flows.
     """
+    # Class activation maps alone need no graph below the last map, whose memory is then freed.
     if not (of_input or rule or goal.layers) and set(layers) == {LAST_MAP}:
         result = _above_last_map(explained, choice, goal)
         if result is not None:
@@ -116,7 +117,7 @@ def forward_backward(
     finder = LastMapFinder(explained.n) if LAST_MAP in layers else None
     candidates: dict[str, Candidate] = {}
     with contextlib.ExitStack() as contexts:
-        # The rule is the outer one of two modes, so that a layer's output is noted as the rule hands it on.
+        # The rule is the outer one of two modes, so that a layer's output is recorded as the rule returns it.
         contexts.enter_context(rule.opened() if rule else contextlib.nullcontext())
         if layer_names or finder:
             hook = _layer_hook(layer_names, candidates, finder)
@@ -147,7 +148,7 @@ def check_layers(model: nn.Module, layers: Sequence[str]) -> None:
 
 
 def _above_last_map(explained: ExplainedInput, choice: TargetChoice, goal: Goal) -> PassResult | None:
-    """Run a pass that takes no more than a forward and what is above its last map; None where that is not the layer."""
+    """Run a forward, and the backward above its last map alone; None where that map is not the layer."""
     finder = LastMapFinder(explained.n, cut=True)
     with watch_sites(explained.model, finder):
         outputs = explained.outputs_of(explained.raw.clone())

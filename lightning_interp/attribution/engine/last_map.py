@@ -14,7 +14,7 @@ from lightning_interp.attribution.engine.sites import AFTER
 from lightning_interp.network.layout import layout_of
 
 MOST_EXTRA_TOKENS = 16  # vision transformers put 1 class token and up to a few registers in front of the patches
-LINEAR_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
+LINEAR_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}  # by the number of a map's dimensions
 
 
 class Candidate(NamedTuple):
@@ -95,6 +95,7 @@ class LastMapFinder:
             )
         if not scores.requires_grad:
             raise ValueError(NO_GRADIENT)
+        # The sort is stable: the last site stays first, and linear layers come behind all others.
         ordered = sorted(usable, key=_is_linear)
         return next((candidate for candidate in ordered if _live_positions(candidate, scores) > 1), usable[0])
 
@@ -181,6 +182,7 @@ def _live_positions(candidate: Candidate, scores: Tensor) -> int:
 
 def _token_grid(maps: Float[Tensor, "n tokens"], size: torch.Size, layer: str) -> Float[Tensor, "n h w"]:
     tokens = maps.shape[1]
+    # Nothing marks the tokens in front: the fewest without which the others form such a grid.
     for extra in range(min(MOST_EXTRA_TOKENS, tokens - 1)):
         height = round(((tokens - extra) * size[0] / size[1]) ** 0.5)
         if height and height * round(height * size[1] / size[0]) == tokens - extra:

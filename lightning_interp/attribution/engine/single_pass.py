@@ -30,7 +30,7 @@ from lightning_interp.network.undisturbed import explaining
 
 @runtime_checkable
 class ReadFromPass(Protocol):
-    """What `explain` needs of a method to let it share a forward and backward, whatever its class.
+    """What `explain` needs of a method, of any class, to let it share a forward and backward.
 
     Optional further members are `rule`, `ranked_by` and `facts`. `SinglePass` provides all of them and the call.
     """
@@ -61,7 +61,7 @@ class SinglePass(ABC):
 
     @property
     def rule(self) -> BackwardRule | None:
-        """What changes the backward; None for the gradient as it is."""
+        """What changes the backward; None for the unchanged gradient."""
         return None
 
     @property

@@ -1,1 +1,1 @@
-"""Is a map any good?"""
+"""Metrics of attribution maps: faithfulness, localisation, sanity checks, and trivial maps to compare with."""

@@ -197,6 +197,7 @@ def _replaced(
         rank = rank_positions(values.flatten(1), counted.flatten(1), explained.seeds()).view_as(values)
         positions = counted.flatten(1).sum(1, keepdim=True)
         counts = (positions * torch.arange(steps + 1, device=raw.device) / steps).round()
+        # Padding is the same at both ends of the curve.
         empty = torch.where(counted, baseline_like(baseline, raw), raw)
         before, after = (empty, raw) if inserting else (raw, empty)
         curve = torch.empty(counts.shape, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Ranks of an input's positions by a map."""
+"""Ranks of an input's positions by a map, and their correlation between maps."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def at_positions(maps: Float[Tensor, "n *shape"], raw: Tensor) -> Float[Tensor, 
 def rank_positions(
     values: Float[Tensor, "n positions"], counted: Bool[Tensor, "n positions"], seeds: list[int]
 ) -> Int[Tensor, "n positions"]:
-    """Return the place of each position, 0 for the largest value; those that do not count come last.
+    """Return the rank of each position, 0 for the largest value; those that do not count come last.
 
     Equal values come in a random order, seeded per sample: by position, the upper left of an image would come first.
     """

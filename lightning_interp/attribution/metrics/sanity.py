@@ -78,6 +78,7 @@ def reinitialized(model: nn.Module, layer: str | None = None, seed: int = 0) -> 
     module = _with_weights(model, layer)
     saved = [(parameter, parameter.detach().clone()) for parameter in module.parameters()]
     try:
+        # For the random generators, and for buffers: a normalisation resets its running statistics as well.
         with undisturbed(module), torch.no_grad():
             _seed_generators(seed)
             for inner in module.modules():
@@ -92,7 +93,7 @@ def reinitialized(model: nn.Module, layer: str | None = None, seed: int = 0) -> 
 def last_weights(model: nn.Module, inputs: Any, task: Task = Task()) -> str:
     """Return the name of the last module with parameters of its own that a forward calls: mostly the one of the logits.
 
-    One that contains another such module is passed over.
+    One that contains another such module is skipped.
 
     Raises:
         ValueError: no module of the model has parameters.

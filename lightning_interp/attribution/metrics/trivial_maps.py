@@ -14,12 +14,13 @@ from lightning_interp.attribution.engine.target import Target, recorded
 from lightning_interp.attribution.results import Explanation
 from lightning_interp.data.task import Task
 
+# The derivative along the width, smoothed along the height; its transpose is the other one.
 SOBEL = ((-1.0, 0.0, 1.0), (-2.0, 0.0, 2.0), (-1.0, 0.0, 1.0))
 
 
 @dataclass(frozen=True)
 class Centre:
-    """A bump in the middle of each image, whatever is in it.
+    """A bump in the middle of each image, independent of its content.
 
     map = exp(−(dy² + dx²) / 2 spread²), dy and dx the distances from the middle as shares of height and width;
     `(n, H, W)`. Photographers put things in the middle: a method that finds objects no better than this has not been

@@ -1,1 +1,1 @@
-"""Answers to changed inputs."""
+"""Perturbation methods: coalitions of an input's parts, the scores without the others, and linear models of them."""

@@ -126,7 +126,7 @@ def _batches_of_draws(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (sample, draw) pairs as `batches_of_variants`, skipping those beyond a sample's own number of draws.
 
-    Where all samples come together, such a draw is evaluated nevertheless: everything is on in it.
+    Where all samples come together, such a draw is evaluated nevertheless, with all parts on.
     """
     counts = torch.tensor(draws, device=device)
     for rows, variants in batches_of_variants(len(draws), max(draws), batch_size, target, device):

@@ -1,4 +1,4 @@
-"""What may be asked of the attribution callback, checked before any training starts."""
+"""Checks of `InputAttribution`'s arguments, made before training starts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_methods(methods: Any) -> None:
 
 
 def check_target(target: Any, classes: Any) -> None:
-    """Raise unless a target says what to explain, and classes how many of the likeliest."""
+    """Raise unless `target` and `classes` are valid and fit each other."""
     whole = isinstance(target, int) and not isinstance(target, bool) and target >= 0
     if not (whole or callable(target) or target in ("predicted", "label")):
         raise ValueError(

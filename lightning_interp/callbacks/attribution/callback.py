@@ -74,29 +74,30 @@ class InputAttribution(Callback):
     A second callback of this kind in a trainer needs other arguments than the first; its tags begin with
     `attribution-2`, and so does its folder.
 
-    Panels explain what `target` says (the class predicted at that moment, unless told otherwise). The numbers over
-    epochs are of a target that stays: the label where there is one class, else what was predicted before training.
+    Panels explain `target`, by default the class predicted at that moment. The numbers over epochs are of a target that
+    stays the same: the label where there is one class, else what was predicted before training.
 
     Logged, with `M` a method's tag and `S` a sample's id, at `trainer.global_step`:
         `attribution/M/S`: image: the sample beside its map and its likeliest classes. The colour scale ends at the
             largest value that this sample's map has had so far; the map's own largest value is in the caption.
         `attribution_wrong/M/K`: image: likewise of the sample that is the K-th most confidently wrong of 256.
         `attribution_film/M/S`: image after training: the sample's maps over epochs in a row, on one colour scale.
-        `attribution_drift/M/to_previous`: scalar: Spearman's correlation of the maps with those of the look before,
-            mean over samples; 1 where nothing moved.
-        `attribution_drift/M/to_final`: scalar for every look, after training: likewise with the final maps.
+        `attribution_drift/M/to_previous`: scalar: Spearman's correlation of the maps with those of the evaluation
+            before, mean over samples; 1 where nothing moved.
+        `attribution_drift/M/to_final`: scalar for every evaluation, logged after training: likewise with the final
+            maps.
         `attribution_dead/M`: scalar: share of maps that are zero everywhere or not finite.
         `attribution_deletion/M`, `attribution_insertion/M`: scalars every `score_every_n_epochs` and at the end: the
             target's mean probability (of a regression the output) while what the map calls most important is removed
             (lower is better), or alone brought back (higher is better). `M` is also `Centre` and `Edges` for images:
-            maps that look at no network.
+            maps that depend on no network.
         `attribution_sanity/M`: scalar at the same moments: rank correlation of the maps with those after the last layer
-            was drawn anew; a method that stays near 1 does not look at what the network has learned.
+            was drawn anew; a method that stays near 1 does not depend on what the network has learned.
         `attribution_localization/M/pointing_game`, `attribution_localization/M/energy_inside`,
             `attribution_localization/M/error_at_0.2`, `attribution_localization/M/best_error`,
-            `attribution_localization/M/best_threshold`: scalars at each look where `truth` is given, also of `Centre`
-            and `Edges`: share of maps whose maximum is inside, share of the positive map inside, share of boxes that
-            are missed at the published threshold, and at the one that is best for these samples.
+            `attribution_localization/M/best_threshold`: scalars at each evaluation, where `truth` is given, also
+            of `Centre` and `Edges`: share of maps whose maximum is inside, share of the positive map inside, share of
+            boxes that are missed at the published threshold, and at the one that is best for these samples.
         `attribution_notes/methods`: text after training: what the numbers are of, and from how many samples.
         `attribution_validate/M/S`, `attribution_test/M/S`: images under `trainer.validate` and `trainer.test`.
         `interp_seconds/InputAttribution`: scalar: seconds that this callback took since the last one.
@@ -119,10 +120,10 @@ class InputAttribution(Callback):
         display: how samples are shown; class names and normalisation come from the dataset where they can be found.
         budget_mb: what the maps may take on disk, in 10⁶ bytes; beyond it those between the first and the last are
             thinned, evenly.
-        on_error: "warn" switches the callback off on its first failure and lets training go on; "raise" raises.
+        on_error: "warn" switches the callback off on its first failure and lets training continue; "raise" raises.
 
     Raises:
-        ValueError, TypeError: an argument is off; always before the first batch.
+        ValueError, TypeError: an argument is invalid; always before the first batch.
     """
 
     def __init__(
@@ -227,6 +228,7 @@ class InputAttribution(Callback):
         self._restored = dict(state_dict)
 
     def _start(self, folder: Folder, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # A second `fit` of the same trainer continues the history, as a resumed run does.
         earlier = self._restored or (self.state_dict() if trainer.global_step else {})
         self._run = None
         source = self._source(trainer)
@@ -252,6 +254,7 @@ class InputAttribution(Callback):
             mask=mask_of(probe, setup.task),
         )
         self._restored = {}
+        # A resumed run has these maps in its history.
         if not trainer.global_step:
             self._record(trainer, module, batches, 0, scored=False)
             self._log(trainer, panels_of(batches, setup, "before training"), "attribution")
@@ -296,6 +299,7 @@ class InputAttribution(Callback):
 
     def _evaluate_once(self, stage: str, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Draw the samples of an evaluation's own loader, whether or not there was a fit before."""
+        # The folder is otherwise set at the start of a fit, which there may not have been.
         self._guard.room = room_of(self, trainer, "attribution")
 
         def draw(trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -53,7 +53,7 @@ class AttributionRun:
         folder: the run's.
         room: the callback's folder in the run's.
         probe: the fixed samples.
-        pool: samples among which the most confidently wrong are looked for; None where none are wanted.
+        pool: samples among which the most confidently wrong are searched for; None where none are drawn.
         localized: samples with a truth; None where there is none.
         setup: what is explained, and how.
         targets: what the numbers over epochs are of, for each batch of the probe.
@@ -99,6 +99,7 @@ def record(
         scored: whether it is the turn of deletion, insertion and the sanity check.
     """
     tags = {number.tag for number in run.numbers if number.step == step}
+    # Training may end at the moment of its last evaluation, whose maps are then stored already.
     stored = step in run.store.steps
     to_score = run.scored and scored and not any(tag.startswith("attribution_deletion") for tag in tags)
     if stored and not to_score:

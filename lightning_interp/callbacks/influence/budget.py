@@ -37,7 +37,7 @@ class Stopwatch:
         self.seconds: dict[str, float] = {}
 
     def __call__(self, items: Iterable[Item], total: int, what: str) -> Iterable[Item]:
-        """Hand the items on, timing from the first to the end."""
+        """Yield the items, and time from the first to the end."""
         started = time.perf_counter()
         yield from items
         self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
@@ -94,10 +94,10 @@ def afford_scores(score: Callable[[Sequence[int]], float], train: Samples, secon
     if n <= LARGEST_TRIAL or math.isinf(seconds):
         return None
     started = time.perf_counter()
+    # A first trial on very few samples, only to choose the size of the two that are compared.
     score(train.spread_indices(SMALLEST_TRIAL))
     size = _trial_size((time.perf_counter() - started) / SMALLEST_TRIAL, seconds)
-    # The difference of two trials, so that what does not grow with the samples, such as solving for the queries, is no
-    # cost of theirs.
+    # The difference of two trials cancels costs that do not grow with the samples, such as solving for the queries.
     per_sample = max(1e-9, (score(train.spread_indices(2 * size)) - score(train.spread_indices(size))) / size)
     count = min(n, max(LARGEST_TRIAL, int((seconds - (time.perf_counter() - started)) / per_sample)))
     return None if count == n else train.spread_indices(count)

@@ -57,7 +57,7 @@ from lightning_interp.views.describe import with_dataset_names
 from lightning_interp.views.display import Display
 
 INFLUENCE = "DataInfluence"
-SHORTEST_BUDGET = 60.0  # seconds: what a user waits for without a thought, after epochs of a second as well
+SHORTEST_BUDGET = 60.0  # seconds: a wait that is acceptable after epochs of one second, too
 LONGEST_ON_SEVERAL_RANKS = 300.0  # seconds: well below the ten minutes after which NCCL gives a waiting rank up
 FOR_MORE = "Pass budget_seconds= for more, or run `lightning-interp influence CHECKPOINT` later."
 NO_TRAJECTORY = (
@@ -76,7 +76,7 @@ class InfluenceRun:
         query: the samples among which queries are chosen.
         task: how they are read.
         display: how they are shown.
-        cautions: what speaks against the scores, whatever they are.
+        cautions: reasons to distrust the scores that are known before they are computed.
     """
 
     folder: Folder
@@ -115,26 +115,26 @@ class DataInfluence(Callback):
         top: how many training samples to show of each kind.
         estimator: an `InfluenceFunction`, which takes the recorded damping if it has none of its own, or any callable
             (model, train, query, task=, candidates=, progress=) → `Influence`; when None, an `InfluenceFunction` whose
-            curvature goes by the size of the network.
+            curvature depends on the network's size.
         train_dataset: the training set without augmentation, in the order of its indices; when None, the training
             loader's dataset.
-        query_dataset: where queries are looked for; when None, the validation set.
+        query_dataset: the samples among which queries are chosen; when None, the validation set.
         weights: which network is explained: the last one, or the best by the trainer's checkpoint callback (put back
-            afterwards; the last one, said aloud, where there is none).
+            afterwards; where there is none the last one, with a warning).
         self_influence: whether to rank the training samples by their influence on themselves.
         retrain: for a spot check of the most helpful and the most harmful sample of each query: "last_layer" retrains
             that alone without each of them (see `lightning_interp.influence.LastLayer`), in seconds, which can confirm
             scores but not refute them; a function (dataset indices to train on) → a network trained on them is called
             for each, and once for all samples.
         budget_seconds: about how long it may take at most; when None, as long as one training epoch, or 60 if that is
-            longer (with several ranks never over 300). What does not fit is scored on an evenly spread subset, said
-            aloud. `retrain` may take as long again; on one rank a function has all the time that it takes.
+            longer (with several ranks never over 300). Where all samples do not fit, an evenly spread subset is scored,
+            with a warning. `retrain` may take as long again; on one rank a function has all the time that it takes.
         task: how to read a batch, call the model, and its loss.
         display: how samples are shown.
         on_error: "warn" switches the callback off on its first failure; "raise" raises.
 
     Raises:
-        ValueError, TypeError: an argument is off; always before the first batch.
+        ValueError, TypeError: an argument is invalid; always before the first batch.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class DataInfluence(Callback):
         return self._recorder.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore how far training went."""
         self._recorder.load_state_dict(state_dict)
 
     def on_save_checkpoint(
@@ -212,8 +212,9 @@ class DataInfluence(Callback):
     ) -> str:
         """Do after training, from a checkpoint, what this callback does at its end, and write and log it as there.
 
-        The scores are those of the callback itself where it was there in training: the checkpoint then holds what
-        damping goes by. Else damping, unless given, is the estimator's own. Without `budget_seconds` all is scored.
+        The scores are those of the callback itself where it was there in training: the checkpoint then holds what the
+        damping is computed from. Otherwise the damping, unless given, is the estimator's own. Without `budget_seconds`
+        all is scored.
 
         Args:
             checkpoint: a Lightning checkpoint.
@@ -226,13 +227,13 @@ class DataInfluence(Callback):
                 report takes the place of the one in `interp/influence` there, whichever callback of the run wrote it.
             device: "auto", "cpu", "cuda", "cuda:1", "mps", ...
             precision: as in training, for a `Trainer`.
-            trusted: whether to unpickle whatever the checkpoint holds, which may run code.
+            trusted: whether to unpickle arbitrary objects in the checkpoint, which may run code.
 
         Returns:
             The report's path.
 
         Raises:
-            FileNotFoundError, ValueError, TypeError: an argument is off, or the data has no indices.
+            FileNotFoundError, ValueError, TypeError: an argument is invalid, or the data has no indices.
         """
         contents = read_checkpoint(checkpoint, trusted)
         if module is None:
@@ -248,8 +249,10 @@ class DataInfluence(Callback):
         return started_run(callback._run).folder.folder(callback._guard.room).file("report.html")
 
     def _after(self, contents: Mapping[str, Any], query: Sequence[int] | None) -> DataInfluence:
-        """Return a callback with these arguments that has seen the training whose checkpoint this is."""
+        """Return a callback with these arguments, in the state in which the checkpoint's training left it."""
+        # A copy, so that this callback can explain further checkpoints.
         callback = copy.copy(self)
+        # Errors are raised: there is no training that must continue in spite of them.
         callback._guard = Guard(INFLUENCE, "influence", "raise", arguments_given=True, on_every_rank=True)
         callback._run, callback._recorder, callback._query_ids = None, Recorder(), query
         callback.budget_seconds = math.inf if self.budget_seconds is None else self.budget_seconds
@@ -310,8 +313,9 @@ class DataInfluence(Callback):
     def _preflight(
         self, trainer: pl.Trainer, module: pl.LightningModule, train: Samples, task: Task
     ) -> tuple[str, ...]:
-        """Return what speaks against the scores; raise where they cannot be computed at all."""
+        """Return reasons to distrust the scores; raise where they cannot be computed at all."""
         first_samples = dataclasses.replace(train, workers=0).at(range(min(4, len(train))))
+        # Read twice: a dataset that augments gives other inputs the second time.
         batch, batch_again = next(iter(first_samples)), next(iter(first_samples))
         cautions = [
             augmentation_warning(task, batch, batch_again),
@@ -369,7 +373,7 @@ class DataInfluence(Callback):
     def _spot_checks(
         self, question: InfluenceQuestion, influence: Influence, trajectory: Trajectory, seconds: float
     ) -> tuple[SpotCheck, ...]:
-        """Check the scores by retraining, where `retrain` says so; should that fail, they are not lost with it."""
+        """Check the scores by retraining, if `retrain` is given; where that fails, they are reported unchecked."""
         if self.retrain is None:
             return ()
         estimator = self._estimator_with(trajectory)
@@ -392,6 +396,6 @@ class DataInfluence(Callback):
 
 
 def _recorded(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what this callback, whatever its arguments were, wrote into a checkpoint; empty if it was not there."""
+    """Return what this callback wrote into a checkpoint, with any arguments; empty if it was not there."""
     states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, Mapping)]
     return next((state for state in states if {"steps", "rate_sums"} <= set(state)), {})

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_interp.network.checkpoint_file import checkpoint_content
 
-BATCH_SIZE = 64  # of a dataset that comes without a loader: per-sample gradients are taken in parts that fit anyway
+BATCH_SIZE = 64  # for a dataset without a loader: gradients are taken in chunks that fit in memory anyway
 PACKAGES = ("lightning.", "pytorch_lightning.")
 CheckpointContent = dict[str, Any]
 
@@ -22,7 +22,7 @@ def read_checkpoint(path: str | os.PathLike[str], trusted: bool = False) -> Chec
 
     Args:
         path: local, or an fsspec address.
-        trusted: whether to unpickle whatever it holds, which may run code; else tensors and plain Python alone.
+        trusted: whether to unpickle arbitrary objects, which may run code; else only tensors and plain Python objects.
 
     Raises:
         FileNotFoundError: there is no such file.

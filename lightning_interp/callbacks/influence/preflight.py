@@ -16,13 +16,13 @@ from lightning_interp.data.task import Task
 
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
-LOSS_TOLERANCE = 1e-3  # relative: above float32's rounding, below any difference in what the losses are
+LOSS_TOLERANCE = 1e-3  # relative: above float32's rounding, below the difference between two kinds of loss
 
 
 def augmentation_warning(task: Task, first: Any, second: Any) -> str:
     """Return a warning if a dataset gave other inputs the second time it was read, else an empty text."""
     pairs = zip(tensors(task.inputs(first)), tensors(task.inputs(second)), strict=True)
-    # NaN differs from itself, and stands for a missing value in tables.
+    # NaN, a missing value in tables, differs from itself.
     if all(a.shape == b.shape and bool(((a == b) | (a != a)).all()) for a, b in pairs):
         return ""
     return (
@@ -43,7 +43,7 @@ def averaging_warning(trainer: pl.Trainer, callback: Callback) -> str:
 
 
 def unrecorded_steps_warning(trainer: pl.Trainer, recorded: int) -> str:
-    """Return a warning if training goes on from a checkpoint without a record of the steps before it."""
+    """Return a warning if training resumes from a checkpoint without a record of the steps before it."""
     if recorded or not trainer.global_step or trainer.should_stop:
         return ""
     return (

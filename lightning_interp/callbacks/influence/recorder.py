@@ -57,11 +57,11 @@ class Recorder:
         return Trajectory(paths, {name: reason for name, reason in by_name.items() if isinstance(reason, str)})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint has to hold for the sums to go on."""
+        """Return what a checkpoint must hold so that a resumed run continues the sums."""
         return {"steps": dict(self._steps), "rate_sums": dict(self._rate_sums)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint's sums."""
+        """Continue from a checkpoint's sums."""
         self._steps, self._rate_sums, self._names = dict(state["steps"]), dict(state["rate_sums"]), {}
 
     def _name(self, parameter: Tensor, module: nn.Module) -> str:

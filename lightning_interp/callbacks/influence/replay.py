@@ -19,7 +19,7 @@ MUTED = ("on_fit_start", "on_train_start", "on_train_end", "on_fit_end", "teardo
 
 
 class _NoStep(Callback):
-    """Ends training where it starts.
+    """Ends training before its first batch.
 
     Args:
         trained: the parameters that had gradients when the checkpoint was written; those that have them now when None.
@@ -37,7 +37,7 @@ class _NoStep(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        raise ValueError("module: expected training to end where it starts, but it goes on; no step was taken")
+        raise ValueError("module: expected training to end before its first batch, but it continues; no step was taken")
 
 
 def run_folder_of(path: str | os.PathLike[str]) -> str:
@@ -64,9 +64,9 @@ def replay_end(
 ) -> None:
     """Let a callback start and end a training run that takes no step, its state that of a checkpoint.
 
-    A trainer of Lightning's brings back weights, optimizers, counters and data, so that the callback meets what it met
-    at the end of the run. What the network itself does at the start and the end of a run is left out, since it may
-    load, log or save, as are its other callbacks.
+    A trainer of Lightning's brings back weights, optimizers, counters and data, so that the callback finds the state
+    that it found at the end of the run. What the network itself does at the start and the end of a run is left out,
+    since it may load, log or save, as are its other callbacks.
 
     Args:
         callback: all of whose work is in `on_train_start` and `on_train_end`.
@@ -77,11 +77,11 @@ def replay_end(
         folder: the run's, where TensorBoard's events and the callback's files go.
         device: "auto", "cpu", "cuda", "cuda:1", "mps", ...
         precision: the trainer's.
-        trusted: whether the checkpoint may be unpickled whatever it holds.
+        trusted: whether arbitrary objects in the checkpoint may be unpickled.
         trained: names of the parameters that had gradients then; those that have them now when None.
 
     Raises:
-        ValueError: the trainer cannot be had as asked, or has no training data.
+        ValueError: there is no such device or precision, or no training data.
     """
     package = importlib.import_module(_package(module))
     wrong = package.utilities.exceptions.MisconfigurationException
@@ -121,8 +121,10 @@ def _trainer(
         logger=package.loggers.TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
         default_root_dir=folder,
         callbacks=callbacks,
+        # Lightning ignores `should_stop` until these are reached.
         min_epochs=0,
         min_steps=0,
+        # Beyond those of the checkpoint, or there would be no training to start.
         max_epochs=int(content.get("epoch", 0)) + 2,
         max_steps=int(content.get("global_step", 0)) + 1,
         num_sanity_val_steps=0,

@@ -40,7 +40,7 @@ from lightning_interp.views.tables import as_csv, as_markdown
 
 INFLUENCE_TITLE = "Which training samples made it so"
 SUSPECTS_SHOWN = 24  # three rows of eight images
-RANKS_IN_CSV = 100
+RANKS_IN_CSV = 100  # of each of a query's lists; `scores.safetensors` holds at least as many
 SUSPECTS_IN_CSV = 100_000  # a table of about 6 MB, which spreadsheets still open
 FILES_OF_SOME_REPORTS = ("query-*.png", "look-at-first.png", "spot-check.png", "self_influence.csv")
 SPOT_CHECK_TAG = "influence/spot_check"

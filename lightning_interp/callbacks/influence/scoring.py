@@ -106,7 +106,7 @@ def _score_by_influence_function(
 def _scoring_seconds(
     question: InfluenceQuestion, fitted: FittedInfluence, self_influence: bool, candidates: Sequence[int]
 ) -> float:
-    """Return the seconds of what grows with the samples: what does not, seconds too, would hide it."""
+    """Return the seconds of the work that grows with the samples; work that does not may take far longer."""
     watch = Stopwatch()
     reader = dataclasses.replace(fitted.reader, progress=watch, ranks=SINGLE_PROCESS)
     timed = dataclasses.replace(fitted, reader=reader)

@@ -12,7 +12,7 @@ from lightning_interp.similarity import AnyMeasure
 from lightning_interp.similarity.matrix import needs
 from lightning_interp.storage.snapshots import SnapshotStore
 
-FEWEST_SAMPLES = 4
+FEWEST_SAMPLES = 4  # debiased CKA is not defined for fewer
 SIMILARITY = "RepresentationSimilarity"
 
 
@@ -52,7 +52,7 @@ def checked_sketch(sketch: int | None, measures: Sequence[AnyMeasure], store: st
 
 
 def how_often(epochs: int | None, steps: int | None) -> tuple[int | None, int | None]:
-    """Return every how many epochs and steps; exactly one of the two is given then."""
+    """Return the intervals in epochs and in steps between snapshots, exactly one of which is not None."""
     for name, value in (("every_n_epochs", epochs), ("every_n_steps", steps)):
         if value is not None:
             check_count(SIMILARITY, name, value)
@@ -72,7 +72,7 @@ def warn_beyond_budget(budget_mb: float, store: SnapshotStore) -> None:
 
 
 def check_storage(store: Any, budget_mb: Any) -> None:
-    """Raise where it is not said what to keep, or within which budget."""
+    """Raise unless `store` and `budget_mb` are valid."""
     if store not in ("compact", "activations"):
         raise ValueError(f'{SIMILARITY}(store=...): expected "compact" or "activations", got {store!r}')
     if isinstance(budget_mb, bool) or not isinstance(budget_mb, (int, float)) or not budget_mb > 0:

@@ -66,10 +66,9 @@ class SimilarityRun:
 class RepresentationSimilarity(Callback):
     """Compare each layer's activations on fixed samples with its initial and its final state.
 
-    A snapshot of every layer is taken before the first step, at the end of each epoch (or as often as said) and after
-    the last, and stored in `<log_dir>/interp/similarity`, in
-    the smallest form that the measures need. For kinds of linear CKA alone it takes n (n + 1) bytes per layer (0.26 MB
-    for 512 samples), else 4 n² bytes or less.
+    A snapshot of every layer is taken before the first step, at the end of each epoch (or as configured) and after
+    the last, and stored in `<log_dir>/interp/similarity`, in the smallest form that the measures need. For kinds of
+    linear CKA alone it takes n (n + 1) bytes per layer (0.26 MB for 512 samples), else 4 n² bytes or less.
 
     A second callback of this class in a trainer has the folder `similarity-2`, and its tags begin with it:
     `similarity-2_to_initial/M/L`, `interp_seconds/RepresentationSimilarity-2`; a third one likewise.
@@ -90,8 +89,8 @@ class RepresentationSimilarity(Callback):
             chance, its standard error, and why not to trust it.
         `similarity_notes/probe`: text after training: samples, layers, and which numbers to distrust.
         `interp_seconds/RepresentationSimilarity`: scalar: seconds that this callback took since the last one.
-        `interp_errors/RepresentationSimilarity`: text, only where a measure failed and is left out from then on, or
-            all of it did and switched itself off.
+        `interp_errors/RepresentationSimilarity`: text, only where a measure failed and is left out from then on, or the
+            callback did and switched itself off.
 
     Args:
         layers: names or glob patterns of submodules; "output" is what the network itself gives. When None, those with
@@ -110,13 +109,13 @@ class RepresentationSimilarity(Callback):
         sketch: reduce wide layers to so many features by random signs, for linear CKA alone: an estimate that takes
             one pass over the probe however wide the network is; with 1024 it is off by about 0.01, at most 0.05.
         store: "compact", or "activations" for the activations themselves.
-        budget_mb: what the snapshots may take on disk, in 10⁶ bytes; beyond it those between the first and the last
-            are thinned, evenly, and that is said.
+        budget_mb: what the snapshots may take on disk, in 10⁶ bytes; beyond it those between the first and the last are
+            thinned, evenly, with a warning.
         task: how to read a batch and call the model.
-        on_error: "warn" switches the callback off on its first failure and lets training go on; "raise" raises.
+        on_error: "warn" switches the callback off on its first failure and lets training continue; "raise" raises.
 
     Raises:
-        ValueError, TypeError: an argument is off; always before the first batch.
+        ValueError, TypeError: an argument is invalid; always before the first batch.
     """
 
     def __init__(
@@ -181,8 +180,9 @@ class RepresentationSimilarity(Callback):
         self._guard.start(partial(self._start, run_folder(trainer)), trainer, pl_module, self)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Take a snapshot, where so many steps have gone by."""
+        """Take a snapshot every `every_n_steps` steps."""
         every = self.every_n_steps
+        # Not a remainder of 0: with several optimizers a batch takes several steps.
         if every is not None and trainer.global_step // every > self._last_step // every:
             self._last_step = trainer.global_step
             self._guard.run(partial(self._record, _finished_epochs(trainer)), trainer, pl_module)
@@ -205,6 +205,7 @@ class RepresentationSimilarity(Callback):
         return {
             "folder": self._run.store.folder.path,
             "fingerprint": self._run.probe.fingerprint,
+            # The snapshot itself, as the folder may not be there where the run is resumed.
             "initial": self._run.initial,
             "maps": self.pooling.maps,
             "tokens": self.pooling.tokens,
@@ -221,6 +222,7 @@ class RepresentationSimilarity(Callback):
         self._restored = dict(state_dict)
 
     def _start(self, folder: Folder, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # A second `fit` of the same trainer continues the history, as a resumed run does.
         earlier = self._restored or (self.state_dict() if trainer.global_step else {})
         self._run = None
         probe = self._take_probe(trainer)
@@ -356,7 +358,7 @@ class RepresentationSimilarity(Callback):
             publish(findings, self._guard.loggers(trainer), run.folder, self._guard.room)
 
     def _notes(self, run: SimilarityRun) -> list[str]:
-        """Return what to say first of the samples and layers."""
+        """Return the notes on samples and layers that begin the report."""
         layers = ", ".join(run.store.read(run.store.steps[-1]).layers)
         notes = [
             f"Probe: {run.probe.n} samples of the {run.probe.source}, the same at every snapshot.",
@@ -365,7 +367,9 @@ class RepresentationSimilarity(Callback):
         if self.sketch:
             notes.append(f"Wide layers reduced to {self.sketch:,} features by random signs: CKA is an estimate.")
         if run.store.thinned:
-            notes.append(f"{run.store.thinned} snapshots between the first and the last went, to stay in the budget.")
+            notes.append(
+                f"{run.store.thinned} snapshots between the first and the last were deleted to stay within the budget."
+            )
         if unmasked := run.activations.unmasked(run.probe.batches[0]):
             notes.append(f"All tokens count in {', '.join(unmasked)}: task.mask is of another length.")
         return notes

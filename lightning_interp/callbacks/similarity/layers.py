@@ -1,4 +1,4 @@
-"""Which layers `RepresentationSimilarity` looks at: those asked for, or a sensible choice."""
+"""Which layers `RepresentationSimilarity` records: those requested, or a default choice."""
 
 from __future__ import annotations
 

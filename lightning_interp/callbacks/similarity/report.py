@@ -65,7 +65,7 @@ def similarity_findings(
     Args:
         measures: tag → measure.
         store: the run's snapshots.
-        notes: what to say first of the samples and layers.
+        notes: on samples and layers, at the beginning.
         progress: shows how far it is.
         failed: measures that are left out; one that fails is added to them, with its error. When None it raises.
     """

@@ -17,8 +17,8 @@ from lightning_interp.storage.snapshots import snapshot_from_state
 def restored_state(callback: Callback, callbacks: Sequence[Callback], saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return the state with which a callback resumes; empty where there is none.
 
-    That of its own key. Where its arguments have changed since, one of its class that no callback has the key of: the
-    first such callback gets the first.
+    It is the state saved under its own key. Where its arguments, and so its key, have changed since, it is one of the
+    states of its class that no callback has the key of, in the callbacks' order.
 
     Args:
         callback: the one that resumes.

@@ -1,4 +1,4 @@
-"""Conjugate gradients: exact influence of large networks, as far as the iterations go."""
+"""Conjugate gradients: influence by the exact curvature of large networks, up to a residual."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ConjugateGradient:
     All queries at once, each with iterations of its own: one iteration is a pass over the training samples with one
     vector a query. How far it got is a note of the result, and `residuals` of its scorer. Stopped early, it has the
     directions of large curvature right and those of small curvature not yet; the preconditioner, an estimate of the
-    same matrix, lets them go together.
+    same matrix, makes both converge together.
 
     Reference: Hestenes & Stiefel, Methods of Conjugate Gradients for Solving Linear Systems, 1952; Martens, Deep
     Learning via Hessian-free Optimization, 2010.
@@ -100,6 +100,7 @@ def solve(
     scale = right.norm(dim=1).clamp(min=torch.finfo(right.dtype).tiny)
     iterations_done = 0
     while iterations_done < iterations and len(unsolved := (residual.norm(dim=1) > tolerance * scale).nonzero()[:, 0]):
+        # Solved systems drop out of the products, which are what an iteration costs.
         directions = direction[unsolved]
         products = product(directions)
         curvatures = _dots(directions, products)
@@ -114,7 +115,7 @@ def solve(
         residual_dots[unsolved] = fresh_dots
         iterations_done += 1
     if iterations_done and float((residual.norm(dim=1) / scale).min()) < torch.finfo(right.dtype).eps ** 0.5:
-        # The recurrence goes on shrinking below what rounding lets the solution itself reach.
+        # Computed anew: the recurrence's residual shrinks below what rounding lets the solution itself reach.
         residual = right - product(solutions)
     relative_residuals = residual.norm(dim=1) / scale
     return Solution(solutions, relative_residuals, (_residual_note(relative_residuals, iterations_done, tolerance),))

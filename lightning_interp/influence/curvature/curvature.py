@@ -1,4 +1,4 @@
-"""What every curvature offers: estimate it, then ask for (H + Λ)⁻¹ between gradients."""
+"""The interface of curvatures: estimate H, then apply (H + Λ)⁻¹ between gradients."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Fitted(Protocol):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader must know about it."""
+        """What a report must mention about it."""
 
     def inverse(self, shift: Shift) -> Inverse:
         """Return (H + Λ)⁻¹, Λ given per block: a number, or `(groups, o, i)`."""
@@ -75,12 +75,13 @@ class Curvature(Protocol):
       give the step's loss.
     - `in_loss_unit = True`: whether scores are changes of the loss. Where False, they have no unit, and damping has no
       meaning.
-    - `solves_per_query = False`: whether all of its cost comes with the queries. Where True, the callback scores
-      all samples whatever its budget, and leaves out self-influence, which would be a query for each of them.
+    - `solves_per_query = False`: whether all of its cost comes with the queries. Where True, the callback scores all
+      samples regardless of its budget, and leaves out self-influence, which would be a query for each of them.
     - `default_damping(fitted) -> Damping`: what suits it where the user gave no damping. It then also precedes the
-      damping that follows from a recorded `Trajectory`. By default that one, or else 0.1 × the mean eigenvalue.
+      damping that follows from a recorded `Trajectory`. By default the trajectory's is used, or else 0.1 × the mean
+      eigenvalue.
     - `decomposition_cost(blocks) -> float`: how many multiplications `fit` spends beside its passes over samples, for
-      these `ParameterBlock`s. By default 0: none to speak of.
+      these `ParameterBlock`s. By default 0, for a negligible number.
     - `samples: int | None`, a dataclass field: how many training samples it is estimated from; a callback that is short
       of time lowers it. Without it, the curvature is estimated from all.
     - `columns: int | None`, a dataclass field: how many columns of the matrix it is estimated from. Without it, or with

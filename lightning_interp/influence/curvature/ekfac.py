@@ -45,8 +45,8 @@ class EKFAC:
     Grosse et al., Studying Large Language Model Generalization with Influence Functions, 2023.
 
     Args:
-        columns: how many columns of the matrix it is estimated from: an unbiased sample, which holds
-            the large ones surely (see `PrioritySample`); every column of every sample when None.
+        columns: how many columns of the matrix it is estimated from: an unbiased sample, which contains the large ones
+            (see `PrioritySample`); every column of every sample when None.
         samples: training samples, evenly spread, that it is estimated from; all when None.
         seed: of the sample.
     """
@@ -178,7 +178,7 @@ class EKFACInverse:
 def column_passes(
     reader: Reader, samples: Samples, count: int | None, seed: int
 ) -> tuple[ColumnPass, int, tuple[str, ...]]:
-    """Return how to go over the curvature's columns, how many samples they stand for, and notes on them."""
+    """Return a function that starts a pass over the curvature's columns, their number of samples, and notes."""
     if count is None:
         return lambda what: reader.gradients_of_all_columns(samples, seed, what), len(samples), ()
     columns = reader.sample_columns(samples, count, seed)
@@ -194,6 +194,7 @@ def column_passes(
             stored_elements += elements_in_memory(rows)
             to_cache = [*to_cache, rows] if stored_elements <= MOST_CACHED else []
             yield rows
+        # Only here: a pass that was not read to its end must not be cached.
         cached.extend(to_cache)
 
     return sampled_columns, columns.n, columns.notes
@@ -227,9 +228,11 @@ def _side_moments(rows: FactoredGradients) -> tuple[Tensor | None, Tensor | None
     decomposed_outputs = 1 < o <= WIDEST_FACTOR
     if rows.positions == 1 and isinstance(rows.inputs, Tensor):
         a, g = rows.inputs[:, :, 0].transpose(0, 1), rows.outputs[:, :, 0].transpose(0, 1)
+        # With G = g aᵀ, GGᵀ = |a|² g gᵀ and GᵀG = |g|² a aᵀ.
         outputs = g.mT @ (g * a.square().sum(2, keepdim=True)) if decomposed_outputs else None
         return outputs, a.mT @ (a * g.square().sum(2, keepdim=True)) if decomposed_inputs else None
     if isinstance(rows.inputs, Lookup):
+        # A sample's rows of a table are distinct, so that GGᵀ is the sum of their g gᵀ.
         output_rows = rows.outputs.flatten(0, 2)
         return (output_rows.mT @ output_rows)[None] if decomposed_outputs else None, None
     outputs, inputs = None, None

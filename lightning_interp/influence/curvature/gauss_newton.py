@@ -22,7 +22,7 @@ LARGEST_SOLUTION = 2**25  # elements, 128 MB of float32 for all solved queries
 
 @dataclass(frozen=True)
 class GaussNewton:
-    """The whole generalised Gauss–Newton matrix H = (1/n) Σ JᵀH_ℓJ, layers with one another.
+    """The whole generalised Gauss–Newton matrix H = (1/n) Σ JᵀH_ℓJ, curvature between layers included.
 
     For cross entropy it is the Fisher matrix, for a linear model the Hessian. With all columns it is a matrix over the
     parameters, of which there may be 8,192. With a number of columns, H = (1/n) C Cᵀ is inverted in their space,
@@ -33,7 +33,7 @@ class GaussNewton:
     Curvature Access Through the Generalized Gauss-Newton's Low-Rank Structure, 2022.
 
     Args:
-        columns: how many columns it is computed from: an unbiased sample, the large ones surely in it (see
+        columns: how many columns it is computed from: an unbiased sample, which contains the large ones (see
             `PrioritySample`); every column of every sample when None.
         samples: training samples, evenly spread, that it is computed from; all when None.
         seed: of the sample.
@@ -127,6 +127,7 @@ class DenseInverse:
 
     def squares(self, rows: Gradients) -> Tensor:
         """Return ∇ℓ_iᵀ (H + Λ)⁻¹ ∇ℓ_i of each sample, `(n,)`."""
+        # gᵀ (L Lᵀ)⁻¹ g = |L⁻¹ g|²: one triangular system instead of two.
         half = torch.linalg.solve_triangular(self.factor, self._flat(rows).T, upper=False)
         return half.square().sum(0).to(next(iter(rows.values())).outputs)
 
@@ -144,7 +145,7 @@ class FittedColumns:
 
     Args:
         rows: the columns of C, as gradients of each block.
-        n: number of samples that they stand for.
+        n: number of samples that they represent.
         elements: number of parameters' elements.
         notes: what to say of it.
     """
@@ -162,6 +163,7 @@ class FittedColumns:
     def inverse(self, shift: Shift) -> ColumnsInverse:
         """Return (H + Λ)⁻¹."""
         rows = whiten(self.rows, shift)
+        # Factored in float64: where the damping is small, DᵀD is far above nI.
         kernel = sum_of(dot_products(row, row) for row in rows.values()).cpu().double()
         kernel.diagonal().add_(self.n)
         return ColumnsInverse(rows, shift, cholesky(kernel))
@@ -265,6 +267,7 @@ def cholesky(matrix: Tensor) -> Tensor:
         FloatingPointError: it is not positive definite.
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
+    # An infinite entry passes without `info`.
     if int(info) or not bool(factor.diagonal().isfinite().all()):
         raise FloatingPointError("damping: the damped curvature is not positive definite; pass a larger damping=")
     return factor
@@ -285,6 +288,7 @@ def _sum_of_outer_products(gradients_of_batches: Iterable[dict[str, FactoredGrad
     matrix: Tensor | None = None
     for rows in gradients_of_batches:
         gradients = flatten(rows)
+        # Multiplied in the gradients' precision, summed over batches in float64.
         product = (gradients.T @ gradients).cpu().double()
         matrix = product if matrix is None else matrix.add_(product)
     if matrix is None:

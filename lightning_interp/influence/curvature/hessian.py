@@ -25,7 +25,7 @@ class Hessian:
     """The Hessian of the mean training loss, H = (1/n) Σ ∂²ℓ_i/∂θ², of up to 4,096 parameters.
 
     For a model that is linear in its parameters it equals `GaussNewton()`. Of a deep network it has negative
-    eigenvalues, and its damped inverse turns the scores around in their directions: that is refused.
+    eigenvalues, and its damped inverse reverses the sign of the scores in their directions: an error is raised.
 
     Reference: Koh & Liang, Understanding Black-box Predictions via Influence Functions, 2017.
     """

@@ -42,7 +42,7 @@ class FittedIdentity:
     notes: tuple[str, ...] = ()
 
     def inverse(self, shift: Shift) -> FittedIdentity:
-        """Return the identity again, whatever Λ is."""
+        """Return the identity, for any Λ."""
         return self
 
     def against(self, queries: Gradients) -> Scorer:

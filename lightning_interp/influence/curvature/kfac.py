@@ -38,8 +38,8 @@ class KFAC:
     convolutions Grosse & Martens, A Kronecker-factored Approximate Fisher Matrix for Convolution Layers, 2016.
 
     Args:
-        columns: how many columns of the matrix B is estimated from: an unbiased sample, which holds
-            the large ones surely (see `PrioritySample`); every column of every sample when None.
+        columns: how many columns of the matrix B is estimated from: an unbiased sample, which contains the large ones
+            (see `PrioritySample`); every column of every sample when None.
         samples: training samples, evenly spread, that it is estimated from; all when None.
         seed: of the sample.
     """
@@ -97,6 +97,7 @@ def _input_factor(rows: FactoredGradients) -> Tensor:
     """Return Σ a aᵀ over samples and positions."""
     inputs = rows.inputs
     if isinstance(inputs, Lookup):
+        # The second moment of one-hot vectors is diagonal: how often each row was taken.
         return torch.bincount(inputs.index.flatten(), minlength=inputs.count)[None].to(rows.outputs)
     return _factor_of_rows(inputs)
 
@@ -118,4 +119,5 @@ def _decompose(factor: Tensor) -> _DecomposedFactor:
     if factor.ndim == 2:
         return _DecomposedFactor(factor, None)
     values, vectors = torch.linalg.eigh(factor.cpu().double())
+    # Rounding may leave an eigenvalue below zero.
     return _DecomposedFactor(values.clamp(min=0).to(factor), vectors.to(factor))

@@ -19,7 +19,7 @@ from lightning_interp.progress import quiet
 
 BATCHES_TRIED = 8  # mini-batches that the largest eigenvalue is taken over: with the iterations, 80 products
 POWER_ITERATIONS = 10  # a rough eigenvalue is enough: the series converges from half of the largest on
-BOUND_SLACK = 1.01  # on the bound that tells divergence, for rounding
+BOUND_SLACK = 1.01  # factor on the bound that detects divergence, for rounding
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class LiSSA:
         scale = self.scale or largest_eigenvalue(operator, self.batch_size, draws)
 
         def solver(queries: Tensor) -> Solution:
+            # Seeded for each set of queries, so that the same queries get the same scores.
             draws = torch.Generator().manual_seed(self.seed)
             series = [self._summed(reader, operator, queries, scale, draws) for _ in range(self.repeats)]
             solutions = torch.stack(series).mean(0)

@@ -71,6 +71,7 @@ class Operator:
 
     def on(self, indices: Sequence[int]) -> Operator:
         """Return the operator of some of the samples, by their positions."""
+        # Without worker processes, whose start would cost more than reading one mini-batch.
         return dataclasses.replace(self, samples=dataclasses.replace(self.samples.at(indices), workers=0))
 
     def __call__(self, vectors: Float[Tensor, "q p"]) -> Float[Tensor, "q p"]:

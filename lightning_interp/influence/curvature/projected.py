@@ -18,17 +18,17 @@ from lightning_interp.influence.curvature.gauss_newton import cholesky, whiten
 from lightning_interp.influence.gradients.projection import Projection
 from lightning_interp.influence.gradients.reader import Reader
 
-PILED_ROWS = 2048  # so many projected gradients are multiplied at once, 4 MB of float32 for 512 numbers each
+PILED_ROWS = 2048  # projected gradients that are multiplied at once: 4 MB of float32 for 512 numbers each
 
 
 @dataclass(frozen=True)
 class ProjectedGaussNewton:
     """Generalised Gauss–Newton matrix in a random projection of the gradients to `dim` numbers.
 
-    ∇ℓ_qᵀ (H + λ)⁻¹ ∇ℓ_i ≈ φ_qᵀ (P H Pᵀ + λ)⁻¹ φ_i, φ = P∇ℓ: a training sample is `dim` numbers whatever the size of
-    the network, so that its gradient can be stored (see `GradientStore`). Layers enter with one another.
-    The projection blurs every dot product by about 1/√dim, which shows in the order of the scores: prefer
-    `GaussNewton(columns=...)` where nothing is stored. A Λ per parameter is divided out before the projection.
+    ∇ℓ_qᵀ (H + λ)⁻¹ ∇ℓ_i ≈ φ_qᵀ (P H Pᵀ + λ)⁻¹ φ_i, φ = P∇ℓ: a training sample is `dim` numbers for a network of any
+    size, so that its gradient can be stored (see `GradientStore`). Curvature between layers is included. The projection
+    blurs every dot product by about 1/√dim, which shows in the order of the scores: prefer `GaussNewton(columns=...)`
+    where nothing is stored. A Λ per parameter is divided out before the projection.
 
     Reference: Park et al., TRAK: Attributing Model Behavior at Scale, 2023; Choe et al., What is Your Data Worth to
     GPT? LLM-Scale Data Valuation with Influence Functions, 2024.
@@ -90,6 +90,7 @@ class FittedProjected:
     def inverse(self, shift: Shift) -> ProjectedInverse:
         """Return (P H Pᵀ + λ)⁻¹, or with D = Λ^−½ P (D H D + I)⁻¹ Pᵀ between whitened gradients, in another pass."""
         numbers = {value for value in shift.values() if not isinstance(value, Tensor)}
+        # One λ for all parameters can be added after the projection, without another pass.
         if len(numbers) == 1 and not any(isinstance(value, Tensor) for value in shift.values()):
             return ProjectedInverse(self.projection, self.matrix, numbers.pop())
         columns = (self.projection(whiten(rows, shift)) for rows in self.column_gradients("curvature, whitened"))
@@ -133,7 +134,7 @@ class ProjectedInverse:
 
     @property
     def halves(self) -> tuple[ProjectedInverse, ProjectedInverse]:
-        """Two inverses, each from a projection to half as many numbers: how far they agree is how far to trust one."""
+        """Two inverses, each from a projection to half as many numbers: their agreement measures the error of one."""
         first, second = (
             replace(self, projection=half, matrix=half.folded(half.folded(self.matrix).T))
             for half in self.projection.halves

@@ -1,1 +1,1 @@
-"""Gradients and curvature, combined to scores."""
+"""Estimators of influence: gradients and curvature, combined to scores of training samples."""

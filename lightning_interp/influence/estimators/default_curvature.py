@@ -1,4 +1,4 @@
-"""The curvature that a network of this size gets where the user chose none."""
+"""The default curvature, by the size of the network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def default_curvature(coverage: Coverage, damping: Damping | None) -> tuple[Curv
 
     Where the damping is known (the exact matrix needs the right one): `GaussNewton()`, all of it, of up to 1,024
     parameters; `GaussNewton(columns=...)` with 1,024 columns, or as many as fit in 64 MB if these are 512 or more. Else
-    `EKFAC()`, which asks less of both.
+    `EKFAC()`, which needs less memory and no exact damping.
 
     Args:
         coverage: the covered network.

@@ -1,4 +1,4 @@
-"""Projected training gradients in a folder, so that later questions cost no pass over the training data."""
+"""Projected training gradients in a folder, so that later queries cost no pass over the training data."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NOTE = "training gradients were read from a store, in half precision"
 
 @dataclass(frozen=True, eq=False)
 class GradientStore:
-    """Training gradients projected to k numbers each, the curvature between them, and whose weights they are of.
+    """Training gradients projected to k numbers each, the curvature between them, and a hash of their weights.
 
     In the folder: `gradients-<key>.npy`, float16, mapped into memory, each row divided by its largest entry; and
     `gradients.safetensors`, written last, with those entries, the curvature and the facts. The key is a hash of the
@@ -93,7 +93,7 @@ class GradientStore:
         Args:
             model: with the weights that the gradients are of.
             query: dataset or loader of the samples whose losses are explained.
-            task: as it was when the gradients were stored.
+            task: the one with which the gradients were stored.
             candidates: indices in the training set to score; all when None.
             top_k: keep only so many of each query's most helpful, harmful and surprisingly helpful samples.
             progress: shows how far it got.
@@ -108,7 +108,7 @@ class GradientStore:
         queries = self._project_queries(model, Samples.of(query), task, progress)
         indices = torch.arange(len(self)) if candidates is None else torch.tensor(list(candidates), dtype=torch.long)
         if not len(indices) or not bool(((indices >= 0) & (indices < len(self))).all()):
-            raise ValueError(f"candidates: expected places below {len(self)} (the training samples), got {candidates}")
+            raise ValueError(f"candidates: expected indices below {len(self)} (the training samples), got {candidates}")
         columns, mean = self._score(queries, indices, top_k)
         note = f"{len(indices):,} of {len(self):,} training samples were scored; the others are not in the ranking"
         return Influence(

@@ -68,7 +68,7 @@ class InfluenceFunction:
         return self.damping if isinstance(self.damping, Damping | None) else Damping(self.damping, "given")
 
     def check(self, model: nn.Module, train: Any, task: Task = Task()) -> None:
-        """Find out on a few training samples whether this model can be scored.
+        """Check on a few training samples that scores of this model can be computed.
 
         Before training, this is no substitute for the search of `fit`: a layer that starts at zero sends no gradient
         back, where any rule is right, and other parameters may be trained by the end.
@@ -87,7 +87,7 @@ class InfluenceFunction:
         progress: Progress = quiet,
         ranks: Ranks = SINGLE_PROCESS,
     ) -> PreparedInfluence:
-        """Find out, on a few training samples, all that can be known before a pass over them; arguments as for `fit`.
+        """Determine on a few training samples what is needed before a pass over all of them; arguments as for `fit`.
 
         Raises:
             ValueError: the dataset is empty, no parameter is covered, a pattern names none, or the curvature has too
@@ -125,7 +125,7 @@ class InfluenceFunction:
         progress: Progress = quiet,
         ranks: Ranks = SINGLE_PROCESS,
     ) -> FittedInfluence:
-        """Estimate the curvature, once for any number of questions; the model is left as it was.
+        """Estimate the curvature, once for any number of queries; the model is left as it was.
 
         Args:
             model: any module; it runs in eval mode, batch normalisation and dropout with it.

@@ -20,7 +20,7 @@ from lightning_interp.network.undisturbed import differentiable
 
 @dataclass(frozen=True, eq=False)
 class PreparedInfluence:
-    """What `InfluenceFunction.fit` finds out before the first pass over the training samples.
+    """What `InfluenceFunction.fit` determines before the first pass over the training samples.
 
     It can be fitted several times, also with a field replaced: on a few samples for their time, then on all.
 
@@ -62,7 +62,7 @@ class PreparedInfluence:
         return FittedInfluence(self.reader, self.train, self.curvature, fitted, inverse, damping, notes, self.leverage)
 
     def _mixture_note(self) -> str:
-        """Say so if the curvature is that of random mixtures of the classes at many positions."""
+        """Return a note if the curvature is that of random mixtures of classes at many positions, else ""."""
         task, batch = self.coverage.task, self.coverage.batch
         if not needs_outputs(self.curvature) or task.loss is not loss_per_sample:
             return ""
@@ -73,7 +73,7 @@ class PreparedInfluence:
         return f"classes at many positions: the curvature is that of {MIXTURES} random mixtures of them per sample"
 
     def _slow_note(self) -> str:
-        """Say so if some parameters' gradients take a backward for each sample."""
+        """Return a note if some parameters' gradients take a backward for each sample, else ""."""
         fallback = self.coverage.fallback
         if fallback is None or fallback.vectorised:
             return ""

@@ -87,6 +87,7 @@ class TracIn:
             FloatingPointError: gradients or scores are not finite.
         """
         samples, queries = train_and_query_samples(train, query)
+        # Coverage is checked with weights of the run; it holds for the other checkpoints as well.
         with loaded(model, self.checkpoints[0]):
             fitted = InfluenceFunction(IdentityCurvature(), 1.0, self.layers).fit(model, samples, task, progress)
         scored = samples_to_score(fitted.train, candidates)

@@ -172,6 +172,7 @@ class _Network(NamedTuple):
 
 def _average(sums: Tensor, targets: Tensor, count: int) -> ScoredBatch:
     """Return the mean scores times the mean 1 − p, from the rows of the sums."""
+    # Both factors are means over the networks, so that their sums are divided by the count twice.
     return sums[:-1] * (sums[-1] / count**2), targets
 
 
@@ -187,6 +188,7 @@ class _Margins(NamedTuple):
 def _margins(reader: Reader, samples: Samples, projection: Projection, what: str) -> Iterator[_Margins]:
     task = reader.coverage.task
     for batch in reader.per_sample_gradients(samples, what):
+        # The margin's slope in the outputs weights their gradients: the chain rule, by one backward.
         outputs = batch.outputs.detach().requires_grad_()
         values = margin(outputs, batch.targets, task.problem(outputs, batch.targets))
         (weights,) = torch.autograd.grad(values.sum(), outputs)

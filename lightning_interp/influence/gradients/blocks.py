@@ -21,8 +21,8 @@ class ParameterBlock:
         name: of the layer or parameter.
         parameters: their names in the model; of a matrix the weight first, then its bias, if that is trained.
         shapes: their shapes.
-        layout: "matrix" (weight `(groups · o, i, ...)`, the bias as last column), "table" (weight `(i, o)`, its rows
-            looked up), or "vector" (all parameters in a row, `(1, p, 1)`).
+        layout: "matrix" (weight `(groups · o, i, ...)`, the bias as last column), "table" (weight `(i, o)` of an
+            embedding, whose rows are indexed), or "vector" (all parameters in a row, `(1, p, 1)`).
         groups: of a grouped convolution, or the maps that one weight holds.
     """
 

@@ -144,6 +144,7 @@ def find_coverage(model: nn.Module, task: Task, batch: Any, layers: Sequence[str
     search = _Search(model, task, batch, names, _gradients_by_autograd(model, task, batch, names))
     candidates = list(search.candidates())
     verified = search.verify(candidates)
+    # Layers of sequences may have their samples along the second dimension: tried where the first fails.
     turned = [layer._replace(axis=1) if search.misses(layer, verified) else layer for layer in candidates]
     if turned != candidates:
         verified = search.verify(turned)
@@ -176,6 +177,7 @@ class _Search:
 
     def verify(self, layers: Sequence[WatchedLayer]) -> _Verified:
         """Return those of these layers and of their parameters whose gradients are right."""
+        # While a rule is being verified, an error in it means only that it does not cover the layer.
         cautious = [layer._replace(rule=_cautious(layer.rule)) for layer in layers]
         watched_model = WatchedModel(self.model, self.task, cautious, self.parameter_names, {})
         modules = [name for name, _ in self.model.named_modules()]
@@ -259,6 +261,7 @@ class _Search:
                 users.setdefault(name, set()).add(layer)
         assigned: set[str] = set()
         for names, _, use in named_uses:
+            # The layers that share a weight have biases of their own, so that weight and bias are separate blocks.
             shared = any(len(users[name]) > 1 for name in names)
             for group in [(name,) for name in names] if shared else [names]:
                 if group and not assigned & set(group):
@@ -274,6 +277,7 @@ class _Search:
         shapes = tuple(self.model.get_parameter(name).shape for name in names)
         if isinstance(use.inputs, Lookup):
             return ParameterBlock(names[0], names, shapes, "matrix" if shared else "table")
+        # A normalisation comes with ones as inputs, even where its parameters have several dimensions.
         if len(shapes[0]) < 2 or (use.inputs.shape[3] == 1 and shapes[0][1:].numel() != 1):
             return ParameterBlock(names[0], names, shapes, "vector")
         return ParameterBlock(names[0], names, shapes, "matrix", use.inputs.shape[1])
@@ -315,6 +319,7 @@ def _gradients_by_autograd(
         loss = task.total(model, slice_samples(batch, sample, sample + 1))
         if not bool(loss.isfinite()):
             raise FloatingPointError("influence: losses of the first training samples hold NaN or infinity")
+        # A loss that no trained parameter reaches has no graph to differentiate.
         values = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else []
         pairs = zip(parameters, values, strict=bool(values))
         gradients.append({parameter_names[id(p)]: value for p, value in pairs if value is not None})
@@ -322,5 +327,6 @@ def _gradients_by_autograd(
 
 
 def _gradients_agree(ours: Tensor, expected: Tensor) -> bool:
+    # Where the expected gradient is zero, only zeros agree.
     scale = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
     return bool((ours - expected).abs().max() <= GRADIENT_TOLERANCE * scale)

@@ -113,6 +113,7 @@ class FactoredGradients:
     def squared_norms(self) -> Float[Tensor, " n"]:
         """Return each gradient's squared norm."""
         if isinstance(self.inputs, Lookup):
+            # No row of the table appears twice within a sample, so that the squares simply add up.
             return self.outputs.square().sum((1, 2, 3))
         if self.positions == 1:
             return (self.inputs.square().sum((2, 3)) * self.outputs.square().sum((2, 3))).sum(1)
@@ -147,6 +148,7 @@ def concatenate_positions(uses: Sequence[FactoredGradients]) -> FactoredGradient
     outputs = torch.cat([use.outputs for use in uses], dim=2)
     lookups = [factor for factor in inputs if isinstance(factor, Lookup)]
     if len(lookups) == len(uses):
+        # Two uses may take the same row, which must appear once.
         index = torch.cat([lookup.index for lookup in lookups], dim=1)
         return merge_repeated_rows(index, outputs[:, 0], lookups[0].count)
     dense = [factor.dense().to(outputs) if isinstance(factor, Lookup) else factor for factor in inputs]
@@ -159,6 +161,7 @@ def concatenate_samples(batches: Sequence[FactoredGradients]) -> FactoredGradien
     outputs = torch.cat([F.pad(batch.outputs, (0, 0, 0, positions - batch.positions)) for batch in batches])
     lookups = [batch.inputs for batch in batches if isinstance(batch.inputs, Lookup)]
     if lookups:
+        # Padding takes row 0, with a gradient of zero.
         index = torch.cat([F.pad(lookup.index, (0, positions - lookup.index.shape[1])) for lookup in lookups])
         return FactoredGradients(Lookup(index, lookups[0].count), outputs)
     dense = [batch.inputs for batch in batches if isinstance(batch.inputs, Tensor)]
@@ -171,6 +174,7 @@ def merge_repeated_rows(index: Int[Tensor, "n t"], gradients: Float[Tensor, "n t
     same_row = index[:, :, None] == index[:, None, :]
     earlier = torch.ones_like(same_row[0]).tril(-1)
     is_first = ~(same_row & earlier).any(dim=2)
+    # The first position of a row gets the sum; its later ones stay, with a gradient of zero.
     summed = (same_row.to(gradients) @ gradients) * is_first[:, :, None]
     return FactoredGradients(Lookup(index, count), summed[:, None])
 
@@ -184,6 +188,7 @@ def dot_products(left: FactoredGradients, right: FactoredGradients) -> Float[Ten
     pairs = left.positions * right.positions
     single = pairs == groups == 1
     a, b = left.inputs, right.inputs
+    # By factors, each pair of positions takes two short dot products; whole gradients take one long one.
     factors_cheaper = left.shape == right.shape and (single or pairs * (i + o) < o * i)
     if isinstance(a, Tensor) and isinstance(b, Tensor) and factors_cheaper:
         if single:

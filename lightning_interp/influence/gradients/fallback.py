@@ -71,6 +71,7 @@ class FallbackGradients:
 
         def value_of_sample(values: dict[str, Tensor], *rows: Tensor) -> Tensor:
             remaining = iter(rows[: len(mapped)])
+            # vmap removes the dimension of the samples, which the model expects.
             sample = map_tensors(lambda t: next(remaining)[None] if _is_per_sample(t, n) else t, batch)
             arguments = (value, sample, *rows[len(mapped) :])
             return functional_call(self._wrapper, {**constants, **values}, arguments, strict=False)
@@ -83,7 +84,7 @@ class FallbackGradients:
 
 
 class _Wrapper(nn.Module):
-    """A model inside another, so that parameters can be exchanged whatever is called of it."""
+    """A model inside another, so that `functional_call` can exchange parameters for any function of it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -76,7 +76,7 @@ class CurvatureColumns:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Say what the sample is, unless it is everything."""
+        """How the columns were sampled; empty if all were taken."""
         count = len(self.sample_indices)
         if count == self.total:
             return ()
@@ -87,9 +87,9 @@ class CurvatureColumns:
 
 
 class PrioritySample:
-    """Samples at most `count` columns of a stream: the large ones surely, the small ones by chance.
+    """Samples at most `count` columns of a stream: the large ones with certainty, the small ones at random.
 
-    Each column of squared norm w gets the priority w/u, u uniform. The `count` highest are sampled, and stand for
+    Each column of squared norm w gets the priority w/u, u uniform. The `count` highest are sampled, with the weight
     max(w, τ), τ the next priority: unbiased, in memory that does not grow with the stream.
 
     Reference: Duffield, Lund & Thorup, Priority Sampling for Estimation of Arbitrary Subset Sums, 2007.
@@ -110,6 +110,7 @@ class PrioritySample:
         rows, columns = (norms > 0).nonzero(as_tuple=True)
         priority = norms[rows, columns] / uniform[rows, columns]
         candidates = (priority > self._columns.threshold).nonzero()[:, 0]
+        # One more than the sample: the priority of the first column left out is τ.
         best = candidates[priority[candidates].topk(min(len(candidates), self._count + 1)).indices]
         rows, columns = rows[best], columns[best]
         device = root.norms.device
@@ -185,7 +186,7 @@ class PrioritizedColumns(NamedTuple):
         return self._replace(state=self.state[:, indices], vectors=self.vectors[indices])
 
     def weight(self, threshold: float) -> CurvatureColumns:
-        """Return the columns, each scaled to what it stands for, in the order of their samples."""
+        """Return the columns, each scaled to its weight, in the order of their samples."""
         order = self.state[2].argsort(stable=True)
         state, vectors = self.state[:, order], self.vectors
         if vectors is None:
@@ -228,6 +229,7 @@ def _position_root(logits: Float[Tensor, "m c"]) -> Root:
     q_next = torch.cat([q[:, 1:], q.new_zeros(len(q), 1)], dim=1)
     scale = p * q_next / q.clamp(min=tiny)
     squares = p.square()
+    # The norms follow from sums of squares; no column is written out for them.
     squares_after = squares.flip(1).cumsum(1).flip(1) - squares
     norms = scale * (1 + squares_after.clamp(min=0) / q_next.square().clamp(min=tiny))
 
@@ -275,6 +277,7 @@ def _eigenvector_columns(outputs: Tensor, targets: Tensor, task: Task) -> Tensor
         )
     hessian = _hessian_in_outputs(outputs, targets, task).cpu().double()
     values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
+    # A loss that is not convex in the outputs has negative eigenvalues, which a Gauss–Newton matrix leaves out.
     root = (vectors * values.clamp(min=0).sqrt()[:, None, :]).mT
     return root.reshape(len(outputs), -1, *outputs.shape[1:]).to(outputs)
 

@@ -127,6 +127,7 @@ class PerSampleGradients:
         return PerSampleGradients(dataclasses.replace(self._watched_model, task=task), self.batch)
 
     def _record(self, layer: WatchedLayer, call: LayerCall) -> Any:
+        # The samples do not lie along that axis in this call, so that no sample has factors of its own.
         if call.samples != self._n:
             return call.output
         output, uses = layer.rule(call)
@@ -168,6 +169,7 @@ class PerSampleGradients:
         if not self.uses:
             return {}
         nodes = [use.node for _, use in self.uses]
+        # A layer that was called without an effect on the values has no gradient: zeros then.
         node_gradients = torch.autograd.grad(values, nodes, weights, retain_graph=keep_graph, allow_unused=True)
         by_block: dict[str, list[FactoredGradients]] = {}
         for (layer, use), gradient in zip(self.uses, node_gradients, strict=True):
@@ -189,12 +191,13 @@ def _lay_out(block: ParameterBlock, names: Sequence[str], use: ParameterUse, out
         return FactoredGradients(outputs, use.inputs.dense().to(outputs))
     if len(names) == 1:
         return FactoredGradients(use.inputs.to(outputs), outputs)
+    # A bias is the last column of its weight, and the input of that column is one.
     return FactoredGradients(F.pad(use.inputs.to(outputs), (0, 1), value=1.0), outputs)
 
 
 @contextlib.contextmanager
 def _record_calls(watched_model: WatchedModel, record: Callable[[WatchedLayer, LayerCall], Any]) -> Iterator[None]:
-    """Hand each call of a watched layer to `record`; what it returns stands in for the layer's output."""
+    """Hand each call of a watched layer to `record`; what it returns replaces the layer's output."""
     handles = []
     try:
         for layer in watched_model.layers:

@@ -56,6 +56,7 @@ class Projection:
             hashes = _hashes(self.seed, self.dim, name, block.shape).to(block.outputs)
             if isinstance(block.inputs, Lookup):
                 projections.append(_project_table(block.inputs, block.outputs, hashes, self.dim))
+            # A small gradient is cheaper to write out than to transform.
             elif block.size < BINS_COST * self.dim * block.positions * block.shape[0]:
                 projections.append(_project_elements(block, hashes, self.dim))
             else:
@@ -105,6 +106,7 @@ class Hashes(NamedTuple):
 @lru_cache(maxsize=1024)
 def _hashes(seed: int, dim: int, block: str, shape: tuple[int, int, int]) -> Hashes:
     groups, o, i = shape
+    # Not Python's `hash`, which differs from process to process.
     generator = torch.Generator().manual_seed(crc32(f"{seed}/{block}".encode()))
     bins = [torch.randint(0, dim, (groups, width), generator=generator) for width in (o, i)]
     signs = [torch.randint(0, 2, (groups, width), generator=generator) * 2.0 - 1 for width in (o, i)]
@@ -137,13 +139,14 @@ def _spectrum_of_vectors(vectors: Tensor, bins: Tensor, signs: Tensor, dim: int)
     """Return the transform of the projections of vectors `(n, groups, t, d)`, as `(n, t, groups, dim // 2 + 1)`."""
     n, groups, t, _ = vectors.shape
     flat = (vectors.transpose(1, 2) * signs).reshape(n * t, -1)
+    # A range of bins for each group, so that one `index_add_` fills all of them.
     bins_of_groups = bins + dim * torch.arange(groups, device=bins.device)[:, None]
     projections = flat.new_zeros(n * t, groups * dim).index_add_(1, bins_of_groups.flatten(), flat)
     return torch.fft.rfft(projections.reshape(n, t, groups, dim))
 
 
 def _project_table(lookup: Lookup, outputs: Tensor, hashes: Hashes, dim: int) -> Float[Tensor, "n k"]:
-    """Return the projection of a table's gradients: only of the rows that were looked up."""
+    """Return the projection of a table's gradients: only of the rows that were indexed."""
     bins = (hashes.outputs[0] + hashes.inputs[0][lookup.index][:, :, None]) % dim
     values = outputs[:, 0] * hashes.output_signs[0] * hashes.input_signs[0][lookup.index][:, :, None]
     return outputs.new_zeros(len(outputs), dim).scatter_add_(1, bins.flatten(1), values.flatten(1))

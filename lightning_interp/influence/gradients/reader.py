@@ -44,7 +44,7 @@ class Reader:
     def of(
         cls, coverage: Coverage, samples: Samples, progress: Progress = quiet, ranks: Ranks = SINGLE_PROCESS
     ) -> Reader:
-        """Find out how many samples fit in memory.
+        """Return a reader whose batches fit in memory.
 
         No more than the samples' own batches have, or where these may have any size up to 1,024 if all that the network
         makes of them fits: most of a small network's cost is overhead.
@@ -57,6 +57,7 @@ class Reader:
         """
         factors = max(1, sum(coverage.memory.factors.values()))
         everything = factors + coverage.memory.activations
+        # A forward of the user's own batch size fits anyway, so that only the factors, kept besides, are bounded.
         own_batches = max(1, min(samples.batch_size, ELEMENTS_AT_ONCE // factors))
         larger_batches = min(LARGEST_BATCH, ELEMENTS_AT_ONCE // everything) if samples.resizable else 1
         return cls(coverage, max(own_batches, larger_batches), progress, ranks)
@@ -83,6 +84,7 @@ class Reader:
     def sample_columns(self, samples: Samples, count: int, seed: int) -> CurvatureColumns:
         """Return an unbiased sample of the curvature's columns, from one forward over the samples."""
         share, sample_indices = share_of_rank(samples, self.ranks)
+        # Another seed on each rank, as priorities must be independent.
         generator = torch.Generator().manual_seed(seed + self.ranks.index)
         sample, start = PrioritySample(count, generator), 0
         for root in self._roots(share, generator):
@@ -107,6 +109,7 @@ class Reader:
         self, samples: Samples, columns: CurvatureColumns, description: str
     ) -> Iterator[dict[str, FactoredGradients]]:
         """Yield the gradients of sampled columns: one backward each, of their samples alone."""
+        # Columns are in the order of their samples; each sample is read once for all of its columns.
         sample_indices, row_of_column = columns.sample_indices.unique_consecutive(return_inverse=True)
         if not len(sample_indices):
             return
@@ -131,4 +134,5 @@ class Reader:
 def _nonzero_columns(norms: Tensor) -> list[int]:
     """Return the columns that are not zero for all samples; at least one."""
     largest = norms.amax(dim=0)
+    # A column of zeros rather than none, so that every block appears in the pass.
     return (largest > ZERO_COLUMN * largest.max()).nonzero()[:, 0].tolist() or [0]

@@ -1,1 +1,1 @@
-"""Scores as they come in: the strongest, sums over checkpoints, leverage, duplicates."""
+"""Scores batch by batch: the strongest of them, sums over checkpoints, leverage, duplicates."""

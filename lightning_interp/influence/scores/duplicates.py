@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# By the bytes of an element: bits are summed as integers, which do not round.
 INTEGER_TYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -35,6 +36,6 @@ class Duplicates:
 
 
 def _checksum(batch: Tensor) -> Tensor:
-    """Return an integer per sample, the same for equal samples: exact, whatever the order of summing."""
+    """Return an integer per sample, the same for equal samples: exact in any order of summation."""
     bits = batch.contiguous().flatten(1) if batch.ndim > 1 else batch.contiguous()[:, None]
     return bits.view(INTEGER_TYPES[bits.element_size()]).sum(1, dtype=torch.int64)

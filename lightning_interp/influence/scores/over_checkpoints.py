@@ -139,6 +139,6 @@ def without_unit(
 
 @contextlib.contextmanager
 def using_checkpoint(model: nn.Module, checkpoint: Checkpoint | None) -> Iterator[None]:
-    """Give a network a checkpoint's weights for a while, its own when None, with gradients on."""
+    """Load a checkpoint's weights within the context, none when None, with gradients on."""
     with contextlib.nullcontext() if checkpoint is None else loaded(model, checkpoint), differentiable(model):
         yield

@@ -1,4 +1,4 @@
-"""Scores as they come in: all are kept, in memory or in a file, or the columns of each query's strongest alone."""
+"""Scores collected batch by batch: all of them, in memory or in a file, or each query's strongest columns alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ScoreColumns(NamedTuple):
 
 @runtime_checkable
 class ScoreKeeper(Protocol):
-    """Takes scores as they come."""
+    """Collects scores batch by batch."""
 
     def add(self, scores: Tensor, targets: Tensor) -> None:
         """Take the scores `(q, b)` and targets `(b, ...)` of the next samples."""

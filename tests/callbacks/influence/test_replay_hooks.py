@@ -130,7 +130,7 @@ def test_the_numbers_are_those_of_the_run(
 
 
 def test_no_step_is_taken_even_so() -> None:
-    with pytest.raises(ValueError, match="expected training to end where it starts"):
+    with pytest.raises(ValueError, match="expected training to end before its first batch"):
         _NoStep(None).on_train_batch_start(None, None, None, 0)  # type: ignore[arg-type]
 
 

@@ -183,7 +183,7 @@ def test_errors_are_named(net: nn.Module, train: Counted, query: TensorDataset, 
         store(net, Subset(query, []))
     with pytest.raises(ValueError, match="number from 1"):
         store(net, query, top_k=0)
-    with pytest.raises(ValueError, match="places below 60"):
+    with pytest.raises(ValueError, match="indices below 60"):
         store(net, query, candidates=[60])
 
 

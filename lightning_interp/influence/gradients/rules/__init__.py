@@ -1,4 +1,4 @@
-"""How each kind of layer yields the factors of its weights' gradients: one rule a kind."""
+"""How each kind of layer yields the factors of its weights' gradients: one rule for each kind."""
 
 from __future__ import annotations
 

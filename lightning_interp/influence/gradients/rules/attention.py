@@ -33,6 +33,7 @@ def attention(call: LayerCall) -> tuple[Any, list[ParameterUse]]:
 
 def _project_inputs(layer: Any, inputs: list[Tensor]) -> tuple[list[Tensor], list[ParameterUse]]:
     """Return queries, keys and values `(t, n, d)`: zeros added to all three are the node that is differentiated."""
+    # Queries and keys may differ in length; one node of the longest serves all three.
     longest = max(map(len, inputs))
     node = inputs[0].new_zeros(longest, inputs[0].shape[1], 3, layer.embed_dim).requires_grad_()
     biases = layer.in_proj_bias.chunk(3) if layer.in_proj_bias is not None else (None, None, None)
@@ -55,6 +56,7 @@ def _project_inputs(layer: Any, inputs: list[Tensor]) -> tuple[list[Tensor], lis
 def _attend(call: LayerCall, projections: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     """Return what attention gives before its last projection, by torch's own function with identities around it."""
     layer = call.layer
+    # The projections are applied already, but the function requires weights.
     eye = torch.eye(layer.embed_dim, dtype=projections[0].dtype, device=projections[0].device)
     query, key, value = projections
     names = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")

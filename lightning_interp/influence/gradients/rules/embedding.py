@@ -12,6 +12,7 @@ from lightning_interp.influence.gradients.rules.call import LayerCall, Parameter
 
 def embedding(call: LayerCall) -> tuple[Any, list[ParameterUse]]:
     """Return the factors of a table's rows; the padding index takes no gradient."""
+    # The first divides gradients by counts over the batch; the second rewrites rows during the forward.
     if call.layer.scale_grad_by_freq or call.layer.max_norm is not None:
         return call.output, []
     node, output = with_gradient_node(call.output)

@@ -49,7 +49,7 @@ def cell(call: LayerCall) -> tuple[Any, list[ParameterUse]]:
 
 
 def _run_layers(call: LayerCall, steps: Tensor, is_step: Tensor | None) -> tuple[Tensor, Any, list[ParameterUse]]:
-    """Run every layer on `(t, n, i)`; `is_step` says which positions are no padding, `(t, n, 1)`."""
+    """Run every layer on `(t, n, i)`; `is_step` marks the positions that are no padding, `(t, n, 1)`."""
     layer, start = call.layer, call.argument(1, "hx")
     directions = ("", "_reverse") if layer.bidirectional else ("",)
     last_states: list[State] = []
@@ -87,10 +87,11 @@ class _Scan:
     def __call__(
         self, steps: Tensor, state: State, is_step: Tensor | None, backwards: bool = False
     ) -> tuple[Tensor, State]:
-        """Return the outputs `(t, n, o)` and the last state; at padding the state stays as it was."""
+        """Return the outputs `(t, n, o)` and the last state; at padding the state does not change."""
         input_map = _RepeatedMap(self._layer, f"_ih{self._suffix}", 1)
         state_map = _RepeatedMap(self._layer, f"_hh{self._suffix}", len(steps))
         projection = _RepeatedMap(self._layer, f"_hr{self._suffix}", len(steps))
+        # The map of the inputs does not depend on the state, so that all steps go through it at once.
         mapped_inputs, outputs = input_map(steps).unbind(), []
         order = range(len(steps))[:: -1 if backwards else 1]
         for t in order:
