@@ -72,6 +72,11 @@ def publish(findings: Findings, loggers: Loggers, folder: Folder, room: str) -> 
         room: the callback's folder in the run's (see `room_of`).
     """
     own = folder.folder(room)
+    title = findings.section.title if room in READING_ORDER else f"{findings.section.title} ({room})"
+    # All is drawn before anything is deleted or written, so that a drawing that fails leaves an earlier report whole.
+    section = render_section(findings.section._replace(title=title))
+    for picture in findings.pictures:
+        _ = picture.png
     for name in (name for pattern in findings.outdated for name in own.names(pattern)):
         own.remove(name)
     for curve in findings.curves:
@@ -84,8 +89,6 @@ def publish(findings: Findings, loggers: Loggers, folder: Folder, room: str) -> 
         loggers.text(tag, text, findings.step)
     for name, content in findings.files.items():
         own.write(name, content)
-    title = findings.section.title if room in READING_ORDER else f"{findings.section.title} ({room})"
-    section = render_section(findings.section._replace(title=title))
     if findings.own_report:
         own.write("report.html", page(findings.own_report, [section]))
     # Each callback leaves its section, so that the last one to end finds all of them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import posixpath
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,19 +59,22 @@ class Folder:
 
     def names(self, pattern: str) -> list[str]:
         """Return the names of the files in this folder that a glob pattern matches."""
-        system, path = fsspec.core.url_to_fs(self.file(pattern))
-        return [posixpath.basename(match) for match in system.glob(path)]
+        return [posixpath.basename(match) for match in self._matches(pattern)]
 
     def folders_with(self, name: str) -> list[str]:
         """Return the names of the folders directly inside this one that hold a file of this name."""
-        system, path = fsspec.core.url_to_fs(self.file(f"*/{name}"))
-        return [posixpath.basename(posixpath.dirname(file)) for file in system.glob(path)]
+        return [posixpath.basename(posixpath.dirname(match)) for match in self._matches(f"*/{name}")]
 
     def remove(self, name: str) -> None:
         """Delete a file, if it is there."""
         system, path = fsspec.core.url_to_fs(self.file(name))
         if system.exists(path):
             system.rm_file(path)
+
+    def _matches(self, pattern: str) -> list[str]:
+        """Return the paths that a glob pattern matches in this folder, whose own path may hold brackets and stars."""
+        system, path = fsspec.core.url_to_fs(self.path)
+        return list(system.glob(f"{glob.escape(path)}/{pattern}"))
 
 
 def _is_local(system: Any) -> bool:

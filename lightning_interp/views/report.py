@@ -64,7 +64,7 @@ class Paragraph(NamedTuple):
 
 
 class Heading(NamedTuple):
-    """A heading within a section; `level` is that of a verdict, which colours it, where there is one."""
+    """A heading within a section; `verdict` is the level of one, which is added in its colour, or empty."""
 
     text: str
     verdict: str = ""

@@ -41,6 +41,14 @@ def test_snapshots_come_back_exact_enough_for_every_measure(tmp_path: Path) -> N
             assert float(stored) == pytest.approx(float(exact), abs=1e-6)
 
 
+def test_a_folder_may_be_called_like_a_pattern(tmp_path: Path) -> None:
+    for folder in (Folder(str(tmp_path / "lr=[0.1]")), Folder(f"memory://{tmp_path.name}/lr=[0.1]")):
+        for file in ("similarity/section.html", "query-1.png", "query-2.png"):
+            folder.write(file, "")
+        assert folder.names("query-*.png") == ["query-1.png", "query-2.png"]
+        assert folder.folders_with("section.html") == ["similarity"]
+
+
 def test_a_step_is_replaced(tmp_path: Path) -> None:
     store = new_store(Folder(str(tmp_path)), FACTS)
     store.append(snapshot(10, 1))

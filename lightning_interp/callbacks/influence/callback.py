@@ -223,7 +223,7 @@ class DataInfluence(Callback):
             data: a LightningDataModule, its class, a pair (training, validation) of loaders or datasets, or a function
                 that returns one of these; None where the network has loaders of its own.
             query: which validation samples to explain, by index; as many as `queries`, chosen, when None.
-            out: a folder to write to as if it were the run's; that of the run the checkpoint lies in when None.
+            out: a run's folder, whose `interp/influence` is replaced; that which the checkpoint lies in when None.
             device: "auto", "cpu", "cuda", "cuda:1", "mps", ...
             precision: as in training, for a `Trainer`.
             trusted: whether to unpickle arbitrary objects in the checkpoint, which may run code.

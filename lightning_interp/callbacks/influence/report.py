@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ SUSPECTS_SHOWN = 24  # three rows of eight images
 RANKS_IN_CSV = 100  # of each of a query's lists; `scores.safetensors` holds at least as many
 SUSPECTS_IN_CSV = 100_000  # a table of about 6 MB, which spreadsheets still open
 FILES_OF_SOME_REPORTS = ("query-*.png", "look-at-first.png", "spot-check.png", "self_influence.csv")
+SPOT_CHECK_TAG = "influence/spot_check"
 LIST_MEANINGS = {
     "Helpful": "leaving one out raises the query's loss",
     "Harmful": "leaving one out lowers it",
@@ -190,18 +192,17 @@ def influence_findings(report: InfluenceReport, step: int) -> Findings:
 
 
 def _influence_pictures(report: InfluenceReport, step: int) -> dict[str, Picture]:
-    """Return file name → picture: each query's gallery, the samples to look at first, and the spot checks."""
-    pictures = {}
+    """Return tag → picture: each query's gallery, the samples to look at first, and the spot checks."""
+    pictures = []
     for card in report.cards:
         name, file = card.view.id, f"query-{clean(card.view.id).replace('/', '_')}"
-        pictures[file] = Picture(f"influence/query_{name}", file, step, card, lambda c: draw_card(c, report.display))
+        draw = partial(draw_card, display=report.display)
+        pictures.append(Picture(f"influence/query_{name}", file, step, card, draw))
     if report.suspects:
-        pictures["look-at-first"] = Picture(
-            "influence/look_at_first", "look-at-first", step, report.suspects, lambda _: draw_suspects(report)
-        )
+        pictures.append(Picture("influence/look_at_first", "look-at-first", step, report, draw_suspects))
     if report.spot_checks:
-        pictures["spot-check"] = Picture("influence/spot_check", "spot-check", step, report.spot_checks, spot_scatter)
-    return pictures
+        pictures.append(Picture(SPOT_CHECK_TAG, "spot-check", step, report.spot_checks, spot_scatter))
+    return {picture.tag: picture for picture in pictures}
 
 
 def _section(report: InfluenceReport, pictures: Mapping[str, Picture]) -> Section:
@@ -219,7 +220,7 @@ def _section(report: InfluenceReport, pictures: Mapping[str, Picture]) -> Sectio
     if report.spot_checks:
         retrained = "" if all(check.whole for check in report.spot_checks) else " the last layer alone"
         blocks.append(Heading(f"Checked by retraining{retrained}"))
-        blocks.append(SpotChecks(_spot_check_table(report), pictures["spot-check"]))
+        blocks.append(SpotChecks(_spot_check_table(report), pictures[SPOT_CHECK_TAG]))
     return Section(INFLUENCE_TITLE, blocks)
 
 

@@ -41,14 +41,14 @@ class MeasureFindings(NamedTuple):
     Args:
         measure: the measure itself.
         curves: each layer's similarity to its end.
-        pictures: (name, map).
+        pictures: its maps.
         reliability: rows of text, a heading first: how far to trust each layer's similarity.
         caution: when not to trust the measure, in words; empty where nothing is known.
     """
 
     measure: AnyMeasure
     curves: list[Curve]
-    pictures: list[tuple[str, Picture]]
+    pictures: list[Picture]
     reliability: list[list[str]]
     caution: str
 
@@ -86,13 +86,13 @@ def similarity_findings(
     blocks: list[Block] = [Paragraph(remark) for remark in remarks]
     for name, result in results.items():
         trust = Fold("How far to trust them", [Table(result.reliability)])
-        pictures = [(f"{name}: {file}", picture) for file, picture in result.pictures]
+        pictures = [(picture.file, picture) for picture in result.pictures]
         blocks += [Heading(name), Pictures(pictures, "map"), trust]
     return Findings(
         step=snapshots[-1].step,
         section=Section(SIMILARITY_TITLE, blocks),
         curves=[curve for result in results.values() for curve in result.curves],
-        pictures=[picture for result in results.values() for _, picture in result.pictures],
+        pictures=[picture for result in results.values() for picture in result.pictures],
         texts={**texts, "similarity_notes/probe": "\n\n".join(remarks)},
     )
 
@@ -101,10 +101,8 @@ def _of_measure(
     name: str, measure: AnyMeasure, snapshots: Sequence[Snapshot], history: History, n: int
 ) -> MeasureFindings:
     reliability = reliability_by_layer(measure, snapshots[0], snapshots[-1], n)
-    pictures = [
-        (picture.file, picture) for picture in _similarity_pictures(name, measure, snapshots, history, n, reliability)
-    ]
-    for _, picture in pictures:
+    pictures = _similarity_pictures(name, measure, snapshots, history, n, reliability)
+    for picture in pictures:
         _ = picture.png  # drawn here, so that a map that cannot be drawn takes no other measure with it
     table = reliability_table(reliability, is_distance(measure))
     caution = cautions(measure, snapshots[0], snapshots[-1])

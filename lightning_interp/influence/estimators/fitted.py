@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_interp.data.batch import count_samples, slice_samples
 from lightning_interp.data.samples import Samples
-from lightning_interp.data.task import probabilities
+from lightning_interp.data.task import Task, probabilities
 from lightning_interp.influence.curvature import Curvature, Fitted, Inverse
 from lightning_interp.influence.curvature.curvature import Gradients, Scorer, in_loss_unit
 from lightning_interp.influence.damping import Damping
@@ -192,7 +193,8 @@ class FittedInfluence:
             for block, row in rows.items():
                 accumulate(gradient_sums, block, row.sum())
             if duplicates is not None:
-                duplicates.add(task.explained(task.inputs(batch.batch)))
+                for explained in _explained_inputs(task, batch.batch):
+                    duplicates.add(explained)
         return _Sums(score_sums, {block: total.cpu() for block, total in gradient_sums.items()})
 
     def _leverage_scores(self, batch: PerSampleGradients, rows: Gradients, scorer: Scorer) -> Tensor:
@@ -315,9 +317,17 @@ def query_gradients(reader: Reader, query: Samples) -> _QueryGradients:
             batches_of_blocks.setdefault(block, []).append(row)
         targets.append(batch.targets.detach().cpu())
         losses.append(batch.losses.detach().cpu())
-        inputs.append(task.explained(task.inputs(batch.batch)))
+        inputs.extend(_explained_inputs(task, batch.batch))
     gradients = {block: concatenate_samples(batches) for block, batches in batches_of_blocks.items()}
     return _QueryGradients(gradients, torch.cat(targets), torch.cat(losses), inputs)
+
+
+def _explained_inputs(task: Task, batch: Any) -> list[Tensor]:
+    """Return what of a batch is explained, a row per sample; of a list one by one, as it may hold an image for each."""
+    inputs = task.inputs(batch)
+    if not isinstance(inputs, list):
+        return [task.explained(inputs)]
+    return [task.explained(task.inputs(slice_samples(batch, i, i + 1))) for i in range(count_samples(batch))]
 
 
 def check_finite(values: Tensor, what: str) -> Tensor:

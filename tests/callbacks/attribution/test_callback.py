@@ -348,6 +348,64 @@ def test_two_callbacks_of_this_kind_keep_apart(tmp_path: Path) -> None:
     assert (Path(fit.log_dir) / "interp/attribution-2/scores.csv").exists()
 
 
+def test_two_callbacks_of_this_kind_keep_apart_without_a_fit(tmp_path: Path) -> None:
+    callbacks = [
+        InputAttribution([Saliency()], samples=samples, target=target, on_error="raise")
+        for samples, target in ((2, "predicted"), (1, "label"))
+    ]
+    fit = trainer(tmp_path, callbacks=callbacks)
+    fit.validate(Net(), loaders()[1], verbose=False)
+    tags = events_of(fit).Tags()
+    assert sorted(tag for tag in tags["images"] if tag.startswith("attribution")) == [
+        "attribution-2_validate/Saliency/0",
+        "attribution_validate/Saliency/0",
+        "attribution_validate/Saliency/11",
+    ]
+    assert {"interp_seconds/InputAttribution", "interp_seconds/InputAttribution-2"} <= set(tags["scalars"])
+
+
+class AlwaysRight(Net):
+    """Answers with the brightest of the three corners, and notes of how many samples each forward is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forwards: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards.append(len(x))
+        features = F.relu(x + 0 * self.conv1(x))  # a map for Grad-CAM, whatever is trained
+        return torch.stack(
+            [features[:, :, r : r + 4, c : c + 4].mean((1, 2, 3)) for r, c in ((0, 0), (0, 4), (4, 0))], 1
+        )
+
+
+class CountsForwards(InputAttribution):
+    """Notes the forwards of each evaluation."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(samples=8, wrong=0, scored=0, on_error="raise", **options)
+        self.evaluations: list[list[int]] = []
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        before = len(pl_module.forwards)
+        super().on_validation_end(trainer, pl_module)
+        self.evaluations.append(pl_module.forwards[before:])
+
+
+@pytest.mark.parametrize("mislabelled", [(), (0, 11)])
+def test_an_evaluation_is_one_forward_and_one_more_of_what_is_answered_wrongly(
+    mislabelled: tuple[int, ...], tmp_path: Path
+) -> None:
+    shapes = Shapes(12, seed=1)
+    for index in mislabelled:
+        shapes.labels[index] = (shapes.labels[index] + 1) % 3
+    callback = CountsForwards()
+    fit = trainer(tmp_path, max_epochs=2, callbacks=[callback], num_sanity_val_steps=0)
+    fit.fit(AlwaysRight(), loaders()[0], DataLoader(shapes, 6))
+    assert sorted(callback._run.setup.methods) == ["GradCAM", "Saliency"]
+    assert callback.evaluations == [[6, 2, *(1 for _ in mislabelled)]] * 2
+
+
 def first_output(outputs: Tensor) -> Tensor:
     return outputs[:, 0]
 

@@ -19,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_interp import DataInfluence, Display, Task
 from lightning_interp.callbacks.influence.budget import afford_curvature, afford_scores
 from lightning_interp.callbacks.influence.queries import strangeness
+from lightning_interp.callbacks.influence.report import INFLUENCE_TITLE
 from lightning_interp.data.samples import Samples
 from lightning_interp.influence import (
     EKFAC,
@@ -49,6 +51,10 @@ def written(fit: L.Trainer) -> tuple[list[dict[str, str]], dict[str, Tensor], st
     with open(folder / "influence.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     return rows, load_file(folder / "scores.safetensors"), (folder / "report.html").read_text()
+
+
+def events(fit: L.Trainer) -> EventAccumulator:
+    return EventAccumulator(str(fit.log_dir), {"images": 0}).Reload()
 
 
 def test_the_table_says_what_the_estimator_says(tmp_path: Path) -> None:
@@ -227,10 +233,11 @@ class Listed(Net):
         return F.cross_entropy(self(batch[0]), batch[1])
 
 
-def test_lists_of_images_of_one_size_are_one_input(tmp_path: Path) -> None:
-    def listed(rows: list[Any]) -> tuple[list[Tensor], Tensor]:
-        return [image for image, _ in rows], torch.stack([label for _, label in rows])
+def listed(rows: list[Any]) -> tuple[list[Tensor], Tensor]:
+    return [image for image, _ in rows], torch.stack([label for _, label in rows])
 
+
+def test_lists_of_images_of_one_size_are_one_input(tmp_path: Path) -> None:
     found = []
     for module, collate in ((Listed, listed), (Net, None)):
         L.seed_everything(0, verbose=False)
@@ -239,6 +246,28 @@ def test_lists_of_images_of_one_size_are_one_input(tmp_path: Path) -> None:
         fit.fit(module(), train, val)
         found.append(written(fit)[1]["scores"])
     assert torch.allclose(*found, rtol=1e-4, atol=1e-7)
+
+
+class OneByOne(Net):
+    """Takes a list of images, each of its own size."""
+
+    def forward(self, x: Any) -> Tensor:
+        return torch.cat([super(OneByOne, self).forward(image[None]) for image in x])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing to log."""
+
+
+@pytest.mark.parametrize("sizes", [(6, 8), (8, 8)])
+def test_a_query_among_the_training_images_of_a_list_is_found(sizes: tuple[int, int], tmp_path: Path) -> None:
+    images = [(image[:, : sizes[i % 2]], label) for i, (image, label) in enumerate(Shapes(8))]
+    fit = trainer(tmp_path, max_epochs=1, callbacks=[DataInfluence(queries=2, on_error="raise")])
+    fit.fit(OneByOne(), DataLoader(images, 4, collate_fn=listed), DataLoader(images[3:5], 2, collate_fn=listed))
+    pairs = re.findall(r"query #(\d) is identical to training sample #(\d)", written(fit)[2])
+    assert sorted(pairs) == [("0", "3"), ("1", "4")]
 
 
 class Weighted(Net):
@@ -532,3 +561,31 @@ def test_the_budget_of_a_run_resumed_inside_an_epoch_is_no_uptime(tmp_path: Path
     callback.on_train_epoch_start = lambda *_: None  # type: ignore[method-assign]  # as Lightning then leaves it out
     fit.fit(Net(), *loaders())
     assert callback._epoch_seconds[0] < 60
+
+
+def test_two_callbacks_of_this_kind_keep_apart(tmp_path: Path) -> None:
+    queries = [[0, 1], [2, 3, 4]]
+    callbacks = [
+        DataInfluence(queries=len(ids), query_dataset=Subset(Shapes(12, seed=1), ids), on_error="raise")
+        for ids in queries
+    ]
+    fit = trainer(tmp_path, max_epochs=1, callbacks=callbacks)
+    fit.fit(Net(), *loaders())
+    folder, log = Path(fit.log_dir) / "interp", events(fit)
+    for room, ids in zip(("influence", "influence-2"), queries, strict=True):
+        with open(folder / room / "influence.csv", newline="") as file:
+            assert {int(row["query_id"]) for row in csv.DictReader(file)} == set(ids)
+        pictures = sorted(path.name for path in (folder / room).glob("query-*.png"))
+        assert pictures == [f"query-{index}.png" for index in ids]
+        assert sorted(tag for tag in log.Tags()["images"] if tag.startswith(f"{room}/query_")) == [
+            f"{room}/query_{index}" for index in ids
+        ]
+        assert f"{room}/look_at_first" in log.Tags()["images"]
+        assert log.Tensors(f"{room}_notes/summary/text_summary")
+        assert len(load_file(folder / room / "scores.safetensors")["scores"]) == len(ids)
+        report = (folder / room / "report.html").read_text()
+        assert sorted(re.findall(r"<b>query #(\d+)</b>", report)) == [str(index) for index in ids]
+        assert log.Scalars(f"interp_seconds/DataInfluence{room.removeprefix('influence')}")
+    page = (folder / "report.html").read_text()
+    assert [page.count(f"<b>query #{index}</b>") for index in range(6)] == [1, 1, 1, 1, 1, 0]
+    assert re.findall("<h2>(.*?)</h2>", page) == [INFLUENCE_TITLE, f"{INFLUENCE_TITLE} (influence-2)"]
