@@ -73,7 +73,7 @@ def spot_checks(
     losses: Callable[[Trained], Tensor],
     seconds: float = math.inf,
 ) -> tuple[SpotCheck, ...]:
-    """RetrainMethod without the most helpful and the most harmful sample of each query, and compare.
+    """Retrain without the most helpful and the most harmful sample of each query, and compare.
 
     Args:
         question: which samples were scored for which queries.
