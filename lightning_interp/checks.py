@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 
@@ -44,7 +43,9 @@ def clean(name: str) -> str:
     return re.sub(r"[^-\w./]", "_", name, flags=re.ASCII)
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of text, the heading first, as a table in Markdown."""
-    heading, *lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([heading, "|---" * len(rows[0]) + "|", *lines])
+def length_in_words(collection: Any) -> str:
+    """Return how many items something has, in words."""
+    try:
+        return str(len(collection))
+    except TypeError:
+        return "unknown length"

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_interp.checks import clean, markdown
+from lightning_interp.checks import clean
 from lightning_interp.compare import Comparison, compare, correspondence_in_words, table_of
 from lightning_interp.similarity import CCA, CKA, PWCCA, SVCCA, Measure, MutualKNN, Procrustes, RBFKernel
 from lightning_interp.storage.folder import Folder
 from lightning_interp.views.canvas import png
 from lightning_interp.views.heat_map import heat_map
+from lightning_interp.views.tables import as_csv, as_markdown
 
 MEASURES: dict[str, Measure] = {
     "cka": CKA(),
@@ -93,7 +93,7 @@ def _notes_on(measure: str, comparison: Comparison) -> list[str]:
 
 def _markdown_section(measure: str, comparison: Comparison) -> str:
     """Return a measure's table of layers and the notes on it."""
-    table = markdown(table_of(comparison, measure))
+    table = as_markdown(table_of(comparison, measure))
     return "\n\n".join([f"## {measure}", table, *_notes_on(measure, comparison)])
 
 
@@ -106,24 +106,20 @@ def _write_files(comparison: Comparison, folder: Folder) -> None:
                 folder.write(f"{name}.png", png(pixels))
                 board.add_image(f"compare/{name}", pixels, 0, dataformats="HWC")
             board.add_text(f"compare/{clean(measure)}", _markdown_section(measure, comparison), 0)
-    folder.write("compare.csv", _comparison_csv(comparison))
+    folder.write("compare.csv", as_csv(COLUMNS_OF_COMPARISON, _comparison_rows(comparison)))
     sections = [_markdown_section(measure, comparison) for measure in comparison.maps]
     folder.write("compare.md", "\n\n".join(sections) + "\n")
 
 
-def _comparison_csv(comparison: Comparison) -> str:
-    """Return every pair of layers as a row: the similarity, its value by chance and its standard error."""
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(COLUMNS_OF_COMPARISON)
+def _comparison_rows(comparison: Comparison) -> Iterator[tuple[str, ...]]:
+    """Yield every pair of layers: the similarity, its value by chance and its standard error."""
     for measure, similarity_maps in comparison.maps.items():
         for similarity in similarity_maps:
             tables = (similarity.values, similarity.chance, similarity.standard_error)
             for i, row_layer in enumerate(similarity.rows):
                 for j, column_layer in enumerate(similarity.columns):
                     names = (measure, similarity.row_title, row_layer, similarity.column_title, column_layer)
-                    writer.writerow((*names, *(_six_decimals(table, i, j) for table in tables)))
-    return buffer.getvalue()
+                    yield (*names, *(_six_decimals(table, i, j) for table in tables))
 
 
 def _six_decimals(table: Tensor | None, i: int, j: int) -> str:

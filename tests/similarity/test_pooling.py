@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from lightning_interp import similarity
 from lightning_interp.network.layout import Layout, layout_of
 from lightning_interp.similarity.pooling import Pooling, feature_count, pool
 
@@ -100,3 +101,8 @@ def test_the_class_token_is_the_first_that_counts() -> None:
     left_padded = torch.tensor([[False, False, True, True], [True, True, True, True]])
     assert torch.equal(read(part, x, 2, left_padded, tokens="cls"), torch.stack([x[0, 2], x[1, 0]]))
     assert torch.equal(read(part, x, 2, left_padded[:, 1:], tokens="cls"), x[:, 0])
+
+
+def test_the_earlier_name_still_works() -> None:
+    assert similarity.Reading is similarity.Pooling
+    assert {"Pooling", "Reading"} <= set(similarity.__all__)

@@ -223,7 +223,7 @@ def open_map_store(folder: Folder, probe: Probe, step: int, earlier: dict[str, A
 
 def default_methods(module: nn.Module, inputs: Any, task: Task) -> dict[str, Attributor]:
     """Return the default methods that work on one sample: Grad-CAM only where images pass a map or tokens."""
-    methods: dict[str, Attributor] = {"Saliency": Saliency()}
+    methods: dict[str, Any] = {"Saliency": Saliency()}
     if kind_of(single_sample(task.explained(inputs), 0)) == "image":
         methods = {"GradCAM": GradCAM(), **methods}
     working, reasons = {}, []
@@ -234,7 +234,7 @@ def default_methods(module: nn.Module, inputs: Any, task: Task) -> dict[str, Att
             reasons.append(f"{name}: {error}")
         else:
             # The layer that was found stays for the whole run, so that maps of all epochs are of the same layer.
-            working[name] = GradCAM(explanation.layer) if isinstance(method, GradCAM) else method
+            working[name] = dataclasses.replace(method, layer=explanation.layer) if explanation.layer else method
             if explanation.layer:
                 rank_zero_info(f"{ATTRIBUTION}: {name} is read at {explanation.layer}")
     if not working:

@@ -46,7 +46,7 @@ from lightning_interp.callbacks.trainer_data import (
     progress_of,
     settled_task,
 )
-from lightning_interp.checks import ArgumentError
+from lightning_interp.checks import ArgumentError, length_in_words
 from lightning_interp.data.samples import Samples
 from lightning_interp.data.task import Task
 from lightning_interp.influence import InfluenceFunction, Trajectory
@@ -96,6 +96,9 @@ class DataInfluence(Callback):
     each scores its share. Written to `<log_dir>/interp/influence`: `report.html`, `influence.csv` (the 100 best of each
     list and query), `self_influence.csv`, `scores.safetensors` (of the samples in any list where all would be over
     64 MB), and the pictures.
+
+    A second callback of this class in a trainer needs other arguments than the first; it has the folder `influence-2`,
+    and its tags begin with it.
 
     Logged, with `Q` a query's id, after training, at `trainer.global_step`:
         `influence/query_Q`: image: the query beside its most helpful, most harmful and surprisingly helpful samples
@@ -173,7 +176,13 @@ class DataInfluence(Callback):
     @property
     def state_key(self) -> str:
         """Key of the callback in a checkpoint; two instances with other arguments get other keys."""
-        return self._generate_state_key(queries=self.queries, top=self.top, estimator=repr(self.estimator))
+        datasets = {"train_dataset": self.train_dataset, "query_dataset": self.query_dataset}
+        described = {
+            name: f"{type(data).__name__} of {length_in_words(data)}"
+            for name, data in datasets.items()
+            if data is not None
+        }
+        return self._generate_state_key(queries=self.queries, top=self.top, estimator=repr(self.estimator), **described)
 
     def state_dict(self) -> dict[str, Any]:
         """Return how far training went, for a run that is resumed."""

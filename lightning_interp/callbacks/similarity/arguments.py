@@ -71,14 +71,6 @@ def warn_beyond_budget(budget_mb: float, store: SnapshotStore) -> None:
         )
 
 
-def length(collection: Any) -> str:
-    """Return how many items something has, in words."""
-    try:
-        return str(len(collection))
-    except TypeError:
-        return "unknown length"
-
-
 def check_storage(store: Any, budget_mb: Any) -> None:
     """Raise where it is not said what to keep, or within which budget."""
     if store not in ("compact", "activations"):

@@ -23,14 +23,13 @@ from lightning_interp.callbacks.similarity.arguments import (
     check_storage,
     checked_sketch,
     how_often,
-    length,
     warn_beyond_budget,
 )
 from lightning_interp.callbacks.similarity.layers import check_names, chosen_layers
 from lightning_interp.callbacks.similarity.report import similarity_findings
 from lightning_interp.callbacks.similarity.resume import reason_not_to_resume, restored_state
 from lightning_interp.callbacks.trainer_data import Source, given_samples, in_precision, progress_of, validation_source
-from lightning_interp.checks import ArgumentError, check_count, tag
+from lightning_interp.checks import ArgumentError, check_count, length_in_words, tag
 from lightning_interp.data.batch import count_samples, device_of, slice_samples, to_device
 from lightning_interp.data.probe import Probe, take_probe
 from lightning_interp.data.task import Task
@@ -68,9 +67,12 @@ class RepresentationSimilarity(Callback):
     """Compare each layer's activations on fixed samples with its initial and its final state.
 
     A snapshot of every layer is taken before the first step, at the end of each epoch (or as often as said) and after
-    the last, and stored in `<log_dir>/interp/similarity` (a second callback of this kind: `similarity-2`), in
+    the last, and stored in `<log_dir>/interp/similarity`, in
     the smallest form that the measures need. For kinds of linear CKA alone it takes n (n + 1) bytes per layer (0.26 MB
     for 512 samples), else 4 n² bytes or less.
+
+    A second callback of this class in a trainer has the folder `similarity-2`, and its tags begin with it:
+    `similarity-2_to_initial/M/L`, `interp_seconds/RepresentationSimilarity-2`; a third one likewise.
 
     Logged, with `M` a measure's tag and `L` a layer's name, at `trainer.global_step`:
         `similarity_to_initial/M/L`: scalar at each snapshot: now compared with before the first step.
@@ -161,7 +163,7 @@ class RepresentationSimilarity(Callback):
             layers=self.layers,
             measures=list(self.measures),
             samples=self.samples,
-            probe=None if self.probe is None else f"{type(self.probe).__name__} of {length(self.probe)}",
+            probe=None if self.probe is None else f"{type(self.probe).__name__} of {length_in_words(self.probe)}",
             every_n_epochs=self.every_n_epochs,
             every_n_steps=self.every_n_steps,
             sketch=self.sketch,
