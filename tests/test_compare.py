@@ -17,7 +17,7 @@ from lightning_interp import compare
 from lightning_interp.cli import main
 from lightning_interp.cli.compare import MEASURES
 from lightning_interp.compare import correspondence_in_words, table_of
-from lightning_interp.similarity import CCA, CKA, SVCCA, Procrustes, RBFKernel, prepare
+from lightning_interp.similarity import CCA, CKA, SVCCA, MutualKNN, Procrustes, RBFKernel, prepare
 from lightning_interp.similarity.results import Snapshot
 from lightning_interp.storage.folder import Folder
 from lightning_interp.storage.snapshots import new_store
@@ -226,5 +226,11 @@ def test_runs_without_a_logger_are_found(tmp_path: Path) -> None:
 
 
 def test_the_command_knows_every_measure() -> None:
-    wanted = [CCA("largest"), SVCCA(summary="mean_squared"), CKA(RBFKernel(), debiased=True), Procrustes(angle=True)]
+    wanted = [
+        CCA("largest"),
+        SVCCA(summary="mean_squared"),
+        CKA(RBFKernel(), debiased=True),
+        Procrustes(angle=True),
+        MutualKNN(),
+    ]
     assert all(measure in MEASURES.values() for measure in wanted)

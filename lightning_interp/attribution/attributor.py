@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lightning_interp.attribution.results import Explanation
+from lightning_interp.checks import tag
 from lightning_interp.data.task import Task
 
 # Any callable `(model, inputs, target, task) -> Explanation`, with no base class. Each protocol below is optional: a
@@ -49,7 +50,16 @@ def importance(method: object, explanation: Explanation) -> Float[Tensor, "n *sh
     Args:
         method: the attributor.
         explanation: what it returned.
+
+    Raises:
+        TypeError: the method's `importance` gave no tensor of the maps' shape.
     """
     if isinstance(method, RanksPositions):
-        return method.importance(explanation.maps)
+        ranks = method.importance(explanation.maps)
+        if not isinstance(ranks, Tensor) or ranks.shape != explanation.maps.shape:
+            shown = f"shape {tuple(ranks.shape)}" if isinstance(ranks, Tensor) else repr(ranks)
+            raise TypeError(
+                f"{tag(method)}.importance: expected a tensor of shape {tuple(explanation.maps.shape)}, got {shown}"
+            )
+        return ranks
     return explanation.maps.abs() if explanation.ranked_by == "size" else explanation.maps

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_interp.checks import clean
 from lightning_interp.compare import Comparison, compare, correspondence_in_words, table_of
-from lightning_interp.similarity import CCA, CKA, PWCCA, SVCCA, Measure, Procrustes, RBFKernel
+from lightning_interp.similarity import CCA, CKA, PWCCA, SVCCA, Measure, MutualKNN, Procrustes, RBFKernel
 from lightning_interp.storage.folder import Folder
 from lightning_interp.views.canvas import png
 from lightning_interp.views.heat_map import heat_map
@@ -31,6 +31,7 @@ MEASURES: dict[str, Measure] = {
     "r2-svcca": SVCCA(summary="mean_squared"),
     "procrustes": Procrustes(),
     "procrustes-angle": Procrustes(angle=True),
+    "mutual-knn": MutualKNN(),
 }
 COLUMNS_OF_COMPARISON = (
     "measure",

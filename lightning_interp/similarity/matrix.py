@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_interp.checks import tag
 from lightning_interp.similarity.representation import FORMS, Form, Representation, prepare
 
 
@@ -53,6 +55,8 @@ def needs(measures: Sequence[AnyMeasure], compact: bool = False) -> Form:
 
 def _form_needed(measure: AnyMeasure) -> Form:
     form: Form = getattr(measure, "needs", "scores" if hasattr(measure, "between") else "features")
+    if form not in FORMS:
+        raise ValueError(f"{tag(measure)}.needs: expected one of {', '.join(FORMS)}, got {form!r}")
     return form
 
 
@@ -64,15 +68,30 @@ def similarity(measure: AnyMeasure, x: Representation, y: Representation) -> Ten
     if x.n != y.n:
         return torch.tensor(torch.nan)
     if hasattr(measure, "between"):
-        return torch.as_tensor(measure.between(x, y))
+        return as_number(measure.between(x, y), f"{tag(measure)}.between")
     if x.features is None or y.features is None:
         return torch.tensor(torch.nan)
     try:
-        return torch.as_tensor(measure(x.features, y.features))
+        return as_number(measure(x.features, y.features), tag(measure))
     except Exception:
         if x.width == y.width:
             raise
         return torch.tensor(torch.nan)
+
+
+def as_number(value: Any, source: str) -> Float[Tensor, ""]:
+    """Return what a measure gave as a scalar tensor; of Python's and NumPy's numbers in float64.
+
+    Raises:
+        TypeError: it is no number.
+    """
+    number = (
+        torch.tensor(value, dtype=torch.float64) if isinstance(value, (float, int, np.number, np.ndarray)) else value
+    )
+    if not isinstance(number, Tensor) or number.numel() != 1:
+        shown = f"shape {tuple(number.shape)}" if isinstance(number, Tensor) else repr(value)
+        raise TypeError(f"{source}: expected a number, got {shown}")
+    return number.reshape(())
 
 
 def matrix(
@@ -92,12 +111,15 @@ def matrix(
 
     Raises:
         ValueError: features are of different numbers of samples.
+        TypeError: the measure is a class, or gave no number.
 
     >>> x = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
     >>> from lightning_interp.similarity.cka import CKA
     >>> matrix(CKA(), [x, 3 * x]).round(decimals=6).tolist()
     [[1.0, 1.0], [1.0, 1.0]]
     """
+    if isinstance(measure, type):
+        raise TypeError(f"measure: expected one such as CKA(), got the class {measure.__name__}")
     if len(sizes := {len(x) for x in (*xs, *(ys or ())) if isinstance(x, Tensor)}) > 1:
         raise ValueError(f"xs, ys: expected features of the same samples, got {sorted(sizes)} of them")
     left = [_as_representation(x) for x in xs]

@@ -41,7 +41,8 @@ class MutualKNN:
     i, itself left out. In [0, 1], 1 meaning the same neighbours, k / (n − 1) by chance. It depends on the local
     structure alone: which samples are near, not how near, nor how groups lie to each other; more global with larger k.
     Invariant to rotations, shifts and a scale for each layer; not to general linear maps. Values of different n or k
-    do not compare.
+    do not compare. The paper's experiments first clip the largest 5% of a layer's numbers and divide each sample by its
+    length, so that the nearest are those at the least angle; here the features are taken as they are.
 
     Ties: all samples as far away as the k-th nearest are neighbours, so that the order of the samples never matters, a
     layer is equal to itself, and one whose samples fall into groups of duplicates is compared by its groups. Then there

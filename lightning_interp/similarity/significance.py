@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_interp.similarity.matrix import AnyMeasure, similarity
+from lightning_interp.checks import tag
+from lightning_interp.similarity.matrix import AnyMeasure, as_number, similarity
 from lightning_interp.similarity.representation import Representation, same_samples
 
 FEWEST_FOR_JACKKNIFE = 8  # the error of an error from n values is about 1/√(2(n − 1)) of it: a quarter at 8
@@ -28,7 +29,7 @@ def chance_in_closed_form(measure: AnyMeasure, x: Representation, y: Representat
         return float("nan")
     method = getattr(measure, "chance", None)
     value = None if method is None else method(x, y)
-    return None if value is None else float(value)
+    return None if value is None else float(as_number(value, f"{tag(measure)}.chance"))
 
 
 def standard_error(measure: AnyMeasure, x: Representation, y: Representation) -> float:
@@ -37,7 +38,9 @@ def standard_error(measure: AnyMeasure, x: Representation, y: Representation) ->
     NaN for a measure without one, and where the layers' rows differ.
     """
     method = getattr(measure, "standard_error", None)
-    return float("nan") if method is None or x.n != y.n else float(method(x, y))
+    if method is None or x.n != y.n:
+        return float("nan")
+    return float(as_number(method(x, y), f"{tag(measure)}.standard_error"))
 
 
 def permutation_null(

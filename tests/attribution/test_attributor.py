@@ -275,3 +275,59 @@ def test_a_pass_is_shared_without_a_base_class_and_a_call_of_ones_own_counts() -
     for method in (Doubled(), Forwarding(GradCAM())):
         doubled, grad_cam = explain([method, GradCAM()], net, x, target)
         assert torch.equal(doubled.maps, 2 * grad_cam.maps)
+
+
+class Odd:
+    """A method without a base class, of which one member is not what it should be."""
+
+    name, at, goal, rule = "Odd", "input", OfTarget(), None
+
+    def read(self, result: Any, layer: str) -> Any:
+        return result.gradient
+
+    def facts(self, result: Any, maps: Tensor) -> Any:
+        return {}
+
+    def __call__(self, *_: Any, **__: Any) -> Explanation:
+        raise AssertionError("shares the pass, and is not called")
+
+
+@pytest.mark.parametrize(
+    ("member", "value", "message"),
+    [
+        ("read", lambda *_: torch.zeros(2, 4), r"Odd\.read: expected a tensor of 3 samples, got shape \(2, 4\)$"),
+        ("read", lambda *_: torch.zeros(()), r"Odd\.read: expected a tensor of 3 samples, got shape \(\)$"),
+        ("read", lambda *_: None, r"Odd\.read: expected a tensor of 3 samples, got None$"),
+        ("facts", lambda *_: {"gap": 1.0}, r"Odd\.facts: gap: expected a tensor of 3 samples, got 1\.0$"),
+        ("goal", [1], r"Odd\.goal: expected a hashable Goal, such as OfTarget\(\), got \[1\]$"),
+        ("rule", {}, r"Odd\.rule: expected a hashable BackwardRule or None, got \{\}$"),
+    ],
+)
+def test_what_a_method_gives_is_checked(member: str, value: Any, message: str) -> None:
+    method = type("Odder", (Odd,), {member: value})()
+    with pytest.raises(TypeError, match=message):
+        explain([method], nn.Linear(4, 3), torch.randn(3, 4), torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (Saliency, r"methods: expected attributors such as Saliency\(\), got <class .*Saliency'>$"),
+        (lambda *_, **__: torch.zeros(3, 4), r"<lambda>: expected an Explanation, got Tensor$"),
+    ],
+)
+def test_what_is_no_attributor_is_refused(method: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        explain([Saliency(), method], nn.Linear(4, 3), torch.randn(3, 4), torch.tensor([0, 1, 2]))
+
+
+def test_importance_has_the_shape_of_the_maps() -> None:
+    explanation = explain([Odd()], nn.Linear(4, 3), torch.randn(3, 4), torch.tensor([0, 1, 2]))[0]
+    method = type("Ranker", (), {"name": "Ranker", "importance": lambda self, maps: maps.sum(1)})()
+    with pytest.raises(TypeError, match=r"Ranker\.importance: expected a tensor of shape \(3, 4\), got shape \(3,\)$"):
+        importance(method, explanation)
+
+
+def test_a_choice_of_targets_must_choose() -> None:
+    with pytest.raises(TypeError, match="choose: expected class indices or a function of outputs, got None"):
+        explain_outputs([Saliency()], nn.Linear(4, 3), torch.randn(3, 4), lambda outputs: None)  # type: ignore[arg-type,return-value]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from lightning_interp.similarity import (
 )
 from lightning_interp.similarity.cka import cka_without_each
 from lightning_interp.similarity.history import with_reliability
+from lightning_interp.similarity.matrix import matrix, needs
 from lightning_interp.similarity.pooling import fit_mask
 from lightning_interp.similarity.representation import Representation
 from lightning_interp.similarity.results import SimilarityMap, Snapshot
@@ -289,3 +292,40 @@ def test_permutations_where_a_measures_own_chance_is_none() -> None:
     constant, y = prepare(torch.ones(40, 1) + torch.rand(40, 1)), prepare(torch.randn(40, 1))
     assert KnownSigns().chance(constant, y) is None
     assert chance(KnownSigns(), constant, y) == pytest.approx(float(KnownSigns().between(constant, y)))
+
+
+class Half:
+    """A measure without a base class."""
+
+    name = "Half"
+
+    def between(self, x: Representation, y: Representation) -> Any:
+        return np.float32(0.5)
+
+
+@pytest.mark.parametrize("value", [torch.zeros(2), np.zeros(2), None, "0.5"], ids=type)
+@pytest.mark.parametrize(
+    ("member", "call"),
+    [
+        ("between", lambda measure, x, y: matrix(measure, [x], [y])),
+        ("chance", chance),
+        ("standard_error", standard_error),
+    ],
+)
+def test_what_a_users_measure_gives_must_be_a_number(member: str, call: Callable[..., Any], value: Any) -> None:
+    x, y = prepare(torch.randn(9, 2)), prepare(torch.randn(9, 3))
+    assert matrix(Half(), [x], [y]).item() == 0.5
+    measure = type("Odd", (Half,), {member: lambda *_: value})()
+    if member == "chance" and value is None:  # then permutations estimate it
+        assert chance(measure, x, y) == 0.5
+        return
+    with pytest.raises(TypeError, match=rf"^Half\.{member}: expected a number, got (shape \(2,\)|None|'0\.5')$"):
+        call(measure, x, y)
+
+
+def test_what_is_no_measure_is_refused() -> None:
+    with pytest.raises(TypeError, match="measure: expected one such as CKA"):
+        matrix(CKA, [torch.randn(9, 2)])
+    measure = type("Odd", (Half,), {"needs": "matrix"})()
+    with pytest.raises(ValueError, match=r"Half\.needs: expected one of gram, scores, features, got 'matrix'"):
+        needs([measure])

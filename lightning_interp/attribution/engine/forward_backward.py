@@ -67,6 +67,8 @@ class TargetChoice:
             # A copy, since `choose` may write into it and the goal still needs the original.
             self.outputs = outputs.detach().clone()
             self.target = self.choose(self.outputs)
+            if self.target is None:
+                raise TypeError("choose: expected class indices or a function of outputs, got None")
         return self.target
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -23,6 +23,7 @@ from lightning_interp.attribution.engine.forward_backward import (
 )
 from lightning_interp.attribution.engine.target import Goal, Target, recorded
 from lightning_interp.attribution.results import Explanation, Ranking
+from lightning_interp.checks import tag
 from lightning_interp.data.batch import at_least_float32
 from lightning_interp.data.task import Task
 from lightning_interp.network.undisturbed import explaining
@@ -120,7 +121,11 @@ def explain(
 
     Returns:
         One explanation per method, in their order.
+
+    Raises:
+        TypeError: a method is none, or gave something else than maps of each sample or an `Explanation`.
     """
+    _check_methods(methods)
     shared = _read_together(filter(_can_share, methods), model, inputs, known_target(target), task)
     return _complete(methods, shared, model, inputs, target, task)
 
@@ -147,7 +152,11 @@ def explain_outputs(
 
     Returns:
         The model's outputs, detached; the target; and one explanation per method, in their order.
+
+    Raises:
+        TypeError: as for `explain`.
     """
+    _check_methods(methods)
     choice = TargetChoice(choose)
     shared = _read_together(filter(_can_share, methods), model, inputs, choice, task)
     if choice.outputs is None:
@@ -155,6 +164,12 @@ def explain_outputs(
             choice.of(task.outputs(model, inputs))
     outputs, target = choice.resolved
     return outputs, target, _complete(methods, shared, model, inputs, target, task)
+
+
+def _check_methods(methods: Sequence[object]) -> None:
+    for method in methods:
+        if isinstance(method, type) or not (callable(method) or isinstance(method, ReadFromPass)):
+            raise TypeError(f"methods: expected attributors such as Saliency(), got {method!r}")
 
 
 def _can_share(method: object) -> bool:
@@ -170,7 +185,7 @@ def _read_together(
     """Return the explanations of methods that can share passes, by the method's id: equal ones may be listed twice."""
     groups: dict[tuple[Goal, BackwardRule | None], list[ReadFromPass]] = {}
     for method in methods:
-        groups.setdefault((method.goal, getattr(method, "rule", None)), []).append(method)
+        groups.setdefault(_what_is_differentiated(method), []).append(method)
     explanations: dict[int, Explanation] = {}
     if groups:
         with explaining(model):
@@ -184,18 +199,43 @@ def _read_together(
     return explanations
 
 
+def _what_is_differentiated(method: Any) -> tuple[Goal, BackwardRule | None]:
+    """Return a method's goal and rule, which methods that share a pass have in common."""
+    goal: Goal = method.goal
+    if not (isinstance(goal, Hashable) and callable(goal)):
+        raise TypeError(f"{method.name}.goal: expected a hashable Goal, such as OfTarget(), got {goal!r}")
+    rule = getattr(method, "rule", None)
+    if not isinstance(rule, BackwardRule | None):
+        raise TypeError(f"{method.name}.rule: expected a hashable BackwardRule or None, got {rule!r}")
+    return goal, rule
+
+
 def _read_one(method: Any, result: PassResult) -> Explanation:
-    layer = result.last_map if method.at == LAST_MAP else method.at
-    maps = result.explained.without_padding(at_least_float32(method.read(result, layer).detach()))
+    layer, n = result.last_map if method.at == LAST_MAP else method.at, result.explained.n
+    maps = _of_each_sample(method.read(result, layer), n, f"{method.name}.read")
+    maps = result.explained.without_padding(at_least_float32(maps))
     facts = method.facts(result, maps) if hasattr(method, "facts") else {}
+    facts = {name: _of_each_sample(values, n, f"{method.name}.facts: {name}") for name, values in facts.items()}
     return Explanation(
         method.name,
         maps.cpu(),
-        recorded(result.target, result.explained.n),
+        recorded(result.target, n),
         None if layer == INPUT else layer,
         {name: values.cpu() for name, values in facts.items()},
         getattr(method, "ranked_by", "value"),
     )
+
+
+def _of_each_sample(values: Any, n: int, source: str) -> Float[Tensor, "n *shape"]:
+    """Return a method's maps or facts, detached.
+
+    Raises:
+        TypeError: they are no tensor with a row for each sample.
+    """
+    if not isinstance(values, Tensor) or values.ndim == 0 or len(values) != n:
+        shown = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else repr(values)
+        raise TypeError(f"{source}: expected a tensor of {n} samples, got {shown}")
+    return values.detach()
 
 
 def _complete(
@@ -207,6 +247,10 @@ def _complete(
     task: Task,
 ) -> list[Explanation]:
     """Return the explanation of each method in order; those that shared no pass are called."""
-    return [
-        shared[id(method)] if id(method) in shared else method(model, inputs, target, task=task) for method in methods
-    ]
+    explanations = []
+    for method in methods:
+        explanation = shared[id(method)] if id(method) in shared else method(model, inputs, target, task=task)
+        if not isinstance(explanation, Explanation):
+            raise TypeError(f"{tag(method)}: expected an Explanation, got {type(explanation).__name__}")
+        explanations.append(explanation)
+    return explanations

@@ -118,7 +118,7 @@ def _affordable_samples(prepared: PreparedInfluence, seconds: float) -> int | No
     follows costs by the column, and so the same for all samples.
     """
     curvature = prepared.curvature
-    if not hasattr(curvature, "samples"):
+    if not _is_subsampled(curvature):
         return None
     watch = Stopwatch()
     try:
@@ -130,9 +130,14 @@ def _affordable_samples(prepared: PreparedInfluence, seconds: float) -> int | No
     per_sample, fixed = watch.of(FORWARD_PASS) / len(trial), watch.of("curvature") - watch.of(FORWARD_PASS)
     if getattr(curvature, "columns", None) is None:
         per_sample, fixed = per_sample + fixed / len(trial), 0.0
-    whole = min(len(prepared.train), curvature.samples or len(prepared.train))
+    whole = min(len(prepared.train), cast(Any, curvature).samples or len(prepared.train))
     count = min(whole, max(LARGEST_TRIAL, int((seconds - fixed) / max(1e-9, per_sample))))
     return None if count == whole else count
+
+
+def _is_subsampled(curvature: object) -> bool:
+    """Say whether a curvature can be copied with another number of samples: they are a field of a dataclass."""
+    return dataclasses.is_dataclass(curvature) and "samples" in {field.name for field in dataclasses.fields(curvature)}
 
 
 def _seconds_per_sample(prepared: PreparedInfluence) -> float:

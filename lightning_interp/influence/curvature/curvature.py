@@ -121,12 +121,16 @@ def damping_for(curvature: Curvature, fitted: Fitted, users: Damping | None, rec
 
     Raises:
         ValueError: there is none of these, and the curvature is zero.
+        TypeError: the curvature's own is no `Damping`.
     """
     if users is not None:
         return users
-    own: Callable[[Fitted], Damping] | None = getattr(curvature, "default_damping", None)
-    if own is not None:
-        return own(fitted)
+    default_damping: Callable[[Fitted], Damping] | None = getattr(curvature, "default_damping", None)
+    if default_damping is not None:
+        own = default_damping(fitted)
+        if not isinstance(own, Damping):
+            raise TypeError(f"{type(curvature).__name__}.default_damping: expected a Damping, got {own!r}")
+        return own
     return recorded or share_of_mean_eigenvalue(fitted)
 
 

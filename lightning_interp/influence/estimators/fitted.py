@@ -87,7 +87,8 @@ class FittedInfluence:
                 report how far the strongest 10 of each query agree; find the queries among the samples.
 
         Raises:
-            ValueError: there are no queries, or `top_k` and `scores_file` are both given.
+            ValueError: there are no queries, `top_k` and `scores_file` are both given, or the curvature's inverse gives
+                scores of another shape.
             FloatingPointError: gradients or scores are not finite.
         """
         query, scored = Samples.of(query), self.train if candidates is None else self.train.at(candidates)
@@ -106,7 +107,7 @@ class FittedInfluence:
                 strongest = TopScores(COMPARED_STRONGEST, queries.targets)
                 rankings.append(_Ranking(inverse.against(queries.gradients), strongest))
             duplicates = Duplicates(queries.inputs) if check else None
-            sums = self._score(own_samples, rankings, duplicates)
+            sums = self._score(own_samples, rankings, duplicates, len(query))
         own_columns = [keeper.columns().at(positions) for _, keeper in rankings] if len(own_samples) else []
         own_pairs = [] if duplicates is None else [(row, positions[index]) for row, index in duplicates.pairs]
         columns_of_ranks, sums_of_ranks, pairs_of_ranks = zip(
@@ -156,7 +157,9 @@ class FittedInfluence:
     def _self_influence_of_batch(self, batch: PerSampleGradients) -> tuple[Tensor, ...]:
         """Return self-influence, loss, target, predicted class (−1 for none) and the label's probability."""
         task = self.coverage.task
-        scores = self.inverse.squares(batch.loss_gradients()).cpu() / len(self.train)
+        squares = self.inverse.squares(batch.loss_gradients())
+        self._check_shape(squares, (len(batch),))
+        scores = squares.cpu() / len(self.train)
         kind = task.problem(batch.outputs, batch.targets)
         predicted, label_probability = torch.full((len(batch),), -1), torch.full((len(batch),), torch.nan)
         if kind in ("classes", "binary") and batch.targets.numel() == len(batch):
@@ -174,7 +177,9 @@ class FittedInfluence:
             **{f"{which} of the projection": half for which, half in halves},
         }
 
-    def _score(self, samples: Samples, rankings: Sequence[_Ranking], duplicates: Duplicates | None) -> _Sums:
+    def _score(
+        self, samples: Samples, rankings: Sequence[_Ranking], duplicates: Duplicates | None, query_count: int
+    ) -> _Sums:
         """Add the samples to each ranking, and return the sums over them for the first one."""
         score_sums: Tensor | float = 0.0
         gradient_sums: dict[str, Tensor] = {}
@@ -186,6 +191,7 @@ class FittedInfluence:
             for index, (scorer, keeper) in enumerate(rankings):
                 leveraged = self.leverage and index == 0
                 scores = self._leverage_scores(batch, rows, scorer) if leveraged else scorer(rows)
+                self._check_shape(scores, (query_count, len(batch)))
                 scores = check_finite(scores, "scores").cpu() / len(self.train)
                 keeper.add(scores, targets)
                 if index == 0:
@@ -196,6 +202,13 @@ class FittedInfluence:
                 for explained in _explained_inputs(task, batch.batch):
                     duplicates.add(explained)
         return _Sums(score_sums, {block: total.cpu() for block, total in gradient_sums.items()})
+
+    def _check_shape(self, scores: Tensor, shape: tuple[int, ...]) -> None:
+        if scores.shape != shape:
+            raise ValueError(
+                f"{type(self.curvature).__name__}: expected its inverse to give scores of shape {shape}, got"
+                f" {tuple(scores.shape)}"
+            )
 
     def _leverage_scores(self, batch: PerSampleGradients, rows: Gradients, scorer: Scorer) -> Tensor:
         return leverage_scores(batch, rows, scorer, self.inverse, self.coverage.task, len(self.train))

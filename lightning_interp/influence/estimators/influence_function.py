@@ -57,6 +57,13 @@ class InfluenceFunction:
     leverage: bool = False
 
     def __post_init__(self) -> None:
+        if self.curvature is not None and (
+            isinstance(self.curvature, type) or not isinstance(self.curvature, Curvature)
+        ):
+            raise TypeError(
+                "InfluenceFunction(curvature=...): expected an object with check and fit, such as EKFAC(), or None, got"
+                f" {self.curvature!r}"
+            )
         number = not isinstance(self.damping, (Damping, Trajectory, type(None)))
         if number and not self.damping > 0:  # type: ignore[operator]
             raise ValueError(f"InfluenceFunction(damping=...): expected a positive number or None, got {self.damping}")

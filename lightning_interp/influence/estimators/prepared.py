@@ -8,7 +8,7 @@ import torch
 
 from lightning_interp.data.samples import Samples
 from lightning_interp.data.task import loss_per_sample
-from lightning_interp.influence.curvature import Curvature
+from lightning_interp.influence.curvature import Curvature, Fitted
 from lightning_interp.influence.curvature.curvature import damping_for, needs_outputs
 from lightning_interp.influence.damping import Damping
 from lightning_interp.influence.estimators.fitted import FittedInfluence
@@ -51,15 +51,26 @@ class PreparedInfluence:
         """Estimate the curvature and invert it; the model is left as it was.
 
         Raises:
+            TypeError: the curvature's `fit` or `default_damping` returned something else than they must.
             ValueError: the curvature is zero, or cannot take the damping.
             FloatingPointError: losses are not finite, or the damped curvature is not positive definite.
         """
         with differentiable(self.coverage.model):
-            fitted = self.curvature.fit(self.reader, self.train)
+            fitted = self._fit_curvature()
             damping = damping_for(self.curvature, fitted, self.given_damping, self.recorded_damping)
             inverse = fitted.inverse(damping.shift(self.coverage))
             notes = tuple(filter(None, (self.reason, *fitted.notes, self._mixture_note(), self._slow_note())))
         return FittedInfluence(self.reader, self.train, self.curvature, fitted, inverse, damping, notes, self.leverage)
+
+    def _fit_curvature(self) -> Fitted:
+        fitted = self.curvature.fit(self.reader, self.train)
+        # `mean_eigenvalue` may be costly, and is asked for only where damping needs it.
+        if missing := [name for name in ("n", "notes", "inverse") if not hasattr(fitted, name)]:
+            raise TypeError(
+                f"{type(self.curvature).__name__}.fit: expected n, mean_eigenvalue, notes and inverse, got"
+                f" {type(fitted).__name__} without {', '.join(missing)}"
+            )
+        return fitted
 
     def _mixture_note(self) -> str:
         """Return a note if the curvature is that of random mixtures of classes at many positions, else ""."""

@@ -47,7 +47,6 @@ class Coverage:
         watched_model: the model, the task, the layers that are watched and the blocks they fill.
         blocks: name → block, in the order of the forward.
         left_out: trained parameters without per-sample gradients → their number of elements.
-        layers: names of the layers whose parameters were to enter; None for all.
         batch: the samples that it was checked on, at most three, on the model's device.
         memory: what one sample takes.
     """
@@ -55,7 +54,6 @@ class Coverage:
     watched_model: WatchedModel
     blocks: Mapping[str, ParameterBlock]
     left_out: Mapping[str, int]
-    layers: tuple[str, ...] | None
     batch: Any
     memory: MemoryPerSample
 
@@ -94,30 +92,6 @@ class Coverage:
         """Return values of each parameter, `(*lead, *its shape)`, as blocks `(*lead, groups, o, i)`."""
         return {name: block.pack(values) for name, block in self.blocks.items()}
 
-    def check(self, model: nn.Module, task: Task, layers: Sequence[str] | None = None) -> None:
-        """Raise an error unless this is the coverage of that model, task and those layers.
-
-        Args:
-            model: the same object, with the same parameters trained.
-            task: with the kind that the coverage's task has, or none.
-            layers: as for `find_coverage`.
-
-        Raises:
-            ValueError: it is another one's.
-        """
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        kind = task.kind or self.task.kind  # the coverage's kind was settled, that of a user's task need not be
-        matches = {
-            "model": model is self.model,
-            "task": dataclasses.replace(task, kind=kind) == self.task,
-            "layers": (None if layers is None else tuple(layers)) == self.layers,
-            "trained parameters": trained == {*self.parameter_sizes, *self.left_out},
-        }
-        if differing := [name for name, matching in matches.items() if not matching]:
-            raise ValueError(
-                f"coverage: expected one found for this model, task and layers, got other {', '.join(differing)}"
-            )
-
 
 def find_coverage(model: nn.Module, task: Task, batch: Any, layers: Sequence[str] | None = None) -> Coverage:
     """Find out which trained parameters of a model are covered.
@@ -148,7 +122,7 @@ def find_coverage(model: nn.Module, task: Task, batch: Any, layers: Sequence[str
     turned = [layer._replace(axis=1) if search.misses(layer, verified) else layer for layer in candidates]
     if turned != candidates:
         verified = search.verify(turned)
-    return search.coverage(verified, None if layers is None else tuple(layers))
+    return search.coverage(verified)
 
 
 class _Verified(NamedTuple):
@@ -216,7 +190,7 @@ class _Search:
             for name in block.parameters
         )
 
-    def coverage(self, verified: _Verified, layers: tuple[str, ...] | None) -> Coverage:
+    def coverage(self, verified: _Verified) -> Coverage:
         """Add what `torch.func` can do, or a backward for each sample, and name the rest."""
         watched_model, memory = verified
         missing = [name for name in self.expected_gradients[0] if name not in watched_model.blocks]
@@ -229,7 +203,7 @@ class _Search:
             memory = MemoryPerSample({**memory.factors, **factor_sizes}, 2 * memory.activations)
         covered = {name for block in blocks.values() for name in block.parameters}
         left_out = {n: p.numel() for n, p in self.model.named_parameters() if p.requires_grad and n not in covered}
-        return Coverage(watched_model, blocks, left_out, layers, self.batch, memory)
+        return Coverage(watched_model, blocks, left_out, self.batch, memory)
 
     def _find_fallback(self, names: Sequence[str]) -> tuple[FallbackGradients | None, dict[str, int]]:
         """Return the faster of two ways that gets any of these parameters right, and what their factors take."""

@@ -260,22 +260,6 @@ def test_one_coverage_serves_other_weights() -> None:
         assert torch.equal(found[name].gradients(), gradients.gradients())
 
 
-def test_a_coverage_knows_what_it_is_of() -> None:
-    net, batch = Positions(), (torch.randn(4, 24), torch.tensor([0, 2, 1, 1]))
-    with differentiable(net):
-        coverage = find_coverage(net, TASK, batch, ["out"])
-    coverage.check(net, TASK, ["out"])
-    coverage.check(net, Task(), ["out"])
-    assert len(coverage.batch[1]) == 3
-    with pytest.raises(ValueError, match=r"got other layers$"):
-        coverage.check(net, TASK)
-    with pytest.raises(ValueError, match=r"got other model, task$"):
-        coverage.check(Positions(), Task(kind="multilabel"), ["out"])
-    net.fc.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"got other trained parameters$"):
-        coverage.check(net, TASK, ["out"])
-
-
 def test_chosen_layers_only() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
     with differentiable(net):
