@@ -305,7 +305,7 @@ def test_the_history_is_thinned_within_its_budget(tmp_path: Path) -> None:
     assert kept == [entry["file"] for entry in store.manifest["snapshots"]]
     assert len(curve(fit, "similarity_to_final/CKA/conv2")) == 5
     notes = events(fit).Tensors("similarity_notes/probe/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "12 snapshots between the first and the last went" in notes
+    assert "12 snapshots between the first and the last were deleted" in notes
 
 
 def test_a_sketch_is_an_estimate_and_says_so(tmp_path: Path) -> None:
