@@ -3,7 +3,7 @@
 A ResNet-18-like network with a 3 × 3 stem is trained on 32 × 32 images, one thread. The steps of an epoch of 50,000
 images are too many for a benchmark: some are timed, and the epoch is reckoned from their median. The callback's own
 seconds are those that it logs, over five epochs of a few steps: the fifth is one in which deletion, insertion and the
-sanity check are measured, the last look of all comes on top.
+sanity check are measured, the evaluation after training comes on top.
 """
 
 from __future__ import annotations
@@ -78,11 +78,15 @@ def main() -> None:
         spent = [event.value for event in events.Scalars("interp_seconds/InputAttribution")]
     step = statistics.median(module.seconds)
     epoch = step * EPOCH / BATCH
-    looks = spent[:EPOCHS]
+    seconds_of_epochs = spent[:EPOCHS]
     print(f"A step of {BATCH} takes {step:.2f} s, an epoch of {EPOCH:,} images {epoch:.0f} s.")
-    print(f"The callback's seconds at each of {EPOCHS} epochs: {', '.join(f'{value:.2f}' for value in looks)}")
-    print(f"(the first with the look before training), and {spent[-1]:.2f} at the end of training.")
-    print(f"In the mean {statistics.mean(looks):.2f} s, {statistics.mean(looks) / epoch:.2%} of an epoch.")
+    print(
+        f"The callback's seconds at each of {EPOCHS} epochs: {', '.join(f'{value:.2f}' for value in seconds_of_epochs)}"
+    )
+    print(f"(the first with the evaluation before training), and {spent[-1]:.2f} at the end of training.")
+    print(
+        f"In the mean {statistics.mean(seconds_of_epochs):.2f} s, {statistics.mean(seconds_of_epochs) / epoch:.2%} of an epoch."
+    )
 
 
 if __name__ == "__main__":
