@@ -78,15 +78,11 @@ def main() -> None:
         spent = [event.value for event in events.Scalars("interp_seconds/InputAttribution")]
     step = statistics.median(module.seconds)
     epoch = step * EPOCH / BATCH
-    seconds_of_epochs = spent[:EPOCHS]
+    costs = spent[:EPOCHS]
     print(f"A step of {BATCH} takes {step:.2f} s, an epoch of {EPOCH:,} images {epoch:.0f} s.")
-    print(
-        f"The callback's seconds at each of {EPOCHS} epochs: {', '.join(f'{value:.2f}' for value in seconds_of_epochs)}"
-    )
+    print(f"The callback's seconds at each of {EPOCHS} epochs: {', '.join(f'{value:.2f}' for value in costs)}")
     print(f"(the first with the evaluation before training), and {spent[-1]:.2f} at the end of training.")
-    print(
-        f"In the mean {statistics.mean(seconds_of_epochs):.2f} s, {statistics.mean(seconds_of_epochs) / epoch:.2%} of an epoch."
-    )
+    print(f"In the mean {statistics.mean(costs):.2f} s, {statistics.mean(costs) / epoch:.2%} of an epoch.")
 
 
 if __name__ == "__main__":
