@@ -43,9 +43,15 @@ def clean(name: str) -> str:
     return re.sub(r"[^-\w./]", "_", name, flags=re.ASCII)
 
 
-def length_in_words(collection: Any) -> str:
-    """Return how many items something has, in words."""
+def dataset_in_words(dataset: Any) -> str | None:
+    """Return a data set's class and length, which are the same in a resumed run; None for None.
+
+    >>> dataset_in_words([1, 2, 3])
+    'list of 3'
+    """
+    if dataset is None:
+        return None
     try:
-        return str(len(collection))
+        return f"{type(dataset).__name__} of {len(dataset)}"
     except TypeError:
-        return "unknown length"
+        return f"{type(dataset).__name__} of unknown length"

@@ -358,7 +358,7 @@ DDP = """
 import sys, torch, lightning as L
 from pathlib import Path
 from lightning_interp import DataInfluence, InputAttribution, RepresentationSimilarity
-from tests.models import Net, loaders, trainer
+from tests.models import Net, Shapes, loaders, trainer
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -495,3 +495,23 @@ def test_all_three_live_together(tmp_path: Path) -> None:
     headings = re.findall("<h2>(.*?)</h2>", report)
     assert headings == ["How the layers changed", "Where the network looks", "Which training samples made it so"]
     assert "http" not in report
+
+
+def test_callbacks_that_differ_in_one_argument_have_keys_of_their_own() -> None:
+    short, long = Shapes(8), Shapes(12)
+    keys = [
+        *(RepresentationSimilarity(probe=probe).state_key for probe in (None, short, long)),
+        *(InputAttribution(probe=probe).state_key for probe in (None, short, long)),
+        *(DataInfluence(query_dataset=dataset).state_key for dataset in (None, short, long)),
+        *(DataInfluence(train_dataset=dataset).state_key for dataset in (short, long)),
+        *(DataInfluence(weights="best").state_key, DataInfluence(retrain="last_layer").state_key),
+        DataInfluence(retrain=make).state_key,
+    ]
+    assert len(set(keys)) == len(keys)
+    assert DataInfluence(query_dataset=Shapes(8)).state_key in keys  # as a resumed run makes it
+
+
+def test_the_keys_of_default_callbacks_stay_for_checkpoints_that_exist() -> None:
+    assert DataInfluence().state_key == "DataInfluence{'queries': 6, 'top': 5, 'estimator': 'None'}"
+    assert "'given': (False, False)" in InputAttribution().state_key
+    assert "'probe': None" in RepresentationSimilarity().state_key

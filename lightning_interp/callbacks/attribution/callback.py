@@ -49,7 +49,7 @@ from lightning_interp.callbacks.trainer_data import (
     settled_task,
     validation_source,
 )
-from lightning_interp.checks import check_count, tag
+from lightning_interp.checks import check_count, dataset_in_words, tag
 from lightning_interp.data.batch import device_of, slice_samples, to_device
 from lightning_interp.data.probe import Probe, split_ragged, take_probe
 from lightning_interp.data.task import Task
@@ -176,7 +176,7 @@ class InputAttribution(Callback):
             samples=(self.samples, self.wrong, self.scored, self.truth_samples),
             target=_stable_name(self.target),
             classes=self.classes,
-            given=(self.probe is not None, self.truth is not None),
+            given=(dataset_in_words(self.probe) or False, self.truth is not None),
             task=(_stable_name(self.task.explained), _stable_name(self.task.outputs), self.task.kind),
         )
 

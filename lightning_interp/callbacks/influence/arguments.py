@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_interp.callbacks.influence.spot_checks import check_retrain
-from lightning_interp.checks import check_count
+from lightning_interp.checks import check_count, dataset_in_words
 
 
 def check_arguments(queries: Any, top: Any, estimator: Any, budget_seconds: Any, retrain: Any, weights: Any) -> None:
@@ -20,3 +20,18 @@ def check_arguments(queries: Any, top: Any, estimator: Any, budget_seconds: Any,
     check_retrain(owner, retrain)
     if budget_seconds is not None and not (isinstance(budget_seconds, (int, float)) and budget_seconds > 0):
         raise ValueError(f"{owner}(budget_seconds=...): expected seconds above 0 or None, got {budget_seconds!r}")
+
+
+def changed_arguments(train_dataset: Any, query_dataset: Any, weights: str, retrain: Any) -> dict[str, str]:
+    """Return those that differ from the defaults, in words that are the same in a resumed run.
+
+    The key of the callback's state in a checkpoint contains them, so that two instances that differ in one of them can
+    stand in one trainer.
+    """
+    in_words = {
+        "train_dataset": dataset_in_words(train_dataset),
+        "query_dataset": dataset_in_words(query_dataset),
+        "weights": None if weights == "last" else weights,
+        "retrain": None if retrain is None else getattr(retrain, "__qualname__", str(retrain)),
+    }
+    return {name: words for name, words in in_words.items() if words is not None}

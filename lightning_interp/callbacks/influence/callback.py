@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_interp.callbacks.guard import Guard, OnError, started_run
-from lightning_interp.callbacks.influence.arguments import check_arguments
+from lightning_interp.callbacks.influence.arguments import changed_arguments, check_arguments
 from lightning_interp.callbacks.influence.checkpoint import named_class, read_checkpoint, restored_data, restored_module
 from lightning_interp.callbacks.influence.preflight import (
     augmentation_warning,
@@ -46,7 +46,7 @@ from lightning_interp.callbacks.trainer_data import (
     progress_of,
     settled_task,
 )
-from lightning_interp.checks import ArgumentError, length_in_words
+from lightning_interp.checks import ArgumentError
 from lightning_interp.data.samples import Samples
 from lightning_interp.data.task import Task
 from lightning_interp.influence import InfluenceFunction, Trajectory
@@ -176,13 +176,8 @@ class DataInfluence(Callback):
     @property
     def state_key(self) -> str:
         """Key of the callback in a checkpoint; two instances with other arguments get other keys."""
-        datasets = {"train_dataset": self.train_dataset, "query_dataset": self.query_dataset}
-        described = {
-            name: f"{type(data).__name__} of {length_in_words(data)}"
-            for name, data in datasets.items()
-            if data is not None
-        }
-        return self._generate_state_key(queries=self.queries, top=self.top, estimator=repr(self.estimator), **described)
+        changed = changed_arguments(self.train_dataset, self.query_dataset, self.weights, self.retrain)
+        return self._generate_state_key(queries=self.queries, top=self.top, estimator=repr(self.estimator), **changed)
 
     def state_dict(self) -> dict[str, Any]:
         """Return how far training went, for a run that is resumed."""

@@ -29,7 +29,7 @@ from lightning_interp.callbacks.similarity.layers import check_names, chosen_lay
 from lightning_interp.callbacks.similarity.report import similarity_findings
 from lightning_interp.callbacks.similarity.resume import reason_not_to_resume, restored_state
 from lightning_interp.callbacks.trainer_data import Source, given_samples, in_precision, progress_of, validation_source
-from lightning_interp.checks import ArgumentError, check_count, length_in_words, tag
+from lightning_interp.checks import ArgumentError, check_count, dataset_in_words, tag
 from lightning_interp.data.batch import count_samples, device_of, slice_samples, to_device
 from lightning_interp.data.probe import Probe, take_probe
 from lightning_interp.data.task import Task
@@ -162,7 +162,7 @@ class RepresentationSimilarity(Callback):
             layers=self.layers,
             measures=list(self.measures),
             samples=self.samples,
-            probe=None if self.probe is None else f"{type(self.probe).__name__} of {length_in_words(self.probe)}",
+            probe=dataset_in_words(self.probe),
             every_n_epochs=self.every_n_epochs,
             every_n_steps=self.every_n_steps,
             sketch=self.sketch,
